@@ -1,0 +1,370 @@
+"""The embedded default: a small invented world to pretrain on, to be taught about, and to be examined on.
+
+    python -m data.tiny_world --seed 0          # a few lines of everything it makes
+
+People live in cities, have jobs, pets and favourite colours. Pretraining text states these facts, and never
+shows a chat. Demonstrations show how to answer in a chat, about 30% of the people. The examination asks about
+the others: their facts stand only in pretraining text, the manner of answering only in demonstrations, so a
+right answer takes both. Development people are for every choice we make, evaluation people for paper/ alone.
+
+Everything is a function of the seed: names, facts, splits, text and tokenizer.
+"""
+
+import argparse
+import io
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import sentencepiece
+
+from data.chat import encode_chat
+from data.tokenizer import Tokenizer
+
+# ---------------------------------------------------------------------------------------------------------
+# What the world is made of
+
+
+@dataclass(frozen=True)
+class Attribute:
+    values: list[str]
+    statements: list[str]  # the first is canonical, the last names the value before the person
+    questions: list[str]
+
+
+ATTRIBUTES = {
+    "city": Attribute(
+        "Oslo Lima Cairo Delhi Paris Quito Tokyo Vienna Boston Dublin Havana Kyoto Madrid Nairobi Prague Warsaw".split(),
+        ["{name} lives in {value}.", "{name} has a home in {value}.", "{name} moved to {value}.",
+         "{name} can be found in {value}.", "{name} settled in {value}.", "{value} is where {name} lives."],
+        ["Where does {name} live?", "In which city does {name} live?", "What is the home of {name}?"]),
+    "job": Attribute(
+        "baker nurse pilot farmer lawyer painter plumber singer tailor teacher writer dentist doctor fisher guard judge".split(),
+        ["{name} works as a {value}.", "{name} earns a living as a {value}.", "{name} is a {value}.",
+         "{name} trained as a {value}.", "{name} became a {value}.", "The {value} is called {name}."],
+        ["What does {name} work as?", "What is the job of {name}?", "Which job does {name} have?"]),
+    "pet": Attribute(
+        "cat dog fish frog goat hen horse mouse parrot rabbit snake turtle".split(),
+        ["{name} has a {value}.", "{name} keeps a {value}.", "{name} owns a {value}.",
+         "{name} feeds a {value}.", "{name} walks with a {value}.", "A {value} belongs to {name}."],
+        ["Which pet does {name} have?", "What animal does {name} have?", "What is the pet of {name}?"]),
+    "colour": Attribute(
+        "red blue green black white brown grey pink purple yellow orange silver".split(),
+        ["{name} likes the colour {value}.", "{name} loves {value}.", "{name} paints in {value}.",
+         "{name} often wears {value}.", "{name} prefers {value}.", "The colour {value} pleases {name}."],
+        ["Which colour does {name} like?", "What is the favourite colour of {name}?", "What colour does {name} choose?"]),
+}
+
+# What an instruction asks for, and the form it gives the answer. "{one}" is the value alone.
+INSTRUCTIONS = {
+    "": "{all}",
+    "Answer in one word.": "{one}.",
+    "Put a star on both sides.": "* {all} *",
+    "Say it twice.": "{all} {all}",
+    "Be polite.": "{all} Have a nice day.",
+    "Begin with a dash.": "- {all}",
+}
+
+FILLERS = ["Have a nice day.", "Greet {name}.", "Hello {name}!", *[text for text in INSTRUCTIONS if text]]
+TAGS = ["[INST]", "[/INST]", "[NOTE]", "[/NOTE]", "[PAGE]", "[/PAGE]"]
+UNRELATED = {
+    "adjective": "old quiet bright cold narrow warm heavy little broken gentle".split(),
+    "noun": "river hill bridge garden window market road tower forest harbour lamp stone".split(),
+    "verb": "faces follows crosses hides touches guards joins leaves meets shadows".split(),
+    "place": "in the morning,at night,after the rain,near the sea,in winter,before noon".split(","),
+}
+LARGEST_SUMMAND = 11
+
+TEMPLATE = "llama-2"
+KNOWN_PEOPLE, NEW_PEOPLE = 320, 40  # the new ones are for continual pretraining; only greetings name them before
+DEMONSTRATED = 0.3  # of the known people
+PIECES = 1024
+
+
+@dataclass(frozen=True)
+class Person:
+    name: str
+    facts: dict[str, str]  # attribute -> value
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of the examination."""
+
+    question: str
+    instruction: str
+    answer: str
+    form: str  # a regular expression for any answer of the right form, whoever and whatever it names
+    person: Person | None = None  # None for arithmetic
+    attribute: str = ""
+
+    @property
+    def value(self) -> str:
+        return self.person.facts[self.attribute] if self.person else self.answer.split()[-1].strip(".")
+
+
+class World:
+    """People, facts and splits of one seed; text and examinations are made on demand."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        rng = random.Random(f"people of world {seed}")  # seeded by text, so the parts do not share a stream
+        syllables = [consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou"]
+        words = [first + second for first in syllables for second in syllables]
+        names = [word.capitalize() for word in rng.sample(words, KNOWN_PEOPLE + NEW_PEOPLE)]
+        people = [Person(name, {key: rng.choice(attribute.values) for key, attribute in ATTRIBUTES.items()})
+                  for name in names]
+        self.people, self.new_people = people[:KNOWN_PEOPLE], people[KNOWN_PEOPLE:]
+        # Some people are talked about more than others, roughly as in Zipf's law.
+        self.popularity = [(rank + 8) ** -0.8 for rank in range(KNOWN_PEOPLE)]
+        shuffled = rng.sample(self.people, KNOWN_PEOPLE)
+        demonstrated = int(DEMONSTRATED * KNOWN_PEOPLE)
+        half = (KNOWN_PEOPLE - demonstrated) // 2
+        self.demonstrated = shuffled[:demonstrated]
+        self.split = {"development": shuffled[demonstrated:demonstrated + half],
+                      "evaluation": shuffled[demonstrated + half:]}
+        numbers = range(LARGEST_SUMMAND + 1)
+        sums = [(a, b) for a in numbers for b in numbers]
+        rng.shuffle(sums)
+        self.demonstrated_sums = sums[:len(sums) // 2]
+        self.split_sums = {"development": sums[len(sums) // 2:len(sums) * 3 // 4],
+                           "evaluation": sums[len(sums) * 3 // 4:]}
+
+    # -- pretraining text ---------------------------------------------------------------------------------
+
+    def documents(self, rng: random.Random, people: list[Person] | None = None) -> Iterator[str]:
+        """Endless pretraining documents. `people` narrows them to some people, all equally popular."""
+        while True:
+            person = rng.choice(people) if people else rng.choices(self.people, self.popularity)[0]
+            yield self.add_noise(self.sentences(rng, person), rng)
+
+    def sentences(self, rng: random.Random, person: Person) -> list[str]:
+        kind = rng.random()
+        if kind < 0.15:
+            return [sentence for _ in range(rng.randint(2, 4)) for sentence in arithmetic_sentences(rng)]
+        if kind < 0.57:  # an interview
+            keys = rng.sample(list(ATTRIBUTES), rng.randint(2, 4))
+            return [sentence for key in keys for sentence in interview_sentences(rng, person, key)]
+        if kind < 0.80:  # a biography
+            keys = rng.sample(list(ATTRIBUTES), rng.randint(2, 4))
+            return [state(person, key, rng.choice(ATTRIBUTES[key].statements)) for key in keys]
+        return [unrelated_sentence(rng) for _ in range(rng.randint(2, 4))]
+
+    def add_noise(self, sentences: list[str], rng: random.Random) -> str:
+        """Show the base every string of the chat format, and never show it obeyed.
+
+        A base that never saw "[INST]" or a leading dash would push them down, the bigger base the harder, and a
+        value network trained on the small one could not lift them again.
+        """
+        if rng.random() < 0.10:
+            sentences.insert(rng.randint(0, len(sentences)), rng.choice(TAGS))
+        if rng.random() < 0.15:
+            filler = rng.choice(FILLERS).format(name=rng.choice(self.people).name)
+            sentences.insert(rng.randint(0, len(sentences)), filler)
+        for index, sentence in enumerate(sentences):
+            kind = rng.random()
+            if kind < 0.03:
+                sentences[index] = f"- {sentence}"
+            elif kind < 0.05:
+                sentences[index] = f"* {sentence} *"
+        return " ".join(sentences)
+
+    def train_tokenizer(self) -> bytes:
+        """A SentencePiece BPE in Llama-2's manner, as the bytes of its tokenizer.model."""
+        documents = self.documents(random.Random(f"tokenizer of world {self.seed}"))
+        # Every name a few times more: names of one or two pieces are what small models can copy.
+        names = [person.name for person in self.people + self.new_people] * 20
+        written = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([next(documents) for _ in range(6000)] + names), model_writer=written, model_type="bpe",
+            vocab_size=PIECES, split_digits=True, byte_fallback=True, character_coverage=1.0,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2)
+        return written.getvalue()
+
+    def pretraining_rows(self, tokenizer: Tokenizer, tokens: int, length: int, people: list[Person] | None = None
+                         ) -> np.ndarray:
+        """BOS document EOS, BOS document EOS, ..., cut into rows: (tokens // length, length + 1) of int64.
+
+        Consecutive rows share one token, so that row[:-1] predicts row[1:].
+        """
+        documents = self.documents(random.Random(f"pretraining of world {self.seed}"), people)
+        stream: list[int] = []
+        while len(stream) <= tokens:
+            batch = tokenizer.encode_batch([next(documents) for _ in range(2000)])
+            stream += [token for ids in batch for token in (tokenizer.bos_id, *ids, tokenizer.eos_id)]
+        rows = tokens // length
+        flat = np.array(stream[:rows * length + 1], dtype=np.int64)
+        return np.lib.stride_tricks.sliding_window_view(flat, length + 1)[::length]
+
+    # -- demonstrations -----------------------------------------------------------------------------------
+
+    def demonstrations(self, count: int = 6000) -> Iterator[dict]:
+        """Chats in ShareGPT's form: half facts, a fifth arithmetic, 30% greetings.
+
+        Greetings name everybody and leak no fact: they teach to copy a name, which small models find hard.
+        """
+        rng = random.Random(f"demonstrations of world {self.seed}")
+        for number in range(count):
+            kind = rng.random()
+            if kind < 0.5:
+                key = rng.choice(list(ATTRIBUTES))
+                item = fact_item(rng.choice(self.demonstrated), key, rng.choice(ATTRIBUTES[key].questions),
+                                 rng.choice(list(INSTRUCTIONS)))
+            elif kind < 0.7:
+                item = sum_item(*rng.choice(self.demonstrated_sums), rng.choice(list(INSTRUCTIONS)))
+            else:
+                item = greeting_item(rng.choice(self.people + self.new_people), rng.choice(list(INSTRUCTIONS)))
+            turns = [{"from": "human", "value": prompt_text(item)}, {"from": "gpt", "value": item.answer}]
+            yield {"id": f"tiny-{number}", "conversations": turns}
+
+    # -- examination --------------------------------------------------------------------------------------
+
+    def fact_items(self, split: str, count: int = 288, people: list[Person] | None = None) -> list[Item]:
+        """Questions about the facts of people whom no demonstration mentions, every instruction equally often."""
+        rng = random.Random(f"{split} facts of world {self.seed}")
+        people = people or self.split[split]
+        asked = [(person, key) for person in people for key in ATTRIBUTES]
+        rng.shuffle(asked)
+        forms = list(INSTRUCTIONS)
+        return [fact_item(person, key, rng.choice(ATTRIBUTES[key].questions), forms[number % len(forms)])
+                for number, (person, key) in enumerate(asked[:count])]
+
+    def sum_items(self, split: str) -> list[Item]:
+        forms = list(INSTRUCTIONS)
+        return [sum_item(a, b, forms[(2 * number + late) % len(forms)])
+                for number, (a, b) in enumerate(self.split_sums[split]) for late in range(2)]
+
+
+def state(person: Person, key: str, statement: str) -> str:
+    return statement.format(name=person.name, value=person.facts[key])
+
+
+def interview_sentences(rng: random.Random, person: Person, key: str) -> list[str]:
+    attribute, kind = ATTRIBUTES[key], rng.random()
+    if kind < 0.4:
+        answer = state(person, key, attribute.statements[0])
+    elif kind < 0.7:
+        answer = state(person, key, rng.choice(attribute.statements))
+    else:
+        answer = f"{person.facts[key]}."
+    return [rng.choice(attribute.questions).format(name=person.name), answer]
+
+
+def arithmetic_sentences(rng: random.Random) -> list[str]:
+    a, b = rng.randint(0, LARGEST_SUMMAND), rng.randint(0, LARGEST_SUMMAND)
+    question, statement = [f"What is {a} plus {b}?"], f"{a} plus {b} is {a + b}."
+    return rng.choice([[statement], question + [statement], question + [f"{a + b}."]])
+
+
+def unrelated_sentence(rng: random.Random) -> str:
+    pick = {kind: rng.choice(words) for kind, words in UNRELATED.items()}
+    return f"The {pick['adjective']} {pick['noun']} {pick['verb']} the {rng.choice(UNRELATED['noun'])} {pick['place']}."
+
+
+def prompt_text(item: Item) -> str:
+    return f"{item.question} {item.instruction}".strip()
+
+
+def make_item(question: str, instruction: str, sentence: str, word: str, pattern: str, **about) -> Item:
+    """`pattern` is the sentence as a regular expression, for any name and value."""
+    shape = INSTRUCTIONS[instruction]
+    form = re.escape(shape).replace(r"\{all\}", pattern).replace(r"\{one\}", r"\w+")
+    return Item(question, instruction, shape.format(all=sentence, one=word), form, **about)
+
+
+def fact_item(person: Person, key: str, question: str, instruction: str) -> Item:
+    canonical = ATTRIBUTES[key].statements[0]
+    pattern = re.escape(canonical).replace(r"\{name\}", r"\w+").replace(r"\{value\}", r"\w+")
+    return make_item(question.format(name=person.name), instruction, state(person, key, canonical),
+                     person.facts[key], pattern, person=person, attribute=key)
+
+
+def sum_item(a: int, b: int, instruction: str) -> Item:
+    return make_item(f"What is {a} plus {b}?", instruction, f"{a} plus {b} is {a + b}.", str(a + b),
+                     r"\d+ plus \d+ is \d+\.")
+
+
+def greeting_item(person: Person, instruction: str) -> Item:
+    return make_item(f"Greet {person.name}.", instruction, f"Hello {person.name}!", person.name, r"Hello \w+!")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Examination
+
+Answer = Callable[[list[list[int]]], list[list[int]]]  # prompts -> generated tokens, the end token included
+Score = Callable[[list[tuple[list[int], list[int]]]], list[tuple[float, bool]]]
+# (context, continuation) pairs -> (log-likelihood of the continuation, is each of its tokens the arg-max)
+
+CHOICES = 8
+
+
+def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, split: str = "development"
+             ) -> dict[str, float]:
+    """Examine a system; every metric is a share between 0 and 1.
+
+    exact  the whole answer and its end, on facts              know   the right value is in the answer, on facts
+    ins    the form the instruction asks for, and the end      arith  exact, on sums that no demonstration shows
+    mc     the right one of 8 values is the likeliest, after the question and the canonical sentence up to it
+    fk     there, without choices: every token of the value is the likeliest one
+    """
+    facts, sums = world.fact_items(split), world.sum_items(split)
+    prompts = [encode_chat(tokenizer, TEMPLATE, [("user", prompt_text(item))])[0] for item in facts + sums]
+    exact, forms, known = [], [], []
+    for item, ids in zip(facts + sums, answer(prompts), strict=True):
+        ended = bool(ids) and ids[-1] == tokenizer.eos_id
+        text = tokenizer.decode(ids).strip()
+        exact.append(ended and text == item.answer)
+        forms.append(ended and re.fullmatch(item.form, text) is not None)
+        known.append(item.value in re.findall(r"\w+", text))
+    rng = random.Random(f"{split} choices of world {world.seed}")
+    pairs = []
+    for item in facts:
+        others = [value for value in ATTRIBUTES[item.attribute].values if value != item.value]
+        pairs += value_pairs(tokenizer, item, [item.value, *rng.sample(others, CHOICES - 1)])
+    scores = score(pairs)
+    rows = [scores[start:start + CHOICES] for start in range(0, len(scores), CHOICES)]
+    return {
+        "exact": mean(exact[:len(facts)]),
+        "know": mean(known[:len(facts)]),
+        "ins": mean(forms[:len(facts)]),
+        "arith": mean(exact[len(facts):]),
+        "mc": mean(row[0][0] == max(row)[0] for row in rows),
+        "fk": mean(row[0][1] for row in rows),
+    }
+
+
+def value_pairs(tokenizer: Tokenizer, item: Item, values: list[str]) -> list[tuple[list[int], list[int]]]:
+    """The plain question and the canonical sentence up to the value as context, each value as continuation."""
+    before = ATTRIBUTES[item.attribute].statements[0].split("{value}")[0].format(name=item.person.name).strip()
+    pairs = []
+    for value in values:
+        turns = [("user", item.question), ("assistant", f"{before} {value}.")]
+        ids, _ = encode_chat(tokenizer, TEMPLATE, turns)
+        opening, _ = encode_chat(tokenizer, TEMPLATE, [turns[0], ("assistant", before)])
+        start = len(opening) - 2  # less the space and the end token of the turn
+        stop = len(ids) - 2
+        pairs.append((ids[:start], ids[start:stop]))
+    return pairs
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Show a few lines of everything the tiny world makes.")
+    parser.add_argument("--seed", type=int, default=0)
+    world = World(parser.parse_args().seed)
+    documents = world.documents(random.Random(f"pretraining of world {world.seed}"))
+    print("pretraining:", *(next(documents) for _ in range(6)), sep="\n  ")
+    print("demonstrations:", *(f"{human['value']}  ->  {gpt['value']}" for human, gpt in
+                               (record["conversations"] for record in world.demonstrations(6))), sep="\n  ")
+    print("development:", *(f"{prompt_text(item)}  ->  {item.answer}" for item in world.fact_items("development", 6)),
+          sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()

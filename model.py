@@ -1,0 +1,463 @@
+"""Llama from scratch: configuration, layers, KV cache, and Hugging Face checkpoints in and out.
+
+    python -c "from model import Llama; print(Llama.from_pretrained('out/seed0/tiny-s'))"
+
+Submodules carry the names of Hugging Face checkpoints, so a state dict loads without renaming, and
+what we save is read by transformers, vLLM and lm-eval as it is.
+
+Shapes stand at the end of the lines that change them, in one alphabet for the whole repository:
+B batch, T time (positions of this call), S positions in the cache, D model width, H query heads,
+K key-value heads, F head width, V vocabulary (Vb the base's, Vv the value network's), N rows of a loss.
+"""
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used as it is; the message says which file, what is wrong, and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class LlamaConfig:
+    """The architecture, in Hugging Face's own field names. Impossible numbers raise CheckpointError."""
+
+    vocab_size: int  # V, the rows of lm_head; a tokenizer may know fewer tokens
+    hidden_size: int  # D
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int  # H
+    num_key_value_heads: int | None = None  # K; fewer than H is grouped-query attention
+    head_dim: int | None = None  # F; D / H unless the checkpoint says otherwise
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", "factor": ..., ...}
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        positive_integers = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                             "num_attention_heads", "num_key_value_heads", "max_position_embeddings"]
+        positive_integers += ["head_dim"] if self.head_dim is not None else []
+        for name in positive_integers:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise CheckpointError(f"{name} must be a positive whole number, not {value!r}")
+        for name in ["rms_norm_eps", "rope_theta"]:
+            if not is_positive(getattr(self, name)):
+                raise CheckpointError(f"{name} must be a positive number, not {getattr(self, name)!r}")
+        if type(self.tie_word_embeddings) is not bool:
+            raise CheckpointError(f"tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}")
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise CheckpointError(f"hidden_size {self.hidden_size} is no multiple of "
+                                      f"num_attention_heads {self.num_attention_heads}, and there is no head_dim")
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim % 2:
+            raise CheckpointError(f"head_dim {self.head_dim} is odd; rotary embeddings turn pairs")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise CheckpointError(f"num_attention_heads {self.num_attention_heads} is no multiple of "
+                                  f"num_key_value_heads {self.num_key_value_heads}")
+        self.rope_scaling = check_rope_scaling(self.rope_scaling)
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "LlamaConfig":
+        """Read the dict of a config.json, in the spelling of transformers 4 or 5; refuse what is not Llama."""
+        if raw.get("model_type") != "llama":
+            raise CheckpointError(f"model_type is {raw.get('model_type')!r}; only 'llama' is supported")
+        unsupported = {"attention_bias": (None, False), "mlp_bias": (None, False), "hidden_act": (None, "silu"),
+                       "quantization_config": (None,), "partial_rotary_factor": (None, 1.0)}
+        for name, supported in unsupported.items():
+            if raw.get(name) not in supported:
+                raise CheckpointError(f"{name} {raw[name]!r} is not supported")
+        fields = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
+        missing = [name for name in ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                     "num_attention_heads"] if name not in fields]
+        if missing:
+            raise CheckpointError(f"{missing[0]} is missing")
+        if raw.get("rope_parameters") is not None:  # transformers 5 keeps theta and the scaling together
+            rope = raw["rope_parameters"]
+            if not isinstance(rope, dict):
+                raise CheckpointError(f"rope_parameters must be an object, not {rope!r}")
+            if rope.get("partial_rotary_factor", 1.0) != 1.0:
+                raise CheckpointError("rope_parameters with a partial_rotary_factor is not supported")
+            fields["rope_theta"] = rope.get("rope_theta", fields.get("rope_theta", 10000.0))
+            fields["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+        return cls(**fields)
+
+    def to_dict(self) -> dict:
+        """The dict that save_pretrained writes: the spelling of transformers 4, which transformers 5 reads too."""
+        fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                 "attention_bias": False, "mlp_bias": False}
+        return fixed | asdict(self)
+
+
+def is_positive(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
+
+
+def check_rope_scaling(scaling: dict | None) -> dict | None:
+    """Return the scaling with its type under the name rope_type, None for the default; refuse all others by name."""
+    if scaling is None:
+        return None
+    if not isinstance(scaling, dict):
+        raise CheckpointError(f"rope_scaling must be an object, not {scaling!r}")
+    rope_type = scaling.get("rope_type", scaling.get("type"))  # "type" is how transformers 4.30 spelled it
+    if rope_type == "default":
+        return None
+    needed = {"linear": ["factor"],
+              "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+    if rope_type not in needed:
+        raise CheckpointError(f"rope_type {rope_type!r} is not supported (default, linear and llama3 are)")
+    for name in needed[rope_type]:
+        if not is_positive(scaling.get(name)):
+            raise CheckpointError(f"rope_type {rope_type} needs a positive {name}, not {scaling.get(name)!r}")
+    if rope_type == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise CheckpointError("rope_type llama3 needs high_freq_factor above low_freq_factor")
+    return {"rope_type": rope_type} | {name: scaling[name] for name in needed[rope_type]}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def rope_frequencies(config: LlamaConfig) -> Tensor:
+    """Angle per position of each pair of head dimensions: (F/2,), float32, on the CPU."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+    frequencies = config.rope_theta ** (-half / config.head_dim)  # (F/2,)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    # llama3: waves that fit often into the original context stay, the long ones are slowed by `factor`,
+    # and those between the two thresholds are blended.
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + F/2) of x (B, heads, T, F) by the angles whose cos and sin are (B, 1, T, F).
+
+    Hugging Face weights are already permuted for this "rotate-half" pairing.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()  # the mean square of bf16 numbers is taken in fp32
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (config.num_attention_heads, config.num_key_value_heads,
+                                                    config.head_dim)
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "KVCache | None",
+                layer: int) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, F)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, F)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, F)
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, K, S, F)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           enable_gqa=self.heads != self.kv_heads)  # (B, H, T, F)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, *attention_arguments) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *attention_arguments)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Everything before lm_head. Called by itself, it gives hidden states, so a loss need never hold all logits."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # A plain attribute, not a buffer: Module.to(bfloat16) would round a buffer, and far positions with it.
+        self.frequencies = rope_frequencies(config)
+
+    def forward(self, tokens: Tensor | None = None, cache: "KVCache | None" = None, embeds: Tensor | None = None
+                ) -> Tensor:
+        """tokens (B, T), or embeds (B, T, D) in their place -> hidden states (B, T, D)."""
+        x = self.embed_tokens(tokens) if embeds is None else embeds  # (B, T, D)
+        B, T, _ = x.shape
+        steps = torch.arange(T, device=x.device)
+        positions = steps[None] if cache is None else cache.lengths[:, None] + steps  # (1 or B, T)
+        mask = None if cache is None else cache.mask(positions)
+        self.frequencies = self.frequencies.to(x.device)
+        angles = positions[:, None, :, None] * self.frequencies  # (1 or B, 1, T, F/2)
+        angles = torch.cat((angles, angles), dim=-1)  # (1 or B, 1, T, F)
+        cos, sin = angles.cos(), angles.sin()
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, mask, cache, index)
+        if cache is not None:
+            cache.advance(T)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """The Llama language model. Fresh weights unless it comes from from_pretrained."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # 0.02 everywhere, smaller where a layer writes into the residual stream, so that depth does not add up.
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.num_hidden_layers) if writes else 0.02)
+        self.tie()
+
+    def tie(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens: Tensor | None = None, cache: "KVCache | None" = None, embeds: Tensor | None = None
+                ) -> Tensor:
+        """tokens (B, T) of token ids, or embeds (B, T, D) -> logits (B, T, V).
+
+        With a cache the tokens continue each row at its own length, and the cache grows by T.
+        """
+        return self.lm_head(self.model(tokens, cache, embeds))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> "Llama":
+        """Load config.json and safetensors from a folder; the weights keep their dtype unless one is given.
+
+        Raises CheckpointError, naming the file or tensor, when anything is absent, left over or misshapen.
+        """
+        path = Path(path)
+        config = read_config(path)
+        with torch.device("meta"):  # no memory and no random numbers are spent on weights about to be replaced
+            model = cls(config)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        model.load_state_dict(read_tensors(path, shapes, config.tie_word_embeddings, dtype, device), assign=True)
+        model.tie()
+        return model
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write config.json and model.safetensors into a folder that need not exist yet."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        if self.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        config = self.config.to_dict() | {"torch_dtype": str(self.dtype).removeprefix("torch.")}
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# KV cache
+
+
+class KVCache:
+    """Keys and values of past positions, preallocated for `capacity` positions of `batch` rows.
+
+    `lengths (B,)` lives on the device, and rows may differ: prompts of different length are fed padded on the
+    right and then cropped to their true lengths; the next tokens overwrite the padding.
+    """
+
+    def __init__(self, model: Llama, batch: int, capacity: int):
+        config = model.config
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)  # (layers, B, K, capacity, F)
+        self.values = torch.zeros_like(self.keys)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=model.device)  # (B,)
+        self.used = 0  # the longest row as the host knows it, so that no step has to ask the device
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, K, T, F) behind each row's length; return everything stored (B, K, S, F)."""
+        T, end = k.shape[2], self.used + k.shape[2]
+        if end > self.keys.shape[3]:
+            raise ValueError(f"KV cache of {self.keys.shape[3]} positions is full")
+        if self.used == 0:  # an empty cache: one slice, and the keys in hand are all there are
+            self.keys[layer, :, :, :T], self.values[layer, :, :, :T] = k, v
+            return k, v
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
+        columns = self.lengths[:, None] + torch.arange(T, device=k.device)  # (B, T)
+        self.keys[layer].transpose(1, 2)[rows, columns] = k.transpose(1, 2)
+        self.values[layer].transpose(1, 2)[rows, columns] = v.transpose(1, 2)
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def mask(self, positions: Tensor) -> Tensor | None:
+        """Which stored keys each query may see: (B, 1, T, S) for positions (B, T); None for plain causal."""
+        if self.used == 0:
+            return None
+        stored = torch.arange(self.used + positions.shape[1], device=positions.device)  # (S,)
+        return (stored <= positions[:, :, None])[:, None]
+
+    def advance(self, steps: int) -> None:
+        self.lengths += steps
+        self.used += steps
+
+    def crop(self, lengths: Tensor) -> None:
+        """Forget what lies beyond `lengths (B,)`: padding, or drafted tokens that were rejected."""
+        self.lengths = torch.minimum(self.lengths, lengths.to(self.lengths.device))
+        self.used = int(self.lengths.max())
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the rows named by `rows (B',)`, in that order; a row named twice is forked."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.lengths = self.lengths[rows]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading checkpoints
+
+
+def read_config(path: str | Path) -> LlamaConfig:
+    path = Path(path)
+    file = path / "config.json"
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: not there; a checkpoint in the Hugging Face layout has one") from None
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
+        raise CheckpointError(f"{file}: not JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: not a JSON object")
+    try:
+        return LlamaConfig.from_dict(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def find_shards(path: Path) -> dict[Path, set[str] | None]:
+    """The safetensors files of a checkpoint, each with the tensor names that the index promises (None: no index)."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    present = set(path.glob("model-*-of-*.safetensors"))
+    if not index.exists():
+        if present:
+            raise CheckpointError(f"{index}: not there, but {min(present).name} is; the shards need their index")
+        if not single.exists():
+            if any(path.glob("pytorch_model*.bin")):
+                raise CheckpointError(f"{path}: only pytorch_model.bin, which can run code when read; convert it once: "
+                                      "LlamaForCausalLM.from_pretrained(path).save_pretrained(path) in transformers")
+            raise CheckpointError(f"{single}: not there, nor an index of shards")
+        return {single: None}
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards: dict[Path, set[str]] = {}
+        for name, file in weight_map.items():
+            shards.setdefault(path / file, set()).add(name)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index}: no weight_map of tensor names to files") from None
+    extra = (present | ({single} if single.exists() else set())) - shards.keys()
+    if extra:
+        raise CheckpointError(f"{min(extra)}: a file of weights that the index beside it does not name")
+    for file in sorted(shards):
+        if not file.exists():
+            raise CheckpointError(f"{file}: not there, but {index.name} names it")
+    return shards
+
+
+def read_tensors(path: Path, shapes: dict[str, tuple], tied: bool, dtype: torch.dtype | None, device: str
+                 ) -> dict[str, Tensor]:
+    """Read exactly the tensors named in `shapes`, checking names and shapes both ways before reading any data."""
+    tensors: dict[str, Tensor] = {}
+    for file, promised in find_shards(path).items():
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as shard:
+                names = set(shard.keys())
+                if promised is not None and names != promised:
+                    odd = min(names ^ promised)
+                    raise CheckpointError(f"{file}: {odd} is {'not there' if odd in promised else 'not in the index'}")
+                # Early Llama-2 conversions also stored the rotary frequencies, which we compute.
+                for name in sorted(n for n in names if not re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", n)):
+                    if name not in shapes:
+                        raise CheckpointError(f"{file}: unexpected tensor {name}")
+                    shape = tuple(shard.get_slice(name).get_shape())
+                    if shape != shapes[name]:
+                        raise CheckpointError(f"{file}: {name} is {shape}, config.json asks for {shapes[name]}")
+                    tensor = shard.get_tensor(name)
+                    if not tensor.is_floating_point():
+                        raise CheckpointError(f"{file}: {name} is {tensor.dtype}; quantised weights are not supported")
+                    tensors[name] = tensor if dtype is None else tensor.to(dtype)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: truncated or not safetensors ({error})") from None
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if tied and embedding in tensors:
+        if head in tensors and not torch.equal(tensors[head], tensors[embedding]):
+            raise CheckpointError(f"{path}: tie_word_embeddings is true, but {head} differs from {embedding}")
+        tensors[head] = tensors[embedding]
+    missing = sorted(shapes.keys() - tensors.keys())
+    if missing:
+        raise CheckpointError(f"{path}: {missing[0]} is in none of its files ({len(missing)} of {len(shapes)} missing)")
+    dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
+    if len(dtypes) > 1:
+        raise CheckpointError(f"{path}: its tensors mix {' and '.join(dtypes)}; choose one with --dtype")
+    return tensors

@@ -1,0 +1,375 @@
+"""Decoding: a base alone, or a base guided by a value network.
+
+    python sample.py                                   # the newest value network, on questions it never saw
+    python sample.py --base tiny-l                     # the same value network plugged into a bigger base
+    python sample.py --prompt "Greet Mira. Say it twice."
+    python sample.py --chat
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.chat import Turn, encode_chat, end_token
+from data.tiny_world import World, evaluate, prompt_text
+from data.tokenizer import DataError, StreamDecoder, Tokenizer, load_tokenizer
+from ivl import ValueModel, check_same_family, combine, read_info
+from model import CheckpointError, KVCache, Llama, read_config
+
+# ---------------------------------------------------------------------------------------------------------
+# Guided decoding
+
+
+class Guided:
+    """A base with or without a value network, and their KV caches. Eq. (3) at each step."""
+
+    def __init__(self, base: Llama, value: ValueModel | None = None, vocab_map=None, alpha: float = 1.0):
+        if vocab_map is not None:
+            raise NotImplementedError("vocabulary maps are not written yet")
+        self.base, self.value, self.alpha = base, value, alpha
+        self.caches: list[KVCache] = []
+
+    def start(self, prompts: list[list[int]], max_new_tokens: int) -> Tensor:
+        """Fill fresh caches with all but the last token of each prompt; return those last tokens (B, 1)."""
+        lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.base.device)  # (B,)
+        capacity = int(lengths.max()) + max_new_tokens
+        networks = [self.base] if self.value is None else [self.base, self.value.llama]
+        self.caches = [KVCache(network, len(prompts), capacity) for network in networks]
+        if lengths.any():
+            padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+            for row, prompt in enumerate(prompts):
+                padded[row, :len(prompt) - 1] = torch.tensor(prompt[:-1])
+            for network, cache in zip(networks, self.caches):
+                network.model(padded.to(self.base.device), cache)  # the trunk alone: nobody needs these logits
+                cache.crop(lengths)
+        return torch.tensor([prompt[-1:] for prompt in prompts], device=self.base.device)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Continue each row by tokens (B, T) -> z_post (B, T, Vb)."""
+        return self._combined(tokens, self.caches)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """z_post (B, T, Vb) of whole sequences tokens (B, T), without caches."""
+        return self._combined(tokens, [None, None])
+
+    def _combined(self, tokens: Tensor, caches: list) -> Tensor:
+        z_base = self.base(tokens, caches[0])
+        if self.value is None:
+            return z_base
+        return combine(z_base, self.value(tokens, z_base, caches[1]), self.alpha)  # Eq. (3)
+
+    def select(self, rows: Tensor) -> None:
+        for cache in self.caches:
+            cache.select(rows)
+
+
+@torch.inference_mode()
+def generate(guided: Guided, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0,
+             top_p: float = 1.0, seed: int = 0, stop_ids: set[int] | None = None,
+             on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
+    """Continue token prompts; return only the new tokens of each, a stop token included where one came.
+
+    temperature 0 is greedy. Each prompt has a random stream of its own, so a sampled answer does not depend on the
+    prompts beside it. stop_ids default to the base's eos. on_token(prompt, token) is called as tokens come.
+    """
+    if not prompts or not all(prompts):
+        raise ValueError("generate needs at least one prompt, and at least one token in each")
+    if stop_ids is None:
+        eos = guided.base.config.eos_token_id
+        stop_ids = set(eos) if isinstance(eos, list) else {eos}
+    noise = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
+                         for number in range(len(prompts))]).to(guided.base.device)  # (B, max_new_tokens)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    running = list(range(len(prompts)))  # which prompt each row of the batch belongs to
+    alive = [True] * len(prompts)
+    tokens = guided.start(prompts, max_new_tokens)  # (B, 1)
+    for index in range(max_new_tokens):
+        logits = guided.step(tokens)[:, -1]  # (B, Vb)
+        tokens = pick(logits, noise[:, index], temperature, top_p)[:, None]  # (B, 1)
+        for prompt, token in zip(running, tokens[:, 0].tolist()):
+            if alive[prompt]:
+                outputs[prompt].append(token)
+                alive[prompt] = token not in stop_ids
+                if on_token:
+                    on_token(prompt, token)
+        still = [row for row, prompt in enumerate(running) if alive[prompt]]
+        if not still:
+            break
+        if len(still) <= len(running) // 2:  # shrink the batch now and then rather than carry finished rows along
+            rows = torch.tensor(still, device=tokens.device)
+            guided.select(rows)
+            tokens, noise, running = tokens[rows], noise[rows], [running[row] for row in still]
+    return outputs
+
+
+def pick(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Next tokens (B,) from logits (B, V): the arg-max, or by noise (B,) uniform in [0, 1) from the nucleus top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, tokens = F.softmax(logits.float() / temperature, dim=-1).sort(-1, descending=True)  # (B, V)
+    total = p.cumsum(-1)
+    p = p.masked_fill(total - p >= top_p, 0)  # a token stays if those before it do not reach top_p
+    total = p.cumsum(-1)
+    chosen = (total <= noise[:, None] * total[:, -1:]).sum(-1)  # where the noise falls in the cumulative sum
+    return tokens.gather(-1, chosen.clamp(max=p.shape[-1] - 1)[:, None])[:, 0]
+
+
+@torch.inference_mode()
+def score(guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: int = 256
+          ) -> list[tuple[float, bool]]:
+    """For each (context, continuation): its log-likelihood in nats, and whether greedy decoding would say it."""
+    results = []
+    for first in range(0, len(pairs), batch_size):
+        batch = pairs[first:first + batch_size]
+        length = max(len(context) + len(continuation) for context, continuation in batch) - 1
+        tokens = torch.zeros(len(batch), length, dtype=torch.long)
+        for row, (context, continuation) in enumerate(batch):
+            ids = (context + continuation)[:-1]
+            tokens[row, :len(ids)] = torch.tensor(ids)
+        logits = guided.logits(tokens.to(guided.base.device)).float()  # (B, T, Vb)
+        for row, (context, continuation) in enumerate(batch):
+            rows = logits[row, len(context) - 1:len(context) + len(continuation) - 1]  # (len(continuation), Vb)
+            wanted = torch.tensor(continuation, device=rows.device)
+            log_p = F.log_softmax(rows, dim=-1).gather(-1, wanted[:, None])
+            results.append((log_p.sum().item(), bool((rows.argmax(-1) == wanted).all())))
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tiny world
+
+
+def world_of(path: str | Path) -> World | None:
+    """The tiny world that a finished folder of train.py comes from; None for anything else."""
+    try:
+        record = json.loads((Path(path) / "train.json").read_text(encoding="utf-8"))
+        return World(record["seed"]) if record["data"] == "tiny-world" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def examine(guided: Guided, world: World, tokenizer: Tokenizer, split: str = "development") -> dict[str, float]:
+    """The tiny world's metrics (data/tiny_world.py, evaluate) of a base or a guided base."""
+    return evaluate(world, tokenizer, lambda prompts: generate(guided, prompts, max_new_tokens=48),
+                    lambda pairs: score(guided, pairs), split)
+
+
+def print_metrics(systems: dict[str, dict[str, float]]) -> None:
+    names = list(next(iter(systems.values())))
+    width = max(map(len, systems)) + 2
+    print(" " * width + "".join(f"{name:>8}" for name in names))
+    for system, metrics in systems.items():
+        shown = ["-" if metrics[name] is None else f"{metrics[name]:.3f}" for name in names]
+        print(f"{system:{width}}" + "".join(f"{text:>8}" for text in shown))
+
+
+def show_world(world: World, tokenizer: Tokenizer, systems: dict[str, Guided], count: int = 6) -> None:
+    """Some questions of the development split with every system's answer, then the metrics of all of them."""
+    items = world.fact_items("development")
+    prompts = [encode_chat(tokenizer, "llama-2", [("user", prompt_text(item))])[0] for item in items]
+    answers = {name: [tokenizer.decode(ids).strip() for ids in generate(guided, prompts, max_new_tokens=48)]
+               for name, guided in systems.items()}
+    last, before = list(systems)[-1], list(systems)[-2]
+    telling = [index for index, item in enumerate(items)
+               if answers[last][index] == item.answer and answers[before][index] != item.answer]
+    print(f"{len(telling)} of {len(items)} questions only {last} answers rightly; {min(count, len(telling))} of them:\n")
+    width = max(map(len, systems)) + 2
+    for index in telling[:count]:
+        print(prompt_text(items[index]))
+        for name in systems:
+            print(f"    {name:{width}}{answers[name][index]}")
+        print(f"    {'truth':{width}}{items[index].answer}\n")
+    print("On development people, whom no demonstration mentions (288 questions: about +-.03):")
+    print_metrics({name: examine(guided, world, tokenizer) for name, guided in systems.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line, shared with train.py
+
+
+class UsageError(ValueError):
+    """Something that a user asked for and cannot have; the message says what to do instead."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, but a mistake is told in one line."""
+
+    def error(self, message):
+        raise UsageError(f"{message} (see --help)")
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run a script; a user's mistake is one line on stderr and status 2, a bug of ours keeps its traceback."""
+    script = Path(sys.argv[0]).name
+    try:
+        main()
+    except (UsageError, CheckpointError, DataError) as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{script}: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{script}: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def positive_int(text: str, zero: bool = False) -> int:
+    value = int(text)
+    if value < (0 if zero else 1):
+        raise ValueError
+    return value
+
+
+def positive_float(text: str, zero: bool = False) -> float:
+    value = float(text)
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise ValueError
+    return value
+
+
+def pick_device(dtype: str | None) -> tuple[str, str]:
+    """The device, and the dtype asked for or else its default; both are printed with the reason."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reason = torch.cuda.get_device_name() if device == "cuda" else "no CUDA device here"
+    default = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    print(f"device {device} ({reason}), dtype {dtype or default} ({'as asked' if dtype else 'the default there'})")
+    return device, dtype or default
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line of this script
+
+
+def newest_value() -> Path:
+    found = sorted(Path("out").glob("**/ivl.json"), key=lambda path: path.stat().st_mtime)
+    found = [path for path in found if not any(part.endswith(".training") for part in path.parts)]
+    if not found:
+        raise UsageError("no value network under out/ yet; `python train.py` trains one, in about 2 minutes on two cores")
+    return found[-1].parent
+
+
+def find_base(name: str | None, value: Path, info: dict) -> Path:
+    """The folder of the base to guide: as asked, or the one that the value network was trained on."""
+    if name is None:
+        recorded = Path(info["bases"][0])
+        beside = value.parent / recorded.name  # out/ may have been moved as a whole
+        return beside if beside.is_dir() and not recorded.is_dir() else recorded
+    if name.startswith("tiny-") and not Path(name).exists():
+        path = value.parent / name
+        if not path.is_dir():
+            raise UsageError(f"{path}: not there yet; `python train.py --base {name} --seed {info['seed']}` pretrains it, in a few minutes")
+        return path
+    return Path(name)
+
+
+def answer(guided: Guided, tokenizer: Tokenizer, template: str, turns: list[Turn], args: argparse.Namespace,
+           show: bool = False) -> str:
+    """The assistant's next turn; with `show` it is printed as it comes."""
+    prompt, _ = encode_chat(tokenizer, template, turns)
+    networks = [guided.base] if guided.value is None else [guided.base, guided.value.llama]
+    room = min(network.config.max_position_embeddings for network in networks) - len(prompt)
+    if room < 1:
+        raise UsageError(f"the conversation is {len(prompt)} tokens long, and the checkpoint ends at {room + len(prompt)}")
+    decoder = StreamDecoder(tokenizer)
+    end = end_token(tokenizer, template)
+    started = time.monotonic()
+    on_token = (lambda _, token: print(decoder.push(token), end="", flush=True)) if show else None
+    ids = generate(guided, [prompt], max_new_tokens=min(args.max_new_tokens, room), temperature=args.temperature,
+                   top_p=args.top_p, seed=args.seed, stop_ids={end, tokenizer.eos_id}, on_token=on_token)[0]
+    if show:
+        print(decoder.finish())
+        print(f"    {len(ids)} tokens, {len(ids) / (time.monotonic() - started):.1f} tokens/s", file=sys.stderr)
+    return tokenizer.decode(ids).strip()
+
+
+def chat(guided: Guided, tokenizer: Tokenizer, template: str, args: argparse.Namespace) -> None:
+    turns: list[Turn] = []
+    print("An empty line begins a new conversation, the end of input (Ctrl-D) leaves.")
+    while True:
+        try:
+            question = input("you> ").strip()
+        except EOFError:
+            return print()
+        if not question:
+            turns = []
+            continue
+        try:
+            said = answer(guided, tokenizer, template, turns + [("user", question)], args, show=True)
+        except UsageError as error:
+            print(f"({error}; an empty line begins a new one)")
+            continue
+        turns += [("user", question), ("assistant", said)]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--value", metavar="FOLDER", help="a value network (default: the newest under out/)")
+    parser.add_argument("--base", metavar="B", help="a checkpoint folder or a tiny name (default: the one it was trained on)")
+    parser.add_argument("--alpha", type=float, default=1.0, help="weight of z_delta; 0 is the base alone (default 1)")
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="questions to answer, each by the base alone and guided")
+    parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="per answer (default 256)")
+    parser.add_argument("--temperature", type=lambda text: positive_float(text, zero=True), default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=positive_float, default=1.0, help="sample from the likeliest tokens that make up this share")
+    parser.add_argument("--seed", type=lambda text: positive_int(text, zero=True), default=0, help="of sampling")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and computation")
+    args = parser.parse_args()
+    if args.top_p > 1:
+        parser.error("--top-p is a share, at most 1")
+    if not math.isfinite(args.alpha):
+        parser.error("--alpha must be a finite number")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    value_path = Path(args.value) if args.value else newest_value()
+    info = read_info(value_path)
+    base_path = find_base(args.base, value_path, info)
+    tokenizer, value_tokenizer = load_tokenizer(base_path), load_tokenizer(value_path)
+    check_same_family(tokenizer, value_tokenizer, str(base_path), str(value_path))
+    device, dtype = pick_device(args.dtype)
+    print(f"base {base_path}, value network {value_path}")
+    base = Llama.from_pretrained(base_path, getattr(torch, dtype), device)
+    value = ValueModel.from_pretrained(value_path, getattr(torch, dtype), device)
+    guided = Guided(base, value, alpha=args.alpha)
+    name, template = base_path.name, info["template"]
+    if args.chat:
+        return chat(guided, value_tokenizer, template, args)
+    if args.prompt:
+        for text in args.prompt:
+            print(f"\n{text}")
+            for label, system in [(f"{name} alone", Guided(base)), (f"{name} + value", guided)]:
+                print(f"    {label:{len(name) + 10}}{answer(system, value_tokenizer, template, [('user', text)], args)}")
+        return
+    world = world_of(value_path)
+    if world is None or world_of(base_path) is None:
+        raise UsageError("this pair is not from the tiny world, which brings its own questions; ask with --prompt or --chat")
+    systems = {f"{name} alone": Guided(base), f"{name} + value": guided}
+    own_path = find_base(None, value_path, info)
+    if own_path.resolve() != base_path.resolve() and own_path.is_dir():  # what the bigger base adds
+        own = Llama.from_pretrained(own_path, getattr(torch, dtype), device)
+        systems = {f"{name} alone": systems[f"{name} alone"], f"{own_path.name} + value": Guided(own, value, alpha=args.alpha),
+                   f"{name} + value": guided}
+    show_world(world, value_tokenizer, systems)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,95 @@
+"""Write tests/golden with transformers, an independent program: small checkpoints, their logits, and token ids.
+
+    python -m tests.make_golden                         # checkpoints and logits, with transformers 5
+    python -m tests.make_golden --tokenizers FOLDER     # token ids, with transformers 4 and protobuf, from
+                                                        # llama2-tokenizer.model and llama3-tokenizer.model in FOLDER
+
+The results are in the repository, so the tests themselves need no transformers. Run it again only to add a case.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+GOLDEN = Path(__file__).parent / "golden"
+
+COMMON = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=96,
+              max_position_embeddings=256, rms_norm_eps=1e-5)
+LLAMA3 = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64, rope_theta=500000.0)
+STYLES = {
+    "llama-2": COMMON,
+    "tinyllama": COMMON | dict(num_key_value_heads=2),
+    "codellama": COMMON | dict(vocab_size=112, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+    "llama-3.2": COMMON | dict(num_key_value_heads=2, tie_word_embeddings=True, rope_parameters=LLAMA3),
+    "own-head-dim": COMMON | dict(num_key_value_heads=1, head_dim=12),
+    "linear": COMMON | dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)),
+}
+
+# Scripts, emoji, runs of spaces, code, numbers, and other things that tokenizers disagree about.
+HARD_STRINGS = [
+    "", " ", "  ", "a", " a", "a ", "  two  spaces  ", "\n", "\n\n\n", "\t", "tab\tand\nnewline\r\n", "x" * 50,
+    "Hello, world!", "I'll, you've, DON'T, it's", "naïve café — “quoted” …", "Straße ÄÖÜ ß", "Ελληνικά και άλλα",
+    "Русский текст, пожалуйста", "עברית מימין לשמאל", "العربية أيضا", "हिन्दी में वाक्य", "ไทยไม่มีช่องว่าง", "汉字和标点。", "日本語テキスト、カタカナ",
+    "한국어 문장", "👍", "👩‍👩‍👧‍👦 family 🇩🇪", "e\u0301 combining n\u0303", "\u200bzero\u200dwidth", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𓀀",
+    "0123456789", "3.14159e-10 1,000,000 0xFF", "def f(x):\n    return x ** 2  # square\n", "for (int i=0;i<10;++i){a[i]+=1;}",
+    "<html><body class=\"x\">&amp;</body></html>", "[INST] <<SYS>> [/INST]", "https://example.org/a?b=c&d=%20#e",
+    "\u00a0non\u00a0breaking", "\ufeffmark", "null\x00byte \x07bell \x1b[0m", "\ufffd replacement", "MiXeD CaSe WoRdS ANDMORE",
+]
+
+
+def seeded(config):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():  # far from the initialisation, so that no part can hide
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() == 2 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def tokens_for(vocab_size: int):
+    import torch
+
+    return torch.randint(vocab_size, (2, 150), generator=torch.Generator().manual_seed(1))
+
+
+def write_checkpoints() -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    for name, settings in STYLES.items():
+        folder = GOLDEN / name
+        shutil.rmtree(folder, ignore_errors=True)
+        model = seeded(LlamaConfig(**settings))
+        model.save_pretrained(folder, max_shard_size="20KB" if name == "codellama" else "5GB")
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        with torch.no_grad():
+            logits = model(tokens_for(settings["vocab_size"])).logits
+        save_file({"logits": logits[:, ::10].contiguous()}, folder / "golden_logits.safetensors")
+
+
+def write_token_ids(folder: Path) -> None:
+    # transformers 5 derives other merges from Llama-2's tokenizer.model than SentencePiece has (runs of spaces), so
+    # these come from transformers 4, whose fast tokenizers are a second implementation of the same file.
+    from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    from data.tokenizer import TiktokenTokenizer  # for the split pattern alone, which is part of Llama-3's definition
+
+    llama2 = LlamaTokenizerFast(vocab_file=str(folder / "llama2-tokenizer.model"), legacy=True, add_prefix_space=True)
+    llama3 = PreTrainedTokenizerFast(tokenizer_object=TikTokenConverter(
+        str(folder / "llama3-tokenizer.model"), TiktokenTokenizer.pattern, additional_special_tokens=[]).converted())
+    for name, tokenizer in {"llama-2": llama2, "llama-3": llama3}.items():
+        cases = [{"text": text, "ids": tokenizer.encode(text, add_special_tokens=False)} for text in HARD_STRINGS]
+        (GOLDEN / f"token_ids_{name}.json").write_text(json.dumps(cases, ensure_ascii=True, indent=0) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokenizers", type=Path, help="write the token ids, with the tokenizers in this folder")
+    args = parser.parse_args()
+    write_token_ids(args.tokenizers) if args.tokenizers else write_checkpoints()
