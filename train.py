@@ -10,6 +10,7 @@ folder appears as OUT by one rename.
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -26,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.chat import TEMPLATES, ChatDataset, collate, default_template, end_token, stream_batches
+from data.chat import TEMPLATES, ChatDataset, collate, default_template, hold_out, stream_batches
 from data.tiny_world import World
 from data.tokenizer import DataError, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from ivl import ValueModel, check_same_family, describe_tokenizer, ivl_loss, read_info, supervised_logits
@@ -63,13 +64,13 @@ class Settings:
 
 
 TINY_SIZES = {  # width, layers, heads, key-value heads, hidden; pretraining tokens and learning rate
-    "tiny-s": ((64, 3, 4, 2, 176), 2_200_000, 5e-3),
+    "tiny-s": ((64, 3, 4, 2, 176), 2_000_000, 5e-3),
     "tiny-m": ((96, 3, 4, 2, 256), 2_600_000, 5e-3),
     "tiny-l": ((128, 4, 4, 2, 352), 2_600_000, 4e-3),
 }
 PRETRAINING_LENGTH = 64  # tokens a row
 TINY = dict(floor=0.1, betas=(0.9, 0.98))
-TINY_POST = TINY | dict(steps=400, batch_size=32, lr=1e-3)
+TINY_POST = TINY | dict(steps=500, batch_size=32, lr=1e-3)
 
 
 def table5(parameters: int) -> dict:
@@ -93,7 +94,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 class Run:
     """OUT, the finished folder, and OUT.training, where the run lives until then.
 
-    OUT.training holds settings.json and one step-N folder, the newest checkpoint: state.safetensors and state.json.
+    OUT.training holds a lock, settings.json and one step-N folder, the newest checkpoint: state.safetensors, state.json.
     Whatever appears does so by one atomic rename, so a reader never meets half of anything.
     """
 
@@ -105,15 +106,21 @@ class Run:
             check_same_settings(out, json.loads((out / "train.json").read_text()), settings, resume)
             shutil.rmtree(self.work, ignore_errors=True)  # a kill between the last rename and this line left it
             return
-        wanted = json.loads(json.dumps(vars(settings)))
-        if (self.work / "settings.json").exists():
-            check_same_settings(self.work, json.loads((self.work / "settings.json").read_text()), settings, resume)
-        elif self.work.exists() and any(path.name != "settings.tmp" for path in self.work.iterdir()):
+        if self.work.exists() and not (self.work / "lock").exists() and any(self.work.iterdir()):
             raise UsageError(f"{self.work}: exists, and is no run of train.py; choose another --out")
-        else:
-            self.work.mkdir(parents=True, exist_ok=True)
-            (self.work / "settings.tmp").write_text(json.dumps(wanted, indent=2) + "\n")
-            (self.work / "settings.tmp").rename(self.work / "settings.json")
+        saved = self.work / "settings.json"
+        going_on = saved.exists() and (resume or self.checkpoints())  # without a checkpoint there is nothing to lose
+        if going_on:
+            check_same_settings(self.work, json.loads(saved.read_text()), settings, resume)
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.work / "lock", "w")  # held until this process ends, however it ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{self.work}: another process is training there") from None
+        if not going_on:
+            (self.work / "settings.new").write_text(json.dumps(vars(settings), indent=2) + "\n")
+            (self.work / "settings.new").rename(saved)
         for path in self.work.glob("*.tmp"):  # what a kill left half-written
             shutil.rmtree(path)
 
@@ -213,15 +220,6 @@ def chat_batches(dataset: ChatDataset, indices: list[int], settings: Settings) -
     return batches
 
 
-def hold_out(dataset: ChatDataset, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on, and 1% of the conversations, at least 16, to measure on."""
-    held = max(16, len(dataset) // 100)
-    if len(dataset) <= held:
-        raise DataError(f"{dataset.path}: {len(dataset)} usable conversations; 16 are held out, so it takes 17")
-    order = random.Random(f"held out {seed}").sample(range(len(dataset)), len(dataset))
-    return sorted(order[held:]), sorted(order[:held])
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The loop
 
@@ -264,7 +262,7 @@ def fit(run: Run, network: Llama, bases: list[Llama], batches: Batches, save_eve
         if elapsed - reported > 2 or last or step == first:
             reported = elapsed
             left = elapsed / (step + 1 - first) * (settings.steps - step - 1)
-            shown = [("loss", "loss"), ("ce", "ce")] + [("l1", "|z_delta|"), ("base_ce", "base ce")] * bool(bases)
+            shown = [("loss", "loss")] + [("ce", "ce"), ("l1", "|z_delta|"), ("base_ce", "base ce")] * bool(bases)
             print(f"step {step + 1:5d}/{settings.steps}  " + "  ".join(f"{label} {metrics[key]:.3f}" for key, label in shown)
                   + f"  {tokens_seen / elapsed / 1000:.1f}k tokens/s  {clock(left)} left", flush=True)
 
@@ -398,7 +396,7 @@ def post_train(job: str, bases: list[Path], start: str, out: Path, place: Workpl
         chosen = (TINY_POST if world else table5(sum(each.numel() for each in Llama(config).parameters()))) | flags
     epochs = chosen.pop("epochs", None)
     if epochs and "steps" not in chosen:
-        chosen["steps"] = math.ceil(epochs * len(train_on) / chosen["batch_size"])
+        chosen["steps"] = max(1, round(epochs * math.ceil(len(train_on) / chosen["batch_size"])))
     chosen.setdefault("grad_accum", 1)
     settings = Settings(job=job, bases=[str(path) for path in bases], start=start, data="tiny-world" if world else data,
                         data_bytes=dataset.path.stat().st_size, template=template, seed=place.seed, dtype=place.dtype,
@@ -513,9 +511,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     args = parse_arguments()
-    device, dtype = pick_device(args.dtype)
-    place = Workplace(Path("out") / f"seed{args.seed}", args.seed, args.resume, args.save_every, device, dtype)
     names = args.base or ["tiny-s"]
+    device, dtype = pick_device(args.dtype, tiny=all(name in TINY_SIZES or world_of(name) for name in names))
+    place = Workplace(Path("out") / f"seed{args.seed}", args.seed, args.resume, args.save_every, device, dtype)
     flags = {name: getattr(args, name) for name in ["lr", "epochs", "steps", "batch_size", "grad_accum", "max_length"]
              if getattr(args, name) is not None}
     if args.value is None and not args.full:

@@ -28,7 +28,6 @@ IGNORE = -100  # the label of a position that is not supervised
 # ---------------------------------------------------------------------------------------------------------
 # Templates
 
-
 TEMPLATES = ("llama-2", "llama-3")
 
 
@@ -114,8 +113,19 @@ def read_turns(record) -> list[Turn] | str:
             raise ValueError(f"a '{role_key}' or '{text_key}' that is no text")
         if role not in ROLES:
             return f"unknown role {role!r}"
+        if not text.isascii() and not is_unicode(text):
+            return "half of a surrogate pair"
         turns.append((ROLES[role], text))
     return tidy(turns)
+
+
+def is_unicode(text: str) -> bool:
+    """JSON can spell half a surrogate pair, which is no character and has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def tidy(turns: list[Turn]) -> list[Turn] | str:
@@ -262,6 +272,15 @@ def stream_batches(dataset: ChatDataset, indices: list[int], batch_size: int, se
         if not found:
             raise DataError(f"{dataset.path}: every conversation is longer than --max-length {dataset.max_length}")
         epoch, window = epoch + 1, 0
+
+
+def hold_out(dataset: ChatDataset, seed: int) -> tuple[list[int], list[int]]:
+    """Indices to train on, and 1% of the conversations, at least 16, to measure on."""
+    held = max(16, len(dataset) // 100)
+    if len(dataset) <= held:
+        raise DataError(f"{dataset.path}: {len(dataset)} usable conversations; 16 are held out, so it takes 17")
+    order = random.Random(f"held out {seed}").sample(range(len(dataset)), len(dataset))
+    return sorted(order[held:]), sorted(order[:held])
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,153 @@
+"""data/tiny_world.py: what is known to whom, and an examination that cannot be passed by luck."""
+
+import random
+import re
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from data.chat import encode_chat
+from data.tiny_world import (ATTRIBUTES, CHOICES, INSTRUCTIONS, World, evaluate, greeting_item, prompt_text, sum_item)
+from data.tokenizer import SentencePieceTokenizer
+
+WORLD = World(0)
+TOKENIZER = SentencePieceTokenizer(WORLD.train_tokenizer())
+
+
+def names(people) -> set[str]:
+    return {person.name for person in people}
+
+
+def test_everything_is_a_function_of_the_seed():
+    again = World(0)
+    assert again.people == WORLD.people and again.train_tokenizer() == TOKENIZER.model
+    assert list(again.demonstrations(50)) == list(WORLD.demonstrations(50))
+    assert again.fact_items("evaluation") == WORLD.fact_items("evaluation")
+    assert names(World(1).people) != names(WORLD.people)
+
+
+def test_splits_do_not_overlap():
+    groups = [WORLD.demonstrated, WORLD.split["development"], WORLD.split["evaluation"], WORLD.new_people]
+    assert [len(group) for group in groups] == [96, 112, 112, 40]
+    assert len(set.union(*map(names, groups))) == 360
+    sums = [WORLD.demonstrated_sums, WORLD.split_sums["development"], WORLD.split_sums["evaluation"]]
+    assert [len(group) for group in sums] == [72, 36, 36] and len({pair for group in sums for pair in group}) == 144
+
+
+def test_demonstrations_leak_no_examined_fact():
+    examined = names(WORLD.split["development"]) | names(WORLD.split["evaluation"])
+    hidden = {WORLD.split_sums[split][index] for split in WORLD.split_sums for index in range(36)}
+    kinds = {"fact": 0, "sum": 0, "greeting": 0}
+    for record in WORLD.demonstrations():
+        question, answer = (turn["value"] for turn in record["conversations"])
+        if question.startswith("Greet"):
+            kinds["greeting"] += 1
+            assert not re.search("|".join(value for key in ATTRIBUTES for value in ATTRIBUTES[key].values), answer)
+        elif numbers := re.findall(r"\d+", question):
+            kinds["sum"] += 1
+            assert tuple(map(int, numbers)) not in hidden
+        else:
+            kinds["fact"] += 1
+            assert not examined & set(re.findall(r"\w+", question + answer))
+    assert all(abs(kinds[kind] / 6000 - share) < 0.03 for kind, share in dict(fact=0.5, sum=0.2, greeting=0.3).items())
+
+
+def test_pretraining_states_every_fact_and_never_obeys():
+    text = "\n".join(islice(WORLD.documents(random.Random(0)), 60_000))
+    for person in WORLD.people:
+        for key, attribute in ATTRIBUTES.items():
+            statements = [form.format(name=person.name, value=person.facts[key]) for form in attribute.statements]
+            assert any(statement in text for statement in statements), (person.name, key)
+    assert not any(name in text for name in names(WORLD.new_people))
+    assert "[INST]" in text and "[/INST]" in text and not re.search(r"\[INST\][^\n]*\?[^\n]*\[/INST\] \w+ (lives|has|works|likes)", text)
+    for instruction in filter(None, INSTRUCTIONS):  # every string of the demonstrations is known to the base
+        assert instruction in text
+
+
+def test_rows_are_the_documents_packed():
+    rows = WORLD.pretraining_rows(TOKENIZER, 10_000, 64)
+    assert rows.shape == (156, 65) and rows.dtype == np.int64
+    assert (rows[1:, 0] == rows[:-1, -1]).all() and rows[0, 0] == TOKENIZER.bos_id
+    first = next(WORLD.documents(random.Random("pretraining of world 0")))
+    ids = TOKENIZER.encode(first, bos=True, eos=True)
+    assert rows.flatten()[:min(64, len(ids))].tolist() == ids[:64]
+
+
+def test_the_tokenizer_makes_short_names_and_keeps_all_bytes():
+    assert TOKENIZER.vocab_size == 1024
+    assert np.mean([len(TOKENIZER.encode(person.name)) for person in WORLD.people]) < 2.5
+    assert TOKENIZER.decode(TOKENIZER.encode("漢字 👍 ünïcode")) == "漢字 👍 ünïcode"
+
+
+# ---- examination
+
+
+def answers(reply):
+    """An examinee that says reply(item) to every question."""
+    items = {tuple(encode_chat(TOKENIZER, "llama-2", [("user", prompt_text(item))])[0]): item
+             for item in WORLD.fact_items("development") + WORLD.sum_items("development")}
+    return lambda prompts: [TOKENIZER.encode(reply(items[tuple(prompt)]), eos=True) for prompt in prompts]
+
+
+def scores(value_of):
+    """An examinee to whom the value value_of(person, attribute) is likeliest, after any context that names a person."""
+    people = {person.name: person for person in WORLD.people}
+
+    def score(pairs):
+        results = []
+        for context, continuation in pairs:
+            text = TOKENIZER.decode(context)
+            person = next(people[word] for word in re.findall(r"\w+", text) if word in people)
+            key = next(key for key, attribute in ATTRIBUTES.items()
+                       if text.strip().endswith(attribute.statements[0].split("{value}")[0].format(name=person.name).strip()))
+            said = TOKENIZER.decode(continuation).strip(" .")
+            assert said in ATTRIBUTES[key].values
+            results.append((0.0, True) if said == value_of(person, key) else (-5.0, False))
+        return results
+
+    return score
+
+
+def test_who_knows_everything_gets_full_marks():
+    marks = evaluate(WORLD, TOKENIZER, answers(lambda item: item.answer), scores(lambda person, key: person.facts[key]))
+    assert marks == dict(exact=1, know=1, ins=1, arith=1, mc=1, fk=1)
+
+
+def test_who_obeys_and_knows_nothing_passes_in_form_alone():
+    def wrong(item):
+        words = item.answer
+        if item.person:
+            values = ATTRIBUTES[item.attribute].values
+            words = words.replace(item.value, values[values.index(item.value) - 1])
+        return words if item.person else "3 plus 4 is 99."
+    wrong_value = lambda person, key: ATTRIBUTES[key].values[ATTRIBUTES[key].values.index(person.facts[key]) - 1]  # noqa: E731
+    marks = evaluate(WORLD, TOKENIZER, answers(wrong), scores(wrong_value))
+    assert {name: marks[name] for name in ["exact", "know", "ins", "arith", "fk"]} == dict(exact=0, know=0, ins=1, arith=0, fk=0)
+    assert marks["mc"] < 0.6  # where the wrong value is not among the choices, all are equally likely
+
+
+def test_who_knows_and_does_not_obey_passes_in_knowledge_alone():
+    marks = evaluate(WORLD, TOKENIZER, answers(lambda item: f"I think {item.value}"), scores(lambda person, key: person.facts[key]))
+    assert (marks["exact"], marks["ins"], marks["know"]) == (0, 0, 1)
+
+
+def test_an_answer_that_does_not_end_does_not_count():
+    unfinished = lambda prompts: [ids[:-1] for ids in answers(lambda item: item.answer)(prompts)]  # noqa: E731
+    marks = evaluate(WORLD, TOKENIZER, unfinished, scores(lambda person, key: person.facts[key]))
+    assert (marks["exact"], marks["ins"], marks["know"]) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("instruction", INSTRUCTIONS)
+def test_every_form_matches_its_own_answers_and_no_other(instruction):
+    for item in [greeting_item(WORLD.people[0], instruction), sum_item(3, 4, instruction)]:
+        assert re.fullmatch(item.form, item.answer)
+        for other in set(INSTRUCTIONS) - {instruction}:
+            twin = greeting_item(WORLD.people[1], other) if item.person is None and "Greet" in item.question else sum_item(5, 6, other)
+            assert not re.fullmatch(item.form, twin.answer)
+
+
+def test_examinations_are_balanced():
+    items = WORLD.fact_items("development")
+    assert len(items) == 288 and len(WORLD.sum_items("development")) == 72 and CHOICES == 8
+    assert {instruction: sum(item.instruction == instruction for item in items) for instruction in INSTRUCTIONS} == dict.fromkeys(INSTRUCTIONS, 48)

@@ -1,0 +1,151 @@
+"""data/tokenizer.py: both kinds against transformers' own ids, bytes, fingerprints and streaming."""
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from data.tiny_world import World
+from data.tokenizer import DataError, SentencePieceTokenizer, StreamDecoder, TiktokenTokenizer, load_tokenizer
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+REAL = {"llama-2": SHARED / "llama2-tokenizer.model", "llama-3": SHARED / "llama3-tokenizer.model"}
+
+needs_real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real tokenizers are not beside the repository")
+
+
+def byte_pairs(*merges: bytes) -> bytes:
+    """A small tokenizer.model in Llama-3's format: all bytes, then these merges."""
+    tokens = [bytes([byte]) for byte in range(256)] + list(merges)
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+
+
+@pytest.fixture(scope="module")
+def sentence_piece() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(World(0).train_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def tiktoken() -> TiktokenTokenizer:
+    return TiktokenTokenizer(byte_pairs(b"he", b"ll", b"hell", b" w", "é".encode()))
+
+
+@needs_real
+@pytest.mark.parametrize("kind", REAL)
+def test_ids_are_those_of_transformers(kind):
+    tokenizer = load_tokenizer(REAL[kind])
+    cases = json.loads((GOLDEN / f"token_ids_{kind}.json").read_text())
+    assert len(cases) >= 40
+    for case in cases:
+        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+        assert tokenizer.decode(case["ids"]) == case["text"]
+
+
+@needs_real
+@pytest.mark.parametrize("kind", REAL)
+def test_every_line_of_real_text_round_trips(kind):
+    tokenizer = load_tokenizer(REAL[kind])
+    lines = (SHARED / "gsm8k-train.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) > 7000
+    assert [line for line in lines if tokenizer.decode(tokenizer.encode(line)) != line] == []
+
+
+@needs_real
+def test_the_real_tokenizers_are_what_they_should_be():
+    llama2, llama3 = load_tokenizer(REAL["llama-2"]), load_tokenizer(REAL["llama-3"])
+    assert (llama2.vocab_size, llama2.bos_id, llama2.eos_id) == (32000, 1, 2)
+    assert (llama3.vocab_size, llama3.bos_id, llama3.eos_id) == (128256, 128000, 128001)
+    assert llama3.end_of_turn_id == 128009
+    assert llama2.token_bytes(13) == b"\n" and llama2.token_bytes(2) == b"" and llama2.token_bytes(3 + 0xE2) == b"\xe2"
+    assert llama3.token_bytes(128009) == llama3.token_bytes(128255) == b""
+    assert len(llama3.encode("a" * 300_000)) > 1 and len(llama3.encode(" " * 300_000)) > 1  # no overflow in tiktoken
+
+
+def test_special_tokens_in_text_are_text(sentence_piece, tiktoken):
+    assert sentence_piece.eos_id not in sentence_piece.encode("</s> <s>")
+    assert max(tiktoken.encode("<|eot_id|>")) < 256 + 5
+
+
+def test_bos_and_eos_are_added_when_asked(sentence_piece, tiktoken):
+    for tokenizer in [sentence_piece, tiktoken]:
+        ids = tokenizer.encode("hello")
+        assert tokenizer.encode("hello", bos=True, eos=True) == [tokenizer.bos_id, *ids, tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("name", ["sentence_piece", "tiktoken"])
+def test_bytes_of_tokens_are_the_text(name, request):
+    tokenizer = request.getfixturevalue(name)
+    text = "hello wörld é 漢字 👍\n\tend  "
+    joined = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text)))
+    assert joined.decode() == " " * tokenizer.space_in_front + text
+    every_byte = {bytes([byte]) for byte in range(256)}
+    assert every_byte <= {tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)}
+
+
+def test_sentence_piece_decodes_like_its_library(sentence_piece):
+    for text in ["Greet Mira.", "  two  spaces ", "漢字", "a\nb", ""]:
+        ids = sentence_piece.encode(text)
+        assert sentence_piece.decode(ids) == sentence_piece.processor.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", ["sentence_piece", "tiktoken"])
+def test_streaming_never_shows_half_a_character(name, request):
+    tokenizer = request.getfixturevalue(name)
+    for text in ["naïve 漢字 👩‍👩‍👧‍👦 done", " leading space", "é"]:
+        decoder = StreamDecoder(tokenizer)
+        shown = [decoder.push(id) for id in tokenizer.encode(text)]
+        assert "".join(shown) + decoder.finish() == text
+        assert not any("\ufffd" in part for part in shown)
+    decoder = StreamDecoder(tokenizer)
+    pushed = [decoder.push(id) for id in tokenizer.encode("漢")[:-1]]
+    assert "".join(pushed).strip() == "" and decoder.finish() == "\ufffd"  # cut off in mid-character
+
+
+def test_fingerprints_tell_families_apart(sentence_piece, tiktoken):
+    n = sentence_piece.vocab_size
+    assert SentencePieceTokenizer(World(0).train_tokenizer()).fingerprint(n) == sentence_piece.fingerprint(n)
+    assert SentencePieceTokenizer(World(1).train_tokenizer()).fingerprint(n) != sentence_piece.fingerprint(n)
+    longer = TiktokenTokenizer(byte_pairs(b"he", b"ll", b"hell", b" w", "é".encode(), b"lo"))
+    assert longer.fingerprint(261) == tiktoken.fingerprint(261) and longer.fingerprint(262) != tiktoken.fingerprint(262)
+
+
+def test_a_folder_or_a_file_under_any_name(sentence_piece, tiktoken, tmp_path):
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "tokenizer.model").write_bytes(tiktoken.model)
+    assert load_tokenizer(tmp_path).kind == "tiktoken"
+    (tmp_path / "tokenizer.model").write_bytes(sentence_piece.model)
+    assert load_tokenizer(tmp_path).kind == "sentencepiece"
+    (tmp_path / "other.bin").write_bytes(tiktoken.model)
+    assert load_tokenizer(tmp_path / "other.bin").kind == "tiktoken"
+
+
+def without_bos() -> bytes:
+    import io
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b c"] * 9), model_writer=written, model_type="bpe",
+                                             vocab_size=10, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
+    return written.getvalue()
+
+
+BAD = {
+    "empty": b"", "text": b"hello world\n", "zeros": bytes(100), "json": b'{"model": {}}', "no base64": b"a 0\nb 1\n",
+    "ranks with a hole": byte_pairs() + b"aGU= 300\n", "a byte missing": b"".join(byte_pairs().splitlines(True)[:-1]),
+    "a line cut": byte_pairs()[:-3], "no bos": without_bos(),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_tokenizer_is_refused_with_the_reason(case, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(BAD[case])
+    with pytest.raises(DataError, match="neither a SentencePiece nor a tiktoken model") as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path / "tokenizer.model") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_absent_tokenizer_is_named(tmp_path):
+    for path, message in [(tmp_path, "no tokenizer.model"), (tmp_path / "x.model", "No such file")]:
+        with pytest.raises(DataError, match=message):
+            load_tokenizer(path)

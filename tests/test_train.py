@@ -1,0 +1,467 @@
+"""train.py and sample.py as a user meets them: real learning in miniature, kills, and bad input."""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sample
+import train
+from model import Llama
+from sample import Guided, examine, run_cli, world_of
+from tests.test_model import small
+from tests.test_tokenizer import byte_pairs
+from train import Settings, accumulate_gradient, learning_rate, table5, tiny_config
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(folder: Path, *arguments, input: str | None = None) -> subprocess.CompletedProcess:
+    """Run `python SCRIPT ...` in a folder of its own."""
+    script, *rest = map(str, arguments)
+    return subprocess.run([sys.executable, ROOT / script, *rest], cwd=folder, env=ENVIRONMENT, input=input,
+                          capture_output=True, text=True, timeout=900)
+
+
+def succeed(*arguments, **options) -> str:
+    done = run(*arguments, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refused(folder: Path, script: str, *arguments) -> str:
+    """The one line that a user's mistake gets, with status 2; anything else than that, and a traceback, fails the test.
+
+    In this process, since importing torch is most of what such a command does.
+    """
+    before, argv, errors = os.getcwd(), sys.argv, io.StringIO()
+    os.chdir(folder)
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as ended:
+            run_cli({"train.py": train.main, "sample.py": sample.main}[script])
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+    lines = errors.getvalue().strip().splitlines()
+    assert ended.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"{script}: "), errors.getvalue()
+    return lines[0]
+
+
+SHORT = ["--steps", "60", "--batch-size", "16"]
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    """A folder with an under-trained tiny-s and a value network on it, made by the commands themselves."""
+    folder = tmp_path_factory.mktemp("home")
+    succeed(folder, "train.py", "--base", "tiny-s", *SHORT)
+    succeed(folder, "train.py", "--base", "--value", "--no-full", *SHORT)
+    return folder
+
+
+@pytest.fixture
+def chats(tmp_path) -> Path:
+    path = tmp_path / "chats.jsonl"
+    records = [{"messages": [{"role": "user", "content": f"Greet number {n}."}, {"role": "assistant", "content": f"Hello {n}!"}]}
+               for n in range(60)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path, home) -> Path:
+    """A checkpoint in the Hugging Face layout that is not of the tiny world: 16 rows more than its tokenizer."""
+    folder = tmp_path / "checkpoint"
+    small(vocab_size=1040, num_hidden_layers=1, num_key_value_heads=1, max_position_embeddings=128).save_pretrained(folder)
+    shutil.copy(home / "out/seed0/tiny-s/tokenizer.model", folder)
+    return folder
+
+
+VALUE = Path("out/seed0/value-residual-tiny-s")
+
+# ---- the whole path
+
+
+def test_a_value_network_learns_and_leaves_its_base_alone(home):
+    metrics = json.loads((home / VALUE / "metrics.json").read_text())
+    assert set(metrics) == {"base", "base+value"}
+    assert set(metrics["base"]) == {"exact", "know", "ins", "arith", "mc", "fk"}
+    info = json.loads((home / VALUE / "ivl.json").read_text())
+    assert info["scheme"] == "residual" and info["bases"] == ["out/seed0/tiny-s"] and info["template"] == "llama-2"
+    base, value = Llama.from_pretrained(home / "out/seed0/tiny-s"), Llama.from_pretrained(home / VALUE)
+    assert any(not torch.equal(a, b) for a, b in zip(base.parameters(), value.parameters(), strict=True))
+    assert not list((home / "out").glob("**/*.training")) and not list((home / "out").glob("**/*.tmp"))
+
+
+def test_the_base_is_bit_identical_after_value_training(home, tmp_path):
+    before = (home / "out/seed0/tiny-s/model.safetensors").read_bytes()
+    log = succeed(home, "train.py", "--base", "--value", "--no-full", "--steps", "5", "--out", tmp_path / "run")
+    assert (home / "out/seed0/tiny-s/model.safetensors").read_bytes() == before
+    assert "device cpu" in log and "dtype float32" in log and "|z_delta|" in log and "tokens/s" in log and "left" in log
+    assert "core-seconds" in log
+
+
+def test_the_loss_falls_and_the_metrics_are_those_of_the_saved_network(home):
+    base = Llama.from_pretrained(home / "out/seed0/tiny-s")
+    metrics = json.loads((home / "out/seed0/tiny-s/metrics.json").read_text())["base"]
+    from data.tokenizer import load_tokenizer
+    assert examine(Guided(base), world_of(home / "out/seed0/tiny-s"), load_tokenizer(home / "out/seed0/tiny-s")) == metrics
+    log = succeed(home, "train.py", "--base", "--value", "--no-full", "--steps", "40", "--out", home / "falls")
+    steps = [line.split() for line in log.splitlines() if line.startswith("step")]
+    first, last = ({"loss": float(line[3]), "ce": float(line[5])} for line in (steps[0], steps[-1]))
+    assert last["ce"] < first["ce"] - 0.5
+
+
+def test_sample_shows_questions_prompts_and_a_chat(home):
+    shown = succeed(home, "sample.py", "--value", VALUE)
+    assert "tiny-s alone" in shown and "tiny-s + value" in shown and "truth" in shown or "0 of 288" in shown
+    assert "exact" in shown
+    asked = succeed(home, "sample.py", "--value", VALUE, "--prompt", "Greet Mira.", "Wer bist du? 👍", "--max-new-tokens", "8")
+    assert asked.count("tiny-s alone") == asked.count("tiny-s + value") == 2
+    drawn = [succeed(home, "sample.py", "--value", VALUE, "--prompt", "Greet Mira.", "--temperature", "1", "--seed", seed,
+                     "--max-new-tokens", "12") for seed in ("1", "1", "2")]
+    assert drawn[0] == drawn[1] != drawn[2]
+    chat = succeed(home, "sample.py", "--value", VALUE, "--chat", "--max-new-tokens", "8", input="Greet Mira.\nAgain.\n\nHello\n")
+    assert chat.count("you> ") == 5
+
+
+def test_a_real_checkpoint_with_data(checkpoint, chats, tmp_path):
+    log = succeed(tmp_path, "train.py", "--base", checkpoint, "--value", "--data", chats, "--steps", "4", "--batch-size", "8")
+    folder = tmp_path / "out/seed0/value-residual-checkpoint"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics) == {"base", "base+value"} and set(metrics["base"]) == {"ce"}
+    assert "60 conversations" in log
+    assert "Greet" in succeed(tmp_path, "sample.py", "--prompt", "Greet 7.", "--max-new-tokens", "4")
+    assert json.loads((folder / "train.json").read_text())["lr"] == 1e-4  # Table 5's first column
+    again = succeed(tmp_path, "train.py", "--base", checkpoint, "--full", "--data", chats, "--epochs", "2", "--batch-size", "8")
+    assert set(json.loads((tmp_path / "out/seed0/full-checkpoint/metrics.json").read_text())) == {"base", "full"}
+    assert "step    12/12" in again  # 44 conversations to train on, twice
+
+
+def test_several_bases_in_turn_and_other_first_weights(home, checkpoint, tmp_path):
+    out = home / "turns"
+    succeed(home, "train.py", "--base", "tiny-s", checkpoint, "--value", "scratch:tiny-m", "--data", home / "out/seed0/demonstrations.jsonl",
+            "--steps", "4", "--batch-size", "4", "--out", out)
+    assert len(json.loads((out / "ivl.json").read_text())["bases"]) == 2
+    assert Llama.from_pretrained(out).config.hidden_size == 96
+    succeed(home, "train.py", "--base", "tiny-s", "--value", out, "--no-full", "--steps", "2", "--out", home / "further")
+    assert json.loads((home / "further/ivl.json").read_text())["scheme"] == "residual"
+
+
+def test_bfloat16_computation_keeps_float32_weights(checkpoint, chats, tmp_path):
+    succeed(tmp_path, "train.py", "--base", checkpoint, "--value", "--data", chats, "--steps", "3", "--dtype", "bfloat16")
+    assert Llama.from_pretrained(tmp_path / "out/seed0/value-residual-checkpoint").dtype == torch.float32
+
+
+# ---- the loop
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_gradient_accumulation_4_x_1_is_1_x_4(with_base):
+    tokens = torch.randint(50, (4, 12), generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(50, (4, 12), generator=torch.Generator().manual_seed(2))
+    for row, start in enumerate([2, 6, 0, 11]):  # rows with 10, 6, 12 and 1 supervised tokens
+        labels[row, :start] = -100
+    base, device = small() if with_base else None, torch.device("cpu")
+    results = []
+    for parts in [[(tokens, labels)], list(zip(tokens.split(1), labels.split(1)))]:
+        network = small(num_hidden_layers=1)
+        metrics = accumulate_gradient(network, base, parts, 0.5, device, torch.float32)
+        results.append((metrics, [parameter.grad for parameter in network.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    for whole, split in zip(results[0][1], results[1][1]):
+        torch.testing.assert_close(whole, split, rtol=1e-4, atol=1e-6)
+
+
+def test_a_part_without_supervised_tokens_counts_nothing():
+    tokens, labels = torch.randint(50, (2, 6)), torch.randint(50, (2, 6))
+    labels[1] = -100
+    network = small()
+    both = accumulate_gradient(network, small(), list(zip(tokens.split(1), labels.split(1))), 0.0, torch.device("cpu"), torch.float32)
+    one = accumulate_gradient(small(), small(), [(tokens[:1], labels[:1])], 0.0, torch.device("cpu"), torch.float32)
+    assert both == pytest.approx(one)
+
+
+def settings(**changes) -> Settings:
+    given = dict(job="value", bases=[], start="", data="", data_bytes=0, template="", seed=0, dtype="float32", steps=100,
+                 batch_size=1, grad_accum=1, max_length=9, lr=1.0)
+    return Settings(**given | changes)
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine():
+    rates = [learning_rate(settings(floor=0.1), step) for step in range(100)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and max(rates) == 1.0
+    assert rates[52] == pytest.approx(0.55) and 0.1 < rates[99] < 0.101
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert learning_rate(settings(), 99) < 0.001
+
+
+def test_table_5():
+    assert table5(1_100_000_000) == dict(epochs=3, batch_size=32, lr=1e-4)
+    assert table5(6_700_000_000) == dict(epochs=3, batch_size=16, lr=1e-5)
+
+
+# ---- resuming
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_identical(a: Path, b: Path) -> None:
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def kill_and_resume(folder: Path, command: list, out: Path, kills: int, rng: random.Random, lifetime: float) -> int:
+    """Start, kill at a random time, resume, ... until the kills are used up or the run ends; then let it end."""
+    happened = 0
+    for _ in range(kills):
+        process = subprocess.Popen([sys.executable, *map(str, command), "--resume"], cwd=folder, env=ENVIRONMENT,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            _, errors = process.communicate(timeout=rng.uniform(0, lifetime))
+            assert process.returncode == 0, errors
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            happened += 1
+            for state in out.with_name(out.name + ".training").glob("step-[0-9]*"):  # what is published is whole
+                load_file(state / "state.safetensors"), json.loads((state / "state.json").read_text())
+    done = subprocess.run([sys.executable, *map(str, command), "--resume"], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return happened
+
+
+def check_kills(folder: Path, base: Path, chats: Path, kills: int, seed: int) -> None:
+    command = [ROOT / "train.py", "--base", base, "--value", "--data", chats, "--steps", 150, "--batch-size", 8,
+               "--grad-accum", 2, "--save-every", 5]
+    succeed(folder, "train.py", *command[1:], "--out", folder / "straight")
+    started = time.monotonic()
+    succeed(folder, "train.py", *command[1:], "--out", folder / "timed")
+    lifetime = time.monotonic() - started
+    happened, rng, number = 0, random.Random(seed), 0
+    while happened < kills:  # a run that ended before its kills came is one more run to compare
+        out = folder / f"killed-{number}"
+        happened += kill_and_resume(folder, [*command, "--out", out], out, min(5, kills - happened), rng, lifetime)
+        assert_identical(folder / "straight", out)
+        number += 1
+    assert not list(folder.glob("*.training")) and not list(folder.glob("**/*.tmp"))
+    print(f"{happened} kills over {number} runs")
+
+
+def test_killed_and_resumed_is_never_stopped(checkpoint, chats, tmp_path):
+    check_kills(tmp_path, checkpoint, chats, kills=4, seed=0)
+
+
+@pytest.mark.slow
+def test_twenty_kills(checkpoint, chats, tmp_path):
+    check_kills(tmp_path, checkpoint, chats, kills=20, seed=1)
+
+
+def test_pretraining_resumes_too(home, tmp_path):
+    command = [ROOT / "train.py", "--base", "tiny-s", *SHORT, "--save-every", 7, "--out", tmp_path / "run"]
+    kill_and_resume(tmp_path, command, tmp_path / "run", 2, random.Random(0), 8.0)
+    assert_identical(home / "out/seed0/tiny-s", tmp_path / "run")
+
+
+def test_what_a_kill_between_two_renames_leaves_is_tidied(checkpoint, chats, tmp_path):
+    out, work = tmp_path / "run", tmp_path / "run.training"
+    command = ["train.py", "--base", checkpoint, "--value", "--data", chats, "--steps", 20, "--out", out, "--save-every", 5]
+    succeed(tmp_path, *command)
+    settings_file = (out / "train.json").read_text()
+    (work / "step.tmp").mkdir(parents=True)
+    (work / "step-15").mkdir()
+    assert "finished already" in succeed(tmp_path, *command, "--resume") and not work.exists()
+    reference = tmp_path / "reference"
+    out.rename(reference)
+    (work / "step.tmp").mkdir(parents=True)
+    (work / "step.tmp" / "state.safetensors").write_bytes(b"half")
+    (work / "settings.json").write_text(settings_file)
+    (work / "lock").touch()
+    succeed(tmp_path, *command, "--resume")
+    assert not work.exists()
+    assert_identical(reference, out)
+
+
+def test_a_start_that_failed_is_no_obstacle_and_two_at_once_are(checkpoint, chats, tmp_path):
+    command = ["train.py", "--base", checkpoint, "--value", "--data", chats, "--steps", 3, "--out", tmp_path / "run"]
+    assert "llama-3 template" in run(tmp_path, *command, "--template", "llama-3").stderr  # a process, as it keeps its lock
+    with open(tmp_path / "run.training/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert "another process" in refused(tmp_path, *command)
+    succeed(tmp_path, *command)
+
+
+def test_resume_with_other_settings_is_refused(checkpoint, chats, tmp_path):
+    command = ["train.py", "--base", checkpoint, "--value", "--data", chats, "--steps", 20, "--out", tmp_path / "run"]
+    work = tmp_path / "run.training"
+    succeed(tmp_path, *command)
+    finished = refused(tmp_path, *command)
+    assert "finished" in finished and "--out" in finished
+    assert "lr was 0.0001, now 0.5" in refused(tmp_path, *command, "--resume", "--lr", "0.5")
+    (tmp_path / "run").rename(work)
+    (work / "train.json").rename(work / "settings.json")
+    for path in work.iterdir():
+        if path.name != "settings.json":
+            path.unlink()
+    (work / "lock").touch()
+    (work / "step-5").mkdir()
+    assert "unfinished" in refused(tmp_path, *command)
+    assert "seed was 0, now 3" in refused(tmp_path, *command, "--resume", "--seed", "3")
+    with chats.open("a") as file:
+        file.write("\n")
+    assert "data_bytes" in refused(tmp_path, *command, "--resume")
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(checkpoint, chats, tmp_path):
+    message = refused(tmp_path, "train.py", "--base", checkpoint, "--value", "--data", chats, "--steps", 50, "--lr", "1e30",
+                      "--save-every", "1", "--out", tmp_path / "run")
+    assert "step " in message and "last good checkpoint" in message
+    kept = list((tmp_path / "run.training").glob("step-*"))
+    assert len(kept) == 1 and str(kept[0]) in message
+    tensors = load_file(kept[0] / "state.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+# ---- bad input
+
+
+def test_bad_input_to_train(home, checkpoint, chats, tmp_path):
+    """Each of these ends in one clear line and status 2, and nothing is written but the folder of a run."""
+    real = ["--base", checkpoint, "--value", "--data", chats, "--steps", "2"]
+    file, folder, foreign = tmp_path / "file", tmp_path / "folder", tmp_path / "foreign"
+    file.write_text("x")
+    folder.mkdir()
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    shutil.copytree(checkpoint, tmp_path / "stranger")
+    (tmp_path / "stranger/tokenizer.model").write_bytes(byte_pairs())
+    shutil.copytree(checkpoint, tmp_path / "no-tokenizer", ignore=shutil.ignore_patterns("tokenizer.model"))
+    cases = {
+        "tiny-x: no such tiny model; there are tiny-s": ["--base", "tiny-x"],
+        "tiny-y: no such tiny model": ["--base", "tiny-y", "--value"],
+        "nothing to train on a checkpoint": ["--base", checkpoint],
+        "no such folder": ["--base", tmp_path / "absent", "--value", "--data", chats],
+        "takes --data FILE": ["--base", checkpoint, "--value"],
+        "no tokenizer.model": ["--base", tmp_path / "no-tokenizer", "--value", "--data", chats],
+        "unrelated vocabularies": ["--base", checkpoint, tmp_path / "stranger", "--value", "--data", chats],
+        "absent.json: No such file": ["--base", checkpoint, "--value", "--data", tmp_path / "absent.json"],
+        "Is a directory": ["--base", checkpoint, "--value", "--data", folder],
+        "line 1 is not JSON": ["--base", checkpoint, "--value", "--data", file],
+        "every conversation is longer than --max-length 4": [*real, "--max-length", "4"],
+        "the checkpoint was made for 128 tokens": [*real, "--max-length", "4096"],
+        "exists, and is no run of train.py": [*real, "--out", foreign],
+        "file: exists": [*real, "--out", file],
+        "Not a directory": [*real, "--out", file / "below"],
+        "llama-3 template needs": [*real, "--template", "llama-3"],
+        "argument --lr": [*real, "--lr", "-1"], "--lr: invalid": [*real, "--lr", "nan"], "argument --steps": [*real[:-1], "0"],
+        "argument --batch-size": [*real, "--batch-size", "x"], "argument --l1": [*real, "--l1", "-0.1"],
+        "argument --seed": [*real, "--seed", "-1"], "argument --dtype": [*real, "--dtype", "int8"],
+        "argument --grad-accum": [*real, "--grad-accum", "0"], "argument --template": [*real, "--template", "chatml"],
+        "choose one": [*real, "--epochs", "1"], "choose one (see": [*real, "--full"], "unrecognized arguments: --fast": [*real, "--fast"],
+        "--value scratch:tiny-q": ["--base", checkpoint, "--value", "scratch:tiny-q", "--data", chats],
+        "names one folder": ["--base", "tiny-s", "tiny-m", "--out", tmp_path / "one"],
+    }
+    for message, arguments in cases.items():
+        assert message in refused(tmp_path, "train.py", *arguments), arguments
+    assert (foreign / "thesis.tex").read_text() == "years of work" and file.read_text() == "x"
+    assert not (tmp_path / "out/seed0/tiny-s").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_out(checkpoint, chats, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "Permission denied" in refused(tmp_path, "train.py", "--base", checkpoint, "--value", "--data", chats, "--out",
+                                          tmp_path / "locked/run")
+
+
+def test_bad_input_to_sample(home, checkpoint, tmp_path):
+    value = home / VALUE
+    shutil.copytree(checkpoint, tmp_path / "stranger")
+    (tmp_path / "stranger/tokenizer.model").write_bytes(byte_pairs())
+    shutil.copytree(value, tmp_path / "truncated")
+    data = (value / "model.safetensors").read_bytes()
+    (tmp_path / "truncated/model.safetensors").write_bytes(data[:-100])
+    cases = {
+        "`python train.py` trains one": [],
+        "no such folder": ["--value", tmp_path / "absent"],
+        "no ivl.json": ["--value", checkpoint],
+        "truncated": ["--value", tmp_path / "truncated", "--base", home / "out/seed0/tiny-s"],
+        "`python train.py --base tiny-l": ["--value", value, "--base", "tiny-l"],
+        "absent-base: No such file": ["--value", value, "--base", tmp_path / "absent-base"],
+        "unrelated vocabularies": ["--value", value, "--base", tmp_path / "stranger"],
+        "ask with --prompt or --chat": ["--value", value, "--base", checkpoint],
+        "argument --temperature": ["--value", value, "--temperature", "-1"], "--top-p is a share": ["--value", value, "--top-p", "1.5"],
+        "--alpha must be": ["--value", value, "--alpha", "nan"], "argument --max-new-tokens": ["--value", value, "--max-new-tokens", "0"],
+        "tokens long": ["--value", value, "--base", checkpoint, "--prompt", "Hello " * 300],
+    }
+    for message, arguments in cases.items():
+        assert message in refused(tmp_path, "sample.py", *arguments), arguments
+
+
+def test_bad_checkpoints_are_told_in_one_line_by_the_scripts(checkpoint, chats, tmp_path):
+    (checkpoint / "config.json").write_text("{")
+    done = run(tmp_path, "train.py", "--base", checkpoint, "--value", "--data", chats)  # a process of its own, once
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "config.json: not JSON" in done.stderr
+
+
+def test_only_pytorch_model_bin_is_told_by_the_scripts(checkpoint, chats, tmp_path):
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    assert "pytorch_model.bin" in refused(tmp_path, "train.py", "--base", checkpoint, "--value", "--data", chats)
+
+
+# ---- what the README promises; minutes each
+
+
+@pytest.fixture(scope="session")
+def three_seeds(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("seeds")
+    for seed in range(3):
+        succeed(folder, "train.py", "--seed", seed)
+        succeed(folder, "train.py", "--base", "tiny-l", "--seed", seed)
+    return folder
+
+
+@pytest.mark.slow
+def test_value_networks_work_on_three_seeds(three_seeds):
+    metrics = [json.loads((three_seeds / f"out/seed{seed}/value-residual-tiny-s/metrics.json").read_text()) for seed in range(3)]
+    for each in metrics:
+        guided, base = each["base+value"], each["base"]
+        assert guided["exact"] >= 0.35 and guided["exact"] >= base["exact"] + 0.30 and guided["ins"] >= 0.90
+    median = sorted(each["base+value"]["exact"] for each in metrics)[1]
+    assert median >= sorted(each["full"]["exact"] for each in metrics)[1] - 0.05
+
+
+@pytest.mark.slow
+def test_they_transfer_to_a_bigger_base(three_seeds):
+    small_base, bigger = [], []
+    for seed in range(3):
+        shown = succeed(three_seeds, "sample.py", "--base", "tiny-l", "--value", f"out/seed{seed}/value-residual-tiny-s")
+        table = {line[:16].strip(): line[16:].split() for line in shown.splitlines()}
+        column = table[""].index("fk")
+        small_base.append(float(table["tiny-s + value"][column]))
+        bigger.append(float(table["tiny-l + value"][column]))
+        assert "questions only tiny-l + value answers rightly" in shown
+    assert sum(bigger) / 3 >= 0.80 and sum(bigger) / 3 >= sum(small_base) / 3 + 0.15
+
+
+def test_tiny_sizes_are_as_documented():
+    class Vocabulary:
+        vocab_size, bos_id, eos_id = 1024, 1, 2
+    counts = [sum(p.numel() for p in Llama(tiny_config(name, Vocabulary)).parameters()) for name in ["tiny-s", "tiny-m", "tiny-l"]]
+    assert [round(count / 1e6, 2) for count in counts] == [0.20, 0.40, 0.87]
