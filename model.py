@@ -425,6 +425,10 @@ def find_shards(path: Path) -> dict[Path, set[str] | None]:
     return shards
 
 
+# Early Llama-2 conversions also stored the rotary frequencies, which we compute.
+COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
 def read_tensors(path: Path, shapes: dict[str, tuple], tied: bool, dtype: torch.dtype | None, device: str
                  ) -> dict[str, Tensor]:
     """Read exactly the tensors named in `shapes`, checking names and shapes both ways before reading any data."""
@@ -436,8 +440,7 @@ def read_tensors(path: Path, shapes: dict[str, tuple], tied: bool, dtype: torch.
                 if promised is not None and names != promised:
                     odd = min(names ^ promised)
                     raise CheckpointError(f"{file}: {odd} is {'not there' if odd in promised else 'not in the index'}")
-                # Early Llama-2 conversions also stored the rotary frequencies, which we compute.
-                for name in sorted(n for n in names if not re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", n)):
+                for name in sorted(name for name in names if not COMPUTED.fullmatch(name)):
                     if name not in shapes:
                         raise CheckpointError(f"{file}: unexpected tensor {name}")
                     shape = tuple(shard.get_slice(name).get_shape())

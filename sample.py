@@ -23,7 +23,7 @@ from data.chat import Turn, encode_chat, end_token
 from data.tiny_world import World, evaluate, prompt_text
 from data.tokenizer import DataError, StreamDecoder, Tokenizer, load_tokenizer
 from ivl import ValueModel, check_same_family, combine, read_info
-from model import CheckpointError, KVCache, Llama, read_config
+from model import CheckpointError, KVCache, Llama
 
 # ---------------------------------------------------------------------------------------------------------
 # Guided decoding
@@ -283,7 +283,8 @@ def find_base(name: str | None, value: Path, info: dict) -> Path:
     if name.startswith("tiny-") and not Path(name).exists():
         path = value.parent / name
         if not path.is_dir():
-            raise UsageError(f"{path}: not there yet; `python train.py --base {name} --seed {info['seed']}` pretrains it, in a few minutes")
+            raise UsageError(f"{path}: not there yet; `python train.py --base {name} --seed {info['seed']}` pretrains it, "
+                             "in a few minutes")
         return path
     return Path(name)
 
@@ -335,8 +336,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="questions to answer, each by the base alone and guided")
     parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     parser.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="per answer (default 256)")
-    parser.add_argument("--temperature", type=lambda text: positive_float(text, zero=True), default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=positive_float, default=1.0, help="sample from the likeliest tokens that make up this share")
+    parser.add_argument("--temperature", type=lambda text: positive_float(text, zero=True), default=0.0,
+                        help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=positive_float, default=1.0,
+                        help="sample from the likeliest tokens that make up this share")
     parser.add_argument("--seed", type=lambda text: positive_int(text, zero=True), default=0, help="of sampling")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and computation")
     args = parser.parse_args()

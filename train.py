@@ -13,24 +13,23 @@ import argparse
 import fcntl
 import json
 import math
-import os
-import random
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.chat import TEMPLATES, ChatDataset, collate, default_template, hold_out, stream_batches
-from data.tiny_world import World
-from data.tokenizer import DataError, SentencePieceTokenizer, Tokenizer, load_tokenizer
-from ivl import ValueModel, check_same_family, describe_tokenizer, ivl_loss, read_info, supervised_logits
+from data.chat import TEMPLATES, ChatDataset, chat_batches, collate, default_template, hold_out
+from data.tiny_world import TINY_SIZES, World
+from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from ivl import ValueModel, check_same_family, describe_tokenizer, ivl_loss, supervised_logits
 from model import Llama, LlamaConfig, read_config
 from sample import (ArgumentParser, Guided, UsageError, clock, examine, pick_device, positive_float, positive_int,
                     print_metrics, run_cli, world_of)
@@ -63,11 +62,6 @@ class Settings:
     l1: float = 0.0  # lambda of Section 4.2.1
 
 
-TINY_SIZES = {  # width, layers, heads, key-value heads, hidden; pretraining tokens and learning rate
-    "tiny-s": ((64, 3, 4, 2, 176), 2_000_000, 5e-3),
-    "tiny-m": ((96, 3, 4, 2, 256), 2_600_000, 5e-3),
-    "tiny-l": ((128, 4, 4, 2, 352), 2_600_000, 4e-3),
-}
 PRETRAINING_LENGTH = 64  # tokens a row
 TINY = dict(floor=0.1, betas=(0.9, 0.98))
 TINY_POST = TINY | dict(steps=500, batch_size=32, lr=1e-3)
@@ -102,25 +96,28 @@ class Run:
         self.out, self.work, self.settings = out, out.with_name(out.name + ".training"), settings
         if self.out.exists() and not self.finished and (not self.out.is_dir() or any(self.out.iterdir())):
             raise UsageError(f"{out}: exists, and is no run of train.py; choose another --out")
-        if self.finished:
-            check_same_settings(out, json.loads((out / "train.json").read_text()), settings, resume)
-            shutil.rmtree(self.work, ignore_errors=True)  # a kill between the last rename and this line left it
-            return
         if self.work.exists() and not (self.work / "lock").exists() and any(self.work.iterdir()):
             raise UsageError(f"{self.work}: exists, and is no run of train.py; choose another --out")
+        if self.finished:
+            check_same_settings(out / "train.json", settings, resume)
+            shutil.rmtree(self.work, ignore_errors=True)  # a kill between the last rename and this line left it
+            return
         saved = self.work / "settings.json"
-        going_on = saved.exists() and (resume or self.checkpoints())  # without a checkpoint there is nothing to lose
-        if going_on:
-            check_same_settings(self.work, json.loads(saved.read_text()), settings, resume)
+        self.going_on = saved.exists() and (resume or self.checkpoints())  # without a checkpoint there is nothing to lose
+        if self.going_on:
+            check_same_settings(saved, settings, resume)
+
+    def begin(self) -> None:
+        """Take the folder, once everything else is known to be in order; a start that fails leaves nothing behind."""
         self.work.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.work / "lock", "w")  # held until this process ends, however it ends
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"{self.work}: another process is training there") from None
-        if not going_on:
-            (self.work / "settings.new").write_text(json.dumps(vars(settings), indent=2) + "\n")
-            (self.work / "settings.new").rename(saved)
+        if not self.going_on:
+            (self.work / "settings.new").write_text(json.dumps(vars(self.settings), indent=2) + "\n")
+            (self.work / "settings.new").rename(self.work / "settings.json")
         for path in self.work.glob("*.tmp"):  # what a kill left half-written
             shutil.rmtree(path)
 
@@ -137,7 +134,7 @@ class Run:
         tensors = {}
         for name, parameter in network.named_parameters():
             tensors[f"weight.{name}"] = parameter.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in ("exp_avg", "exp_avg_sq") if parameter in optimizer.state else ():
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
         temporary, older = self.work / "step.tmp", self.checkpoints()
         temporary.mkdir()
@@ -153,14 +150,18 @@ class Run:
             return None
         for path in found[:-1]:
             shutil.rmtree(path)
-        state = json.loads((found[-1] / "state.json").read_text())
-        tensors = load_file(found[-1] / "state.safetensors", device=str(network.device))
+        try:
+            state = json.loads((found[-1] / "state.json").read_text())
+            tensors = load_file(found[-1] / "state.safetensors", device=str(network.device))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UsageError(f"{found[-1]}: unreadable ({error}); delete it to start over") from None
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 parameter.copy_(tensors[f"weight.{name}"])
-                moments = {moment: tensors[f"{moment}.{name}"] for moment in ("exp_avg", "exp_avg_sq")}
-                steps = torch.tensor(float(state["step"]), device=parameter.device)
-                optimizer.state[parameter] = {"step": steps} | moments
+                if f"exp_avg.{name}" in tensors:
+                    moments = {moment: tensors[f"{moment}.{name}"] for moment in ("exp_avg", "exp_avg_sq")}
+                    steps = torch.tensor(float(state["step"]), device=parameter.device)
+                    optimizer.state[parameter] = {"step": steps} | moments
         return state
 
     def publish(self, network: Llama, tokenizer: Tokenizer, info: dict | None, metrics: dict | None) -> None:
@@ -176,56 +177,33 @@ class Run:
         print(f"saved {self.out}")
 
 
-def check_same_settings(folder: Path, found: dict, settings: Settings, resume: bool) -> None:
+def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
+    """Refuse to touch the run whose settings are in `file`, unless it is to be resumed and has the same."""
+    state, advice = (("finished", "choose another --out or --seed") if file.name == "train.json"
+                     else ("unfinished", "go on with --resume"))
     if not resume:
-        state = "finished" if folder.suffix != ".training" else "unfinished"
-        advice = "choose another --out or --seed" if state == "finished" else "go on with --resume"
-        raise UsageError(f"{folder}: a run is there already, {state}; {advice}, or delete the folder")
+        raise UsageError(f"{file.parent}: a run is there already, {state}; {advice}, or delete the folder")
+    try:
+        found = dict(json.loads(file.read_text()))
+    except ValueError:
+        raise UsageError(f"{file}: not what train.py writes there") from None
     wanted = json.loads(json.dumps(vars(settings)))
     for name in wanted | found:
         if wanted.get(name) != found.get(name):
-            raise UsageError(f"{folder}: --resume with other settings: {name} was {found.get(name)!r}, "
+            raise UsageError(f"{file.parent}: --resume with other settings: {name} was {found.get(name)!r}, "
                              f"now {wanted.get(name)!r}")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What is fed
-
-Microbatch = tuple[Tensor, Tensor]  # tokens (B, T), labels (B, T), shifted; -100 is not supervised
-Batches = Callable[[list | None], Iterator[tuple[list, list[Microbatch]]]]
-# From a position (None: the start) on, endlessly: the position behind each step, and the step's parts.
-
-
-def pretraining_batches(world: World, tokenizer: Tokenizer, settings: Settings) -> Batches:
-    rows = torch.from_numpy(world.pretraining_rows(
-        tokenizer, settings.steps * settings.batch_size * settings.max_length, settings.max_length).copy())
-    order = list(range(len(rows)))
-    random.Random(f"rows {settings.seed}").shuffle(order)
-
-    def batches(position):
-        for step in range(position[0] if position else 0, settings.steps):
-            batch = rows[order[step * settings.batch_size:(step + 1) * settings.batch_size]]
-            yield [step + 1], [(part[:, :-1], part[:, 1:]) for part in batch.tensor_split(settings.grad_accum)]
-
-    return batches
-
-
-def chat_batches(dataset: ChatDataset, indices: list[int], settings: Settings) -> Batches:
-    def batches(position):
-        stream = stream_batches(dataset, indices, settings.batch_size, settings.seed, tuple(position or (0, 0, 0)))
-        for behind, samples in stream:
-            size = math.ceil(len(samples) / settings.grad_accum)
-            yield list(behind), [collate(samples[first:first + size]) for first in range(0, len(samples), size)]
-
-    return batches
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The loop
 
 
-def fit(run: Run, network: Llama, bases: list[Llama], batches: Batches, save_every: int) -> None:
-    """Train `network` for settings.steps steps. With frozen bases it is a value network; without, an ordinary model."""
+def fit(run: Run, network: Llama, bases: list[Llama], batches: Callable, save_every: int) -> None:
+    """Train `network` for settings.steps steps. With frozen bases it is a value network; without, an ordinary model.
+
+    batches(position) yields, from a position on (None: the start), the position behind each step and the step's parts:
+    pairs of tokens (B, T) and labels (B, T), shifted, -100 where not supervised.
+    """
     settings = run.settings
     device, dtype = network.device, getattr(torch, settings.dtype)
     for base in bases:
@@ -238,9 +216,11 @@ def fit(run: Run, network: Llama, bases: list[Llama], batches: Batches, save_eve
     if state["step"]:
         print(f"resumed at step {state['step']}")
     stream = batches(state["position"])
+    upcoming = next(stream)  # shows that the data can be used
+    run.begin()
     started, first, reported, tokens_seen = time.monotonic(), state["step"], 0.0, 0
     for step in range(state["step"], settings.steps):
-        position, parts = next(stream)
+        position, parts = upcoming if step == first else next(stream)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         base = bases[step * len(bases) // settings.steps] if bases else None  # several: a curriculum
@@ -267,7 +247,7 @@ def fit(run: Run, network: Llama, bases: list[Llama], batches: Batches, save_eve
                   + f"  {tokens_seen / elapsed / 1000:.1f}k tokens/s  {clock(left)} left", flush=True)
 
 
-def accumulate_gradient(network: Llama, base: Llama | None, parts: list[Microbatch], l1: float,
+def accumulate_gradient(network: Llama, base: Llama | None, parts: list[tuple[Tensor, Tensor]], l1: float,
                         device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Leave in .grad the gradient of the mean over all supervised tokens of a step, however it is split in parts."""
     total = sum(int((labels != -100).sum()) for _, labels in parts)
@@ -288,17 +268,14 @@ def accumulate_gradient(network: Llama, base: Llama | None, parts: list[Microbat
 
 
 @torch.no_grad()
-def held_out_ce(network: Llama | None, base: Llama | None, dataset: ChatDataset, indices: list[int]) -> float | None:
+def held_out_ce(network: Llama, base: Llama | None, dataset: ChatDataset, indices: list[int]) -> float | None:
     """Mean cross-entropy in nats over the supervised tokens of some conversations; None when none of them fits."""
     total, count = 0.0, 0
-    for index in indices:
-        if (sample := dataset.sample(index)) is None:
-            continue
-        tokens, labels = (tensor.to((network or base).device) for tensor in collate([sample]))
+    for sample in filter(None, map(dataset.sample, indices)):
+        tokens, labels = (tensor.to(network.device) for tensor in collate([sample]))
         supervised = labels != -100
         z_base = None if base is None else supervised_logits(base, tokens, supervised)
-        z_delta = z_base.new_zeros(1, 1).expand_as(z_base) if network is None else supervised_logits(network, tokens, supervised)
-        _, metrics = ivl_loss(z_base, z_delta, labels[supervised])
+        _, metrics = ivl_loss(z_base, supervised_logits(network, tokens, supervised), labels[supervised])
         total, count = total + metrics["ce"].item() * int(supervised.sum()), count + int(supervised.sum())
     return total / count if count else None
 
@@ -356,36 +333,44 @@ def pretrain(name: str, out: Path, place: Workplace, flags: dict | None = None) 
     network = fresh(tiny_config(name, tokenizer), place)
     print(f"pretraining {name}, {count_parameters(network)}, on {settings.steps * settings.batch_size * settings.max_length:,} "
           f"tokens of tiny world {place.seed} -> {out}", flush=True)
-    fit(run, network, [], pretraining_batches(world, tokenizer, settings), place.save_every)
+    fit(run, network, [], lambda position: world.batches(tokenizer, settings.steps, settings.batch_size, settings.grad_accum,
+                                                         settings.max_length, position), place.save_every)
     run.publish(network, tokenizer, None, {"base": examine(Guided(network), world, tokenizer)})
+
+
+def choose_network(start: str, bases: list[Path]) -> tuple[LlamaConfig, list[LlamaConfig], Tokenizer]:
+    """The configuration of the network to train, those of the bases, and the tokenizer that all of them can read.
+
+    `start` is a folder, or scratch (the first base's architecture) or scratch:NAME (a tiny one's).
+    """
+    configs, tokenizers = [read_config(path) for path in bases], [load_tokenizer(path) for path in bases]
+    scratch, _, size = start.partition(":")
+    if scratch != "scratch":
+        tokenizer, config = load_tokenizer(start), read_config(start)
+    elif size and size not in TINY_SIZES:
+        raise UsageError(f"--value {start}: scratch, or scratch: and one of {', '.join(TINY_SIZES)}")
+    else:
+        tokenizer, config = tokenizers[0], tiny_config(size, tokenizers[0]) if size else configs[0]
+    for other, path in zip(tokenizers, bases):
+        check_same_family(other, tokenizer, str(path), start)
+    tokenizer = min([tokenizer, *tokenizers], key=lambda each: each.vocab_size)
+    for each, path in zip([config, *configs], [start, *bases]):
+        if tokenizer.vocab_size > each.vocab_size:
+            raise UsageError(f"{path}: {each.vocab_size} rows in lm_head, but its tokenizer has {tokenizer.vocab_size} tokens")
+    return config, configs, tokenizer
 
 
 def post_train(job: str, bases: list[Path], start: str, out: Path, place: Workplace, data: str | None,
                template: str | None, flags: dict, full: Path | None = None) -> None:
     """Fine-tune a copy of the first base in full, or train a value network on the frozen bases; then measure.
 
-    `start` is a folder, or scratch or scratch:NAME. `full` is a finished full fine-tuning to stand in the table.
+    `start` is as in choose_network; `full` is a finished full fine-tuning to stand in the table.
     """
-    configs = [read_config(path) for path in bases]
-    tokenizers = [load_tokenizer(path) for path in bases]
-    if start.startswith("scratch"):
-        _, _, size = start.partition(":")
-        if size and size not in TINY_SIZES:
-            raise UsageError(f"--value {start}: scratch, or scratch: and one of {', '.join(TINY_SIZES)}")
-        tokenizer, config = tokenizers[0], tiny_config(size, tokenizers[0]) if size else configs[0]
-    else:
-        tokenizer, config = load_tokenizer(start), read_config(start)
-    for other, path in zip(tokenizers, bases):
-        check_same_family(other, tokenizer, str(path), start)
-    tokenizer = min([tokenizer, *tokenizers], key=lambda each: each.vocab_size)  # what all of them can read
-    for each, path in zip([config, *configs], [start, *bases]):
-        if tokenizer.vocab_size > each.vocab_size:
-            raise UsageError(f"{path}: {each.vocab_size} rows in lm_head, but its tokenizer has {tokenizer.vocab_size} tokens")
+    config, configs, tokenizer = choose_network(start, bases)
     world = None if data else common_world(bases)
     if world:
-        data = str(write_demonstrations(world, place.home))
+        data = str(world.write_demonstrations(place.home / "demonstrations.jsonl"))
     template = template or default_template(tokenizer)
-
     longest = min(each.max_position_embeddings for each in [config, *configs])
     max_length = flags.pop("max_length", min(4096, longest))  # Table 5
     if max_length > longest:
@@ -393,11 +378,11 @@ def post_train(job: str, bases: list[Path], start: str, out: Path, place: Workpl
     dataset = ChatDataset(data, tokenizer, template, max_length)
     train_on, held_out = (list(range(len(dataset))), []) if world else hold_out(dataset, place.seed)
     with torch.device("meta"):
-        chosen = (TINY_POST if world else table5(sum(each.numel() for each in Llama(config).parameters()))) | flags
+        parameters = sum(parameter.numel() for parameter in Llama(config).parameters())
+    chosen = dict(grad_accum=1) | (TINY_POST if world else table5(parameters)) | flags
     epochs = chosen.pop("epochs", None)
-    if epochs and "steps" not in chosen:
+    if epochs and "steps" not in flags:
         chosen["steps"] = max(1, round(epochs * math.ceil(len(train_on) / chosen["batch_size"])))
-    chosen.setdefault("grad_accum", 1)
     settings = Settings(job=job, bases=[str(path) for path in bases], start=start, data="tiny-world" if world else data,
                         data_bytes=dataset.path.stat().st_size, template=template, seed=place.seed, dtype=place.dtype,
                         max_length=max_length, **chosen)
@@ -406,39 +391,40 @@ def post_train(job: str, bases: list[Path], start: str, out: Path, place: Workpl
         print(f"{out}: finished already")
         return print_metrics(json.loads((out / "metrics.json").read_text()))
 
-    network = fresh(config, place) if start.startswith("scratch") else Llama.from_pretrained(start, torch.float32, place.device)
-    frozen = [Llama.from_pretrained(path, getattr(torch, place.dtype), place.device).eval() for path in bases]
+    network = (fresh(config, place) if start.startswith("scratch")
+               else Llama.from_pretrained(start, torch.float32, place.device))
+    frozen = [Llama.from_pretrained(path, getattr(torch, place.dtype), place.device) for path in bases]
     what = "a value network" if job == "value" else "in full"
     print(f"training {what}, {count_parameters(network)}, from {start}, on {dataset.report()} -> {out}", flush=True)
-    fit(run, network, frozen if job == "value" else [], chat_batches(dataset, train_on, settings), place.save_every)
+    fit(run, network, frozen if job == "value" else [], lambda position: chat_batches(
+        dataset, train_on, settings.batch_size, settings.grad_accum, settings.seed, position), place.save_every)
     print(dataset.report())
-
-    value = ValueModel(network) if job == "value" else None
+    name, base = ("base+value", frozen[0]) if job == "value" else ("full", None)
     if world:
-        metrics = measure_in_world(world, tokenizer, frozen, bases, network, value, full)
+        metrics = measure_in_world(world, tokenizer, dict(zip([path.name for path in bases], frozen)), network, name, full)
     else:
-        metrics = {"base": {"ce": held_out_ce(None, frozen[0], dataset, held_out)}}
-        metrics |= ({"base+value": {"ce": held_out_ce(network, frozen[0], dataset, held_out)}} if value
-                    else {"full": {"ce": held_out_ce(network, None, dataset, held_out)}})
+        metrics = {"base": {"ce": held_out_ce(frozen[0], None, dataset, held_out)},
+                   name: {"ce": held_out_ce(network, base, dataset, held_out)}}
     info = {"scheme": "residual", "l1": settings.l1, "template": template, "bases": settings.bases,
-            "data": settings.data, "seed": place.seed, "steps": settings.steps,
-            "tokenizer": describe_tokenizer(tokenizer)} if value else None
-    run.publish(network, tokenizer, info, metrics)
+            "data": settings.data, "seed": place.seed, "steps": settings.steps, "tokenizer": describe_tokenizer(tokenizer)}
+    run.publish(network, tokenizer, info if job == "value" else None, metrics)
     print_metrics(metrics)
 
 
-def measure_in_world(world: World, tokenizer: Tokenizer, frozen: list[Llama], bases: list[Path], network: Llama,
-                     value: ValueModel | None, full: Path | None) -> dict[str, dict[str, float]]:
+def measure_in_world(world: World, tokenizer: Tokenizer, bases: dict[str, Llama], network: Llama, name: str,
+                     full: Path | None) -> dict[str, dict[str, float]]:
     """Development metrics of base, full and base+value; of a curriculum's later bases under their own names."""
-    metrics = {"base": examine(Guided(frozen[0]), world, tokenizer)}
-    if value is None:
+    first, *later = bases
+    metrics = {"base": examine(Guided(bases[first]), world, tokenizer)}
+    if name == "full":
         return metrics | {"full": examine(Guided(network), world, tokenizer)}
     if full:
         metrics["full"] = json.loads((full / "metrics.json").read_text())["full"]
-    metrics["base+value"] = examine(Guided(frozen[0], value), world, tokenizer)
-    for base, path in zip(frozen[1:], bases[1:]):
-        metrics[path.name] = examine(Guided(base), world, tokenizer)
-        metrics[f"{path.name}+value"] = examine(Guided(base, value), world, tokenizer)
+    value = ValueModel(network)
+    metrics["base+value"] = examine(Guided(bases[first], value), world, tokenizer)
+    for other in later:
+        metrics[other] = examine(Guided(bases[other]), world, tokenizer)
+        metrics[f"{other}+value"] = examine(Guided(bases[other], value), world, tokenizer)
     return metrics
 
 
@@ -451,16 +437,6 @@ def common_world(bases: list[Path]) -> World:
         if world.seed != worlds[0].seed:
             raise UsageError(f"{path}: from tiny world {world.seed}, {bases[0]} from {worlds[0].seed}")
     return worlds[0]
-
-
-def write_demonstrations(world: World, home: Path) -> Path:
-    """The tiny world's conversations as a ShareGPT file, which is then read like anybody's."""
-    path = home / "demonstrations.jsonl"
-    home.mkdir(parents=True, exist_ok=True)
-    temporary = home / f"demonstrations.{os.getpid()}.tmp"
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in world.demonstrations()), encoding="utf-8")
-    temporary.rename(path)
-    return path
 
 
 def count_parameters(network: Llama) -> str:

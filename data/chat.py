@@ -274,6 +274,14 @@ def stream_batches(dataset: ChatDataset, indices: list[int], batch_size: int, se
         epoch, window = epoch + 1, 0
 
 
+def chat_batches(dataset: ChatDataset, indices: list[int], batch_size: int, parts: int, seed: int,
+                 position: list[int] | None) -> Iterator[tuple[list[int], list[tuple[Tensor, Tensor]]]]:
+    """stream_batches as tensors, each batch in some parts: the position behind it, and (tokens, labels) per part."""
+    for behind, samples in stream_batches(dataset, indices, batch_size, seed, tuple(position or (0, 0, 0))):
+        size = -(-len(samples) // parts)
+        yield list(behind), [collate(samples[first:first + size]) for first in range(0, len(samples), size)]
+
+
 def hold_out(dataset: ChatDataset, seed: int) -> tuple[list[int], list[int]]:
     """Indices to train on, and 1% of the conversations, at least 16, to measure on."""
     held = max(16, len(dataset) // 100)

@@ -12,13 +12,18 @@ Everything is a function of the seed: names, facts, splits, text and tokenizer.
 
 import argparse
 import io
+import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import sentencepiece
+import torch
+from torch import Tensor
 
 from data.chat import encode_chat
 from data.tokenizer import Tokenizer
@@ -76,6 +81,12 @@ UNRELATED = {
     "place": "in the morning,at night,after the rain,near the sea,in winter,before noon".split(","),
 }
 LARGEST_SUMMAND = 11
+
+TINY_SIZES = {  # width, layers, heads, key-value heads, hidden; pretraining tokens and learning rate
+    "tiny-s": ((64, 3, 4, 2, 176), 2_200_000, 5e-3),
+    "tiny-m": ((96, 3, 4, 2, 256), 2_600_000, 5e-3),
+    "tiny-l": ((128, 4, 4, 2, 352), 2_600_000, 4e-3),
+}
 
 TEMPLATE = "llama-2"
 KNOWN_PEOPLE, NEW_PEOPLE = 320, 40  # the new ones are for continual pretraining; only greetings name them before
@@ -198,6 +209,15 @@ class World:
         flat = np.array(stream[:rows * length + 1], dtype=np.int64)
         return np.lib.stride_tricks.sliding_window_view(flat, length + 1)[::length]
 
+    def batches(self, tokenizer: Tokenizer, steps: int, batch_size: int, parts: int, length: int,
+                position: list[int] | None) -> Iterator[tuple[list[int], list[tuple[Tensor, Tensor]]]]:
+        """One pass over pretraining rows in a shuffled order: the position behind each step, and (tokens, labels) per part."""
+        rows = torch.from_numpy(self.pretraining_rows(tokenizer, steps * batch_size * length, length).copy())
+        order = random.Random(f"rows of world {self.seed}").sample(range(len(rows)), len(rows))
+        for step in range(position[0] if position else 0, steps):
+            batch = rows[order[step * batch_size:(step + 1) * batch_size]]
+            yield [step + 1], [(part[:, :-1], part[:, 1:]) for part in batch.split(-(-batch_size // parts))]
+
     # -- demonstrations -----------------------------------------------------------------------------------
 
     def demonstrations(self, count: int = 6000) -> Iterator[dict]:
@@ -218,6 +238,14 @@ class World:
                 item = greeting_item(rng.choice(self.people + self.new_people), rng.choice(list(INSTRUCTIONS)))
             turns = [{"from": "human", "value": prompt_text(item)}, {"from": "gpt", "value": item.answer}]
             yield {"id": f"tiny-{number}", "conversations": turns}
+
+    def write_demonstrations(self, path: Path) -> Path:
+        """The demonstrations as a ShareGPT file, which is then read like anybody's."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in self.demonstrations()), encoding="utf-8")
+        temporary.rename(path)
+        return path
 
     # -- examination --------------------------------------------------------------------------------------
 
