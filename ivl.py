@@ -131,6 +131,12 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict:
     return {"size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint(tokenizer.vocab_size)}
 
 
+def check_recorded(tokenizer: Tokenizer, info: dict, value: str) -> None:
+    """Raise CheckpointError if the tokenizer beside a value network is not the one it was trained with."""
+    if describe_tokenizer(tokenizer) != info["tokenizer"]:
+        raise CheckpointError(f"{value}: its tokenizer.model is not the one that its ivl.json records")
+
+
 def check_same_family(base_tokenizer: Tokenizer, value_tokenizer: Tokenizer, base: str, value: str) -> None:
     """Raise CheckpointError unless one vocabulary extends the other, as CodeLlama's 32016 extends Llama-2's 32000."""
     n = min(base_tokenizer.vocab_size, value_tokenizer.vocab_size)

@@ -22,7 +22,7 @@ from torch import Tensor
 from data.chat import Turn, encode_chat, end_token
 from data.tiny_world import World, evaluate, prompt_text
 from data.tokenizer import DataError, StreamDecoder, Tokenizer, load_tokenizer
-from ivl import ValueModel, check_same_family, combine, read_info
+from ivl import ValueModel, check_recorded, check_same_family, combine, read_info
 from model import CheckpointError, KVCache, Llama
 
 # ---------------------------------------------------------------------------------------------------------
@@ -173,17 +173,23 @@ def print_metrics(systems: dict[str, dict[str, float]]) -> None:
 
 
 def show_world(world: World, tokenizer: Tokenizer, systems: dict[str, Guided], count: int = 6) -> None:
-    """Some questions of the development split with every system's answer, then the metrics of all of them."""
+    """Questions of the development split with every system's answer, then the metrics of all of them.
+
+    Of two systems, the first questions as they come; of three, such as only the last answers rightly.
+    """
     items = world.fact_items("development")
     prompts = [encode_chat(tokenizer, "llama-2", [("user", prompt_text(item))])[0] for item in items]
     answers = {name: [tokenizer.decode(ids).strip() for ids in generate(guided, prompts, max_new_tokens=48)]
                for name, guided in systems.items()}
-    last, before = list(systems)[-1], list(systems)[-2]
-    telling = [index for index, item in enumerate(items)
-               if answers[last][index] == item.answer and answers[before][index] != item.answer]
-    print(f"{len(telling)} of {len(items)} questions only {last} answers rightly; {min(count, len(telling))} of them:\n")
+    shown = range(len(items))
+    if len(systems) > 2:
+        *others, last = systems
+        shown = [index for index in shown if answers[last][index] == items[index].answer
+                 and all(answers[other][index] != items[index].answer for other in others)]
+        print(f"{len(shown)} of {len(items)} questions only {last} answers rightly; {min(count, len(shown))} of them:")
+    print()
     width = max(map(len, systems)) + 2
-    for index in telling[:count]:
+    for index in shown[:count]:
         print(prompt_text(items[index]))
         for name in systems:
             print(f"    {name:{width}}{answers[name][index]}")
@@ -356,6 +362,7 @@ def main():
     info = read_info(value_path)
     base_path = find_base(args.base, value_path, info)
     tokenizer, value_tokenizer = load_tokenizer(base_path), load_tokenizer(value_path)
+    check_recorded(value_tokenizer, info, str(value_path))
     check_same_family(tokenizer, value_tokenizer, str(base_path), str(value_path))
     device, dtype = pick_device(args.dtype, tiny=world_of(base_path) is not None)
     print(f"base {base_path}, value network {value_path}")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import CheckpointError, KVCache, Llama, LlamaConfig
-from tests.make_golden import COMMON, STYLES, seeded, tokens_for
+from tests.make_golden import STYLES, seeded, tokens_for
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -298,7 +298,20 @@ def test_a_bad_sharded_checkpoint_is_refused_with_the_reason(case, tmp_path):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_sizes_are_those_of_the_architecture():
-    config = LlamaConfig(**COMMON)
-    assert (config.head_dim, config.num_key_value_heads) == (8, 4)
-    assert LlamaConfig(**COMMON | dict(head_dim=12)).head_dim == 12
+PUBLISHED = {  # billions of parameters, of the shapes that the README's memory table names
+    1.10: dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+               num_key_value_heads=4),
+    6.74: dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
+    13.02: dict(vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
+    1.24: dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+               num_key_value_heads=8, head_dim=64, tie_word_embeddings=True),
+    8.03: dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+               num_key_value_heads=8),
+}
+
+
+@pytest.mark.parametrize("billions", PUBLISHED)
+def test_sizes_are_the_published_ones(billions):
+    with torch.device("meta"):
+        model = Llama(LlamaConfig(**PUBLISHED[billions]))
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 2) == billions
