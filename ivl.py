@@ -2,8 +2,8 @@
 
     python -c "from ivl import ValueModel; print(ValueModel.from_pretrained('out/seed0/value-residual-tiny-s').info)"
 
-A frozen base says z_base, the logits of the next token. The value network says z_delta, how post-training changes
-them. Only the value network learns; afterwards it is plugged into other bases as it is.
+A frozen base computes z_base, the logits of the next token. The value network computes z_delta, how post-training
+changes them. Only the value network learns; afterwards it is plugged into other bases as it is.
 """
 
 import json
@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.chat import TEMPLATES
 from data.tokenizer import Tokenizer
 from model import CheckpointError, KVCache, Llama
 
@@ -42,7 +43,7 @@ def ivl_loss(z_base: Tensor | None, z_delta: Tensor, labels: Tensor, l1: float =
 
     z_base (..., Vb), z_delta (..., Vv), labels (...) already shifted: row t's label is token t + 1. Rows whose label
     is -100 count in neither term; any other label outside the vocabulary raises ValueError. With z_base None, as if
-    it were 0, this is ordinary training of the network that said z_delta.
+    it were 0, this is ordinary training of the network behind z_delta.
 
     Both terms are means over the supervised rows, the norm also over the vocabulary. The paper writes a sum, but
     its lambda of 1.0 (Table 5) goes with a mean. Its authors take that over all positions, prompt and padding
@@ -120,8 +121,12 @@ def read_info(path: Path) -> dict:
         raise CheckpointError(f"{path}: no ivl.json, so this is no value network; train.py writes one")
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
-        info["scheme"], info["template"], info["tokenizer"]["size"], info["tokenizer"]["fingerprint"]
-    except (ValueError, KeyError, TypeError):
+        fits = (isinstance(info["scheme"], str) and info["template"] in TEMPLATES and type(info["seed"]) is int
+                and all(isinstance(base, str) for base in info["bases"]) and info["bases"]
+                and info["tokenizer"].keys() >= {"size", "fingerprint"})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
         raise CheckpointError(f"{file}: not the JSON that train.py writes") from None
     return info
 

@@ -13,7 +13,7 @@ K key-value heads, F head width, V vocabulary (Vb the base's, Vv the value netwo
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -89,10 +89,9 @@ class LlamaConfig:
             if raw.get(name) not in supported:
                 raise CheckpointError(f"{name} {raw[name]!r} is not supported")
         fields = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
-        missing = [name for name in ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                     "num_attention_heads"] if name not in fields]
-        if missing:
-            raise CheckpointError(f"{missing[0]} is missing")
+        for name, field in cls.__dataclass_fields__.items():
+            if field.default is MISSING and name not in fields:
+                raise CheckpointError(f"{name} is missing")
         if raw.get("rope_parameters") is not None:  # transformers 5 keeps theta and the scaling together
             rope = raw["rope_parameters"]
             if not isinstance(rope, dict):
@@ -121,7 +120,7 @@ def check_rope_scaling(scaling: dict | None) -> dict | None:
     if not isinstance(scaling, dict):
         raise CheckpointError(f"rope_scaling must be an object, not {scaling!r}")
     rope_type = scaling.get("rope_type", scaling.get("type"))  # "type" is how transformers 4.30 spelled it
-    if rope_type == "default":
+    if rope_type == "default" or not scaling:
         return None
     needed = {"linear": ["factor"],
               "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
-from data.chat import Turn, encode_chat, end_token
+from data.chat import Turn, encode_chat, end_token, is_unicode
 from data.tiny_world import World, evaluate, prompt_text
 from data.tokenizer import DataError, StreamDecoder, Tokenizer, load_tokenizer
 from ivl import ValueModel, check_recorded, check_same_family, combine, read_info
@@ -36,19 +37,21 @@ class Guided:
         if vocab_map is not None:
             raise NotImplementedError("vocabulary maps are not written yet")
         self.base, self.value, self.alpha = base, value, alpha
+        self.networks = [base] if value is None else [base, value.llama]
+        # Tokens from here on are never said: some network cannot read them, or the tokenizer has no text for them.
+        self.readable = min(network.config.vocab_size for network in self.networks)
         self.caches: list[KVCache] = []
 
     def start(self, prompts: list[list[int]], max_new_tokens: int) -> Tensor:
         """Fill fresh caches with all but the last token of each prompt; return those last tokens (B, 1)."""
         lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.base.device)  # (B,)
         capacity = int(lengths.max()) + max_new_tokens
-        networks = [self.base] if self.value is None else [self.base, self.value.llama]
-        self.caches = [KVCache(network, len(prompts), capacity) for network in networks]
+        self.caches = [KVCache(network, len(prompts), capacity) for network in self.networks]
         if lengths.any():
             padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
             for row, prompt in enumerate(prompts):
                 padded[row, :len(prompt) - 1] = torch.tensor(prompt[:-1])
-            for network, cache in zip(networks, self.caches):
+            for network, cache in zip(self.networks, self.caches):
                 network.model(padded.to(self.base.device), cache)  # the trunk alone: nobody needs these logits
                 cache.crop(lengths)
         return torch.tensor([prompt[-1:] for prompt in prompts], device=self.base.device)
@@ -62,10 +65,11 @@ class Guided:
         return self._combined(tokens, [None, None])
 
     def _combined(self, tokens: Tensor, caches: list) -> Tensor:
-        z_base = self.base(tokens, caches[0])
-        if self.value is None:
-            return z_base
-        return combine(z_base, self.value(tokens, z_base, caches[1]), self.alpha)  # Eq. (3)
+        z = self.base(tokens, caches[0])  # (B, T, Vb)
+        if self.value is not None:
+            z = combine(z, self.value(tokens, z, caches[1]), self.alpha)  # Eq. (3)
+        return z if self.readable == z.shape[-1] else z.index_fill(
+            -1, torch.arange(self.readable, z.shape[-1], device=z.device), -torch.inf)
 
     def select(self, rows: Tensor) -> None:
         for cache in self.caches:
@@ -221,28 +225,37 @@ def run_cli(main: Callable[[], None]) -> None:
     except (UsageError, CheckpointError, DataError) as error:
         print(f"{script}: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"{script}: {error.filename}: {error.strerror}", file=sys.stderr)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        file = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        print(f"{script}: {file}{getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print(f"{script}: the device is out of memory; --grad-accum, --max-length and --dtype save some", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{script}: stopped", file=sys.stderr)
         sys.exit(130)
 
 
-def positive_int(text: str, zero: bool = False) -> int:
-    value = int(text)
-    if value < (0 if zero else 1):
-        raise ValueError
-    return value
+def number(kind: type, lowest: float, phrase: str) -> Callable[[str], float]:
+    """An argparse type: a finite number of this kind above `lowest`; the phrase tells a user what it should be."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not lowest < value < (2**32 if kind is int else math.inf):
+            raise argparse.ArgumentTypeError(f"{text!r} is no {phrase}")
+        return value
+    return parse
 
 
-def positive_float(text: str, zero: bool = False) -> float:
-    value = float(text)
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise ValueError
-    return value
+positive_int, non_negative_int = number(int, 0, "positive whole number"), number(int, -1, "whole number from 0 on")
+positive_float, non_negative_float = number(float, 0, "positive number"), number(float, -1e-300, "number from 0 on")
+any_float = number(float, -math.inf, "finite number")
 
 
 def pick_device(dtype: str | None, tiny: bool) -> tuple[str, str]:
@@ -253,7 +266,8 @@ def pick_device(dtype: str | None, tiny: bool) -> tuple[str, str]:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reason = torch.cuda.get_device_name() if device == "cuda" else "no CUDA device here"
-    default = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    fast = device == "cuda" and not tiny and torch.cuda.is_bf16_supported(including_emulation=False)
+    default = "bfloat16" if fast else "float32"
     threads = ""
     if device == "cpu":
         if tiny and "OMP_NUM_THREADS" not in os.environ:
@@ -287,9 +301,10 @@ def find_base(name: str | None, value: Path, info: dict) -> Path:
         beside = value.parent / recorded.name  # out/ may have been moved as a whole
         return beside if beside.is_dir() and not recorded.is_dir() else recorded
     if name.startswith("tiny-") and not Path(name).exists():
-        path = value.parent / name
-        if not path.is_dir():
-            raise UsageError(f"{path}: not there yet; `python train.py --base {name} --seed {info['seed']}` pretrains it, "
+        places = [value.parent / name, Path(info["bases"][0]).parent / name]
+        path = next((path for path in places if path.is_dir()), None)
+        if path is None:
+            raise UsageError(f"{places[-1]}: not there yet; `python train.py --base {name} --seed {info['seed']}` pretrains it, "
                              "in a few minutes")
         return path
     return Path(name)
@@ -317,6 +332,8 @@ def answer(guided: Guided, tokenizer: Tokenizer, template: str, turns: list[Turn
 
 def chat(guided: Guided, tokenizer: Tokenizer, template: str, args: argparse.Namespace) -> None:
     turns: list[Turn] = []
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     print("An empty line begins a new conversation, the end of input (Ctrl-D) leaves.")
     while True:
         try:
@@ -338,21 +355,22 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--value", metavar="FOLDER", help="a value network (default: the newest under out/)")
     parser.add_argument("--base", metavar="B", help="a checkpoint folder or a tiny name (default: the one it was trained on)")
-    parser.add_argument("--alpha", type=float, default=1.0, help="weight of z_delta; 0 is the base alone (default 1)")
+    parser.add_argument("--alpha", type=any_float, default=1.0, help="weight of z_delta; 0 is the base alone (default 1)")
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="questions to answer, each by the base alone and guided")
     parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     parser.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="per answer (default 256)")
-    parser.add_argument("--temperature", type=lambda text: positive_float(text, zero=True), default=0.0,
+    parser.add_argument("--temperature", type=non_negative_float, default=0.0,
                         help="0 is greedy (default)")
     parser.add_argument("--top-p", type=positive_float, default=1.0,
                         help="sample from the likeliest tokens that make up this share")
-    parser.add_argument("--seed", type=lambda text: positive_int(text, zero=True), default=0, help="of sampling")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="of sampling")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and computation")
     args = parser.parse_args()
     if args.top_p > 1:
         parser.error("--top-p is a share, at most 1")
-    if not math.isfinite(args.alpha):
-        parser.error("--alpha must be a finite number")
+    for text in args.prompt or []:
+        if not is_unicode(text):
+            parser.error("--prompt is not UTF-8")
     return args
 
 
@@ -360,34 +378,39 @@ def main():
     args = parse_arguments()
     value_path = Path(args.value) if args.value else newest_value()
     info = read_info(value_path)
-    base_path = find_base(args.base, value_path, info)
-    tokenizer, value_tokenizer = load_tokenizer(base_path), load_tokenizer(value_path)
+    base_path, own_path = find_base(args.base, value_path, info), find_base(None, value_path, info)
+    base_tokenizer, value_tokenizer = load_tokenizer(base_path), load_tokenizer(value_path)
     check_recorded(value_tokenizer, info, str(value_path))
-    check_same_family(tokenizer, value_tokenizer, str(base_path), str(value_path))
-    device, dtype = pick_device(args.dtype, tiny=world_of(base_path) is not None)
+    check_same_family(base_tokenizer, value_tokenizer, str(base_path), str(value_path))
+    tokenizer = min(base_tokenizer, value_tokenizer, key=lambda each: each.vocab_size)  # what both can read
+    world = world_of(value_path) if world_of(base_path) else None
+    if not (world or args.chat or args.prompt):
+        raise UsageError("this pair is not from the tiny world, which brings its own questions; ask with --prompt or --chat")
+    device, dtype = pick_device(args.dtype, tiny=world is not None)
     print(f"base {base_path}, value network {value_path}")
-    base = Llama.from_pretrained(base_path, getattr(torch, dtype), device)
+
+    def guide(path: Path, value: ValueModel | None) -> Guided:
+        guided = Guided(Llama.from_pretrained(path, getattr(torch, dtype), device), value, alpha=args.alpha)
+        guided.readable = min(guided.readable, tokenizer.vocab_size)
+        return guided
+
     value = ValueModel.from_pretrained(value_path, getattr(torch, dtype), device)
-    guided = Guided(base, value, alpha=args.alpha)
+    guided = guide(base_path, value)
     name, template = base_path.name, info["template"]
     if args.chat:
-        return chat(guided, value_tokenizer, template, args)
+        return chat(guided, tokenizer, template, args)
+    alone = Guided(guided.base)
+    alone.readable = guided.readable
+    systems = {f"{name} alone": alone, f"{name} + value": guided}
     if args.prompt:
         for text in args.prompt:
             print(f"\n{text}")
-            for label, system in [(f"{name} alone", Guided(base)), (f"{name} + value", guided)]:
-                print(f"    {label:{len(name) + 10}}{answer(system, value_tokenizer, template, [('user', text)], args)}")
+            for label, system in systems.items():
+                print(f"    {label:{len(name) + 10}}{answer(system, tokenizer, template, [('user', text)], args)}")
         return
-    world = world_of(value_path)
-    if world is None or world_of(base_path) is None:
-        raise UsageError("this pair is not from the tiny world, which brings its own questions; ask with --prompt or --chat")
-    systems = {f"{name} alone": Guided(base), f"{name} + value": guided}
-    own_path = find_base(None, value_path, info)
-    if own_path.resolve() != base_path.resolve() and own_path.is_dir():  # what the bigger base adds
-        own = Llama.from_pretrained(own_path, getattr(torch, dtype), device)
-        systems = {f"{name} alone": systems[f"{name} alone"], f"{own_path.name} + value": Guided(own, value, alpha=args.alpha),
-                   f"{name} + value": guided}
-    show_world(world, value_tokenizer, systems)
+    if own_path.resolve() != base_path.resolve() and own_path.is_dir():  # show what the bigger base adds
+        systems = {f"{name} alone": alone, f"{own_path.name} + value": guide(own_path, value), f"{name} + value": guided}
+    show_world(world, tokenizer, systems)
 
 
 if __name__ == "__main__":

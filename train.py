@@ -4,18 +4,18 @@
     python train.py --base tiny-l                          # pretrain a bigger base, to plug the value network into
     python train.py --base PATH --value --data chats.json  # on a real checkpoint in the Hugging Face layout
 
-All three are one loop, `fit`. They differ in what is fed, and in whether a frozen base speaks along.
+All three are one loop, `fit`. They differ in what is fed, and in whether a frozen base's logits are added.
 A run works in OUT.training, which holds its settings and its newest checkpoint; when it has ended, the finished
 folder appears as OUT by one rename.
 """
 
 import argparse
 import fcntl
+import itertools
 import json
 import math
 import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,10 +29,10 @@ from torch import Tensor
 from data.chat import TEMPLATES, ChatDataset, chat_batches, collate, default_template, hold_out
 from data.tiny_world import TINY_SIZES, World
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
-from ivl import ValueModel, check_same_family, describe_tokenizer, ivl_loss, supervised_logits
+from ivl import SCHEMES, ValueModel, check_same_family, describe_tokenizer, ivl_loss, supervised_logits
 from model import Llama, LlamaConfig, read_config
-from sample import (ArgumentParser, Guided, UsageError, clock, examine, pick_device, positive_float, positive_int,
-                    print_metrics, run_cli, world_of)
+from sample import (ArgumentParser, Guided, UsageError, clock, examine, non_negative_float, non_negative_int, pick_device,
+                    positive_float, positive_int, print_metrics, run_cli, world_of)
 
 # ---------------------------------------------------------------------------------------------------------
 # Sizes and settings
@@ -62,14 +62,15 @@ class Settings:
     l1: float = 0.0  # lambda of Section 4.2.1
 
 
-PRETRAINING_LENGTH = 64  # tokens a row
-TINY = dict(floor=0.1, betas=(0.9, 0.98))
+PRETRAINING_LENGTH, TINY_LIMIT = 64, 256  # tokens a row; tokens that a tiny network is made for
+TINY = dict(floor=0.1, betas=(0.9, 0.98), grad_accum=1)
 TINY_POST = TINY | dict(steps=500, batch_size=32, lr=1e-3)
 
 
 def table5(parameters: int) -> dict:
-    """Table 5, whose columns are the trained network's size; 3B stands between them."""
-    return dict(epochs=3, batch_size=32, lr=1e-4) if parameters < 3e9 else dict(epochs=3, batch_size=16, lr=1e-5)
+    """Table 5, whose columns are the trained network's size; 3B stands between them. One conversation at a time."""
+    column = dict(batch_size=32, lr=1e-4) if parameters < 3e9 else dict(batch_size=16, lr=1e-5)
+    return column | dict(epochs=3, grad_accum=column["batch_size"])
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -89,23 +90,33 @@ class Run:
     """OUT, the finished folder, and OUT.training, where the run lives until then.
 
     OUT.training holds a lock, settings.json and one step-N folder, the newest checkpoint: state.safetensors, state.json.
-    Whatever appears does so by one atomic rename, so a reader never meets half of anything.
+    Checkpoints and OUT appear by one atomic rename each, so a reader never meets half of one.
     """
 
     def __init__(self, out: Path, settings: Settings, resume: bool):
-        self.out, self.work, self.settings = out, out.with_name(out.name + ".training"), settings
-        if self.out.exists() and not self.finished and (not self.out.is_dir() or any(self.out.iterdir())):
+        self.out, self.settings = out, settings
+        if out.exists() and not self.finished and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(f"{out}: exists, and is no run of train.py; choose another --out")
-        if self.work.exists() and not (self.work / "lock").exists() and any(self.work.iterdir()):
+        self.work = out.with_name(out.name + ".training")
+        ours = ("lock", "settings.", "step-", "step.tmp", "final.tmp")
+        if self.work.exists() and not all(path.name.startswith(ours) for path in self.work.iterdir()):
             raise UsageError(f"{self.work}: exists, and is no run of train.py; choose another --out")
         if self.finished:
             check_same_settings(out / "train.json", settings, resume)
-            shutil.rmtree(self.work, ignore_errors=True)  # a kill between the last rename and this line left it
+            shutil.rmtree(self.work, ignore_errors=True)  # a kill between the last rename and the removal left it
             return
         saved = self.work / "settings.json"
-        self.going_on = saved.exists() and (resume or self.checkpoints())  # without a checkpoint there is nothing to lose
-        if self.going_on:
+        self.has_settings = saved.exists() and (resume or bool(self.checkpoints()))  # no checkpoint: nothing to lose
+        if self.has_settings:
             check_same_settings(saved, settings, resume)
+
+    @property
+    def finished(self) -> bool:
+        return (self.out / "train.json").is_file()
+
+    def checkpoints(self) -> list[Path]:
+        """Oldest first; more than one only if a kill came between the rename and the removal."""
+        return sorted(self.work.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
     def begin(self) -> None:
         """Take the folder, once everything else is known to be in order; a start that fails leaves nothing behind."""
@@ -115,19 +126,11 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"{self.work}: another process is training there") from None
-        if not self.going_on:
+        if not self.has_settings:
             (self.work / "settings.new").write_text(json.dumps(vars(self.settings), indent=2) + "\n")
             (self.work / "settings.new").rename(self.work / "settings.json")
-        for path in self.work.glob("*.tmp"):  # what a kill left half-written
+        for path in [*self.work.glob("*.tmp"), *self.checkpoints()[:-1]]:  # what a kill left behind
             shutil.rmtree(path)
-
-    @property
-    def finished(self) -> bool:
-        return (self.out / "train.json").is_file()
-
-    def checkpoints(self) -> list[Path]:
-        """Oldest first; more than one only if a kill came between the rename and the removal."""
-        return sorted(self.work.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
     def save(self, network: Llama, optimizer: torch.optim.AdamW, state: dict) -> None:
         """Publish a checkpoint, then drop the older ones."""
@@ -144,12 +147,10 @@ class Run:
         for path in older:
             shutil.rmtree(path)
 
-    def restore(self, network: Llama, optimizer: torch.optim.AdamW) -> dict | None:
-        """Put the newest checkpoint back and return its state; None if there is none yet."""
+    def restore(self, network: Llama, optimizer: torch.optim.AdamW) -> dict:
+        """Put the newest checkpoint back, if there is one, and return how far it came: step and position in the data."""
         if not (found := self.checkpoints()):
-            return None
-        for path in found[:-1]:
-            shutil.rmtree(path)
+            return {"step": 0, "position": None}
         try:
             state = json.loads((found[-1] / "state.json").read_text())
             tensors = load_file(found[-1] / "state.safetensors", device=str(network.device))
@@ -162,16 +163,19 @@ class Run:
                     moments = {moment: tensors[f"{moment}.{name}"] for moment in ("exp_avg", "exp_avg_sq")}
                     steps = torch.tensor(float(state["step"]), device=parameter.device)
                     optimizer.state[parameter] = {"step": steps} | moments
+        print(f"resumed at step {state['step']}")
         return state
 
-    def publish(self, network: Llama, tokenizer: Tokenizer, info: dict | None, metrics: dict | None) -> None:
+    def publish(self, network: Llama, tokenizer: Tokenizer, start: str, info: dict | None, metrics: dict) -> None:
         """Write the finished folder and rename it to OUT. With `info`, it is a value network's."""
         final = self.work / "final.tmp"
         (ValueModel(network, info) if info else network).save_pretrained(final)
         (final / "tokenizer.model").write_bytes(tokenizer.model)
+        for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]:  # for other programs
+            if (Path(start) / name).is_file():
+                shutil.copy(Path(start) / name, final)
         (final / "train.json").write_text(json.dumps(vars(self.settings), indent=2) + "\n")
-        if metrics:
-            (final / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        (final / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         final.rename(self.out)
         shutil.rmtree(self.work)
         print(f"saved {self.out}")
@@ -185,13 +189,13 @@ def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
         raise UsageError(f"{file.parent}: a run is there already, {state}; {advice}, or delete the folder")
     try:
         found = dict(json.loads(file.read_text()))
-    except ValueError:
+    except (TypeError, ValueError):
         raise UsageError(f"{file}: not what train.py writes there") from None
     wanted = json.loads(json.dumps(vars(settings)))
     for name in wanted | found:
         if wanted.get(name) != found.get(name):
-            raise UsageError(f"{file.parent}: --resume with other settings: {name} was {found.get(name)!r}, "
-                             f"now {wanted.get(name)!r}")
+            raise UsageError(f"{file.parent}: a run with other settings is there: {name} was {found.get(name)!r}, now "
+                             f"{wanted.get(name)!r}; choose another --out, or delete the folder")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -205,26 +209,22 @@ def fit(run: Run, network: Llama, bases: list[Llama], batches: Callable, save_ev
     pairs of tokens (B, T) and labels (B, T), shifted, -100 where not supervised.
     """
     settings = run.settings
-    device, dtype = network.device, getattr(torch, settings.dtype)
     for base in bases:
         base.requires_grad_(False)
     matrices = [parameter for parameter in network.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in network.parameters() if parameter.dim() < 2]  # norms are not decayed
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": settings.weight_decay},
                                    {"params": vectors, "weight_decay": 0.0}], betas=settings.betas, fused=True)
-    state = run.restore(network, optimizer) or {"step": 0, "position": None}
-    if state["step"]:
-        print(f"resumed at step {state['step']}")
+    state = run.restore(network, optimizer)
     stream = batches(state["position"])
-    upcoming = next(stream)  # shows that the data can be used
+    stream = itertools.chain([next(stream)], stream)  # the first batch shows that the data can be used
     run.begin()
     started, first, reported, tokens_seen = time.monotonic(), state["step"], 0.0, 0
-    for step in range(state["step"], settings.steps):
-        position, parts = upcoming if step == first else next(stream)
+    for step, (position, parts) in zip(range(first, settings.steps), stream):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         base = bases[step * len(bases) // settings.steps] if bases else None  # several: a curriculum
-        metrics = accumulate_gradient(network, base, parts, settings.l1, device, dtype)
+        metrics = accumulate_gradient(network, base, parts, settings.l1, settings.dtype)
         norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         if not (math.isfinite(metrics["loss"]) and torch.isfinite(norm)):
             kept = run.checkpoints()
@@ -233,34 +233,39 @@ def fit(run: Run, network: Llama, bases: list[Llama], batches: Callable, save_ev
                              + "; try a smaller --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tokens_seen += sum(tokens.numel() for tokens, _ in parts)
-        state = {"step": step + 1, "position": position}
+        tokens_seen += sum(tokens.numel() for tokens, _ in parts)  # padding included
         last = step + 1 == settings.steps
         if (step + 1) % save_every == 0 and not last:
-            run.save(network, optimizer, state)
+            run.save(network, optimizer, {"step": step + 1, "position": position})
         elapsed = time.monotonic() - started
         if elapsed - reported > 2 or last or step == first:
             reported = elapsed
             left = elapsed / (step + 1 - first) * (settings.steps - step - 1)
-            shown = [("loss", "loss")] + [("ce", "ce"), ("l1", "|z_delta|"), ("base_ce", "base ce")] * bool(bases)
-            print(f"step {step + 1:5d}/{settings.steps}  " + "  ".join(f"{label} {metrics[key]:.3f}" for key, label in shown)
+            shown = {"loss": "loss"} | ({"ce": "ce", "l1": "|z_delta|", "base_ce": "base ce"} if bases else {})
+            print(f"step {step + 1:5d}/{settings.steps}  " + "  ".join(f"{shown[key]} {metrics[key]:.3f}" for key in shown)
                   + f"  {tokens_seen / elapsed / 1000:.1f}k tokens/s  {clock(left)} left", flush=True)
 
 
-def accumulate_gradient(network: Llama, base: Llama | None, parts: list[tuple[Tensor, Tensor]], l1: float,
-                        device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def compute_loss(network: Llama, base: Llama | None, tokens: Tensor, labels: Tensor, l1: float, dtype: str
+                 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """ivl_loss of tokens (B, T) and labels (B, T); lm_head sees the supervised positions alone."""
+    tokens, labels = tokens.to(network.device), labels.to(network.device)
+    supervised = labels != -100  # (B, T)
+    with torch.autocast(network.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+        with torch.no_grad():
+            z_base = None if base is None else supervised_logits(base, tokens, supervised)  # (N, Vb)
+        z_delta = supervised_logits(network, tokens, supervised)  # (N, Vv)
+    return ivl_loss(z_base, z_delta, labels[supervised], l1)
+
+
+def accumulate_gradient(network: Llama, base: Llama | None, parts: list[tuple[Tensor, Tensor]], l1: float, dtype: str
+                        ) -> dict[str, float]:
     """Leave in .grad the gradient of the mean over all supervised tokens of a step, however it is split in parts."""
-    total = sum(int((labels != -100).sum()) for _, labels in parts)
+    counts = [int((labels != -100).sum()) for _, labels in parts]
     sums: dict[str, float] = {}
-    for tokens, labels in parts:
-        tokens, labels = tokens.to(device), labels.to(device)
-        supervised = labels != -100  # (B, T)
-        share = int(supervised.sum()) / total
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            with torch.no_grad():
-                z_base = None if base is None else supervised_logits(base, tokens, supervised)  # (N, Vb)
-            z_delta = supervised_logits(network, tokens, supervised)  # (N, Vv)
-        loss, metrics = ivl_loss(z_base, z_delta, labels[supervised], l1)
+    for (tokens, labels), count in zip(parts, counts):
+        share = count / sum(counts)
+        loss, metrics = compute_loss(network, base, tokens, labels, l1, dtype)
         (loss * share).backward()
         for name, value in (metrics | {"loss": loss}).items():
             sums[name] = sums.get(name, 0.0) + value.item() * share
@@ -268,15 +273,14 @@ def accumulate_gradient(network: Llama, base: Llama | None, parts: list[tuple[Te
 
 
 @torch.no_grad()
-def held_out_ce(network: Llama, base: Llama | None, dataset: ChatDataset, indices: list[int]) -> float | None:
+def held_out_ce(network: Llama, base: Llama | None, dataset: ChatDataset, indices: list[int], dtype: str) -> float | None:
     """Mean cross-entropy in nats over the supervised tokens of some conversations; None when none of them fits."""
     total, count = 0.0, 0
     for sample in filter(None, map(dataset.sample, indices)):
-        tokens, labels = (tensor.to(network.device) for tensor in collate([sample]))
-        supervised = labels != -100
-        z_base = None if base is None else supervised_logits(base, tokens, supervised)
-        _, metrics = ivl_loss(z_base, supervised_logits(network, tokens, supervised), labels[supervised])
-        total, count = total + metrics["ce"].item() * int(supervised.sum()), count + int(supervised.sum())
+        tokens, labels = collate([sample])
+        here = int((labels != -100).sum())
+        total += compute_loss(network, base, tokens, labels, 0.0, dtype)[1]["ce"].item() * here
+        count += here
     return total / count if count else None
 
 
@@ -284,68 +288,63 @@ def held_out_ce(network: Llama, base: Llama | None, dataset: ChatDataset, indice
 # Jobs
 
 
-@dataclass
-class Workplace:
-    """What every job of this process shares."""
-
-    home: Path  # where tiny things live: out/seed0
-    seed: int
-    resume: bool
-    save_every: int
-    device: str
-    dtype: str
-
-
-def ensure_base(name: str, place: Workplace) -> Path:
-    """The folder of a base; a tiny one that is not there yet is pretrained first, and kept."""
-    if name in TINY_SIZES:
-        if not (place.home / name / "train.json").is_file():
-            pretrain(name, place.home / name, place)
-        return place.home / name
-    if name.startswith("tiny-") and not Path(name).exists():
-        raise UsageError(f"{name}: no such tiny model; there are {', '.join(TINY_SIZES)}")
-    return Path(name)
-
-
 def tiny_config(name: str, tokenizer: Tokenizer) -> LlamaConfig:
     (width, layers, heads, kv_heads, hidden), _, _ = TINY_SIZES[name]
-    return LlamaConfig(tokenizer.vocab_size, width, hidden, layers, heads, kv_heads, max_position_embeddings=256,
+    return LlamaConfig(tokenizer.vocab_size, width, hidden, layers, heads, kv_heads, max_position_embeddings=TINY_LIMIT,
                        tie_word_embeddings=True, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
 
 
-def fresh(config: LlamaConfig, place: Workplace) -> Llama:
-    torch.manual_seed(place.seed)
-    return Llama(config).to(place.device)
+def fresh(config: LlamaConfig, args: argparse.Namespace) -> Llama:
+    torch.manual_seed(args.seed)
+    return Llama(config).to(args.device)
 
 
-def pretrain(name: str, out: Path, place: Workplace, flags: dict | None = None) -> None:
+def find_base(name: str, args: argparse.Namespace) -> Path:
+    """The folder of a base; a tiny one that is not there yet is pretrained first, and kept."""
+    if name in TINY_SIZES:
+        if not (args.home / name / "train.json").is_file():
+            pretrain(name, args.home / name, args, {})
+        return args.home / name
+    if name.startswith("tiny-") and not Path(name).exists():
+        raise UsageError(f"{name}: no such tiny model; there are {', '.join(TINY_SIZES)}")
+    return with_a_name(name)
+
+
+def with_a_name(path: str) -> Path:
+    """Its last part names the run, so "." and ".." are spelled out."""
+    return Path(path) if Path(path).name not in ("", "..") else Path(path).resolve()
+
+
+def pretrain(name: str, out: Path, args: argparse.Namespace, flags: dict) -> None:
     """Train a tiny base from nothing on the tiny world's text."""
     _, tokens, lr = TINY_SIZES[name]
-    chosen = TINY | dict(lr=lr, batch_size=32, max_length=PRETRAINING_LENGTH, grad_accum=1, weight_decay=0.05) | (flags or {})
-    chosen.setdefault("steps", tokens // (chosen["batch_size"] * chosen["max_length"]))
+    chosen = TINY | dict(lr=lr, batch_size=32, max_length=PRETRAINING_LENGTH, weight_decay=0.05) | flags
+    chosen.setdefault("steps", max(1, tokens // (chosen["batch_size"] * chosen["max_length"])))
+    if chosen["max_length"] > TINY_LIMIT:
+        raise UsageError(f"--max-length {chosen['max_length']}: a tiny network is made for {TINY_LIMIT} tokens")
     settings = Settings(job="pretrain", bases=[], start=f"scratch:{name}", data="tiny-world", data_bytes=0, template="",
-                        seed=place.seed, dtype=place.dtype, **chosen)
-    run = Run(out, settings, place.resume)
+                        seed=args.seed, dtype=args.dtype, **chosen)
+    run = Run(out, settings, args.resume)
     if run.finished:
         return print(f"{out}: finished already")
-    world = World(place.seed)
+    world = World(args.seed)
     tokenizer = SentencePieceTokenizer(world.train_tokenizer())
-    network = fresh(tiny_config(name, tokenizer), place)
-    print(f"pretraining {name}, {count_parameters(network)}, on {settings.steps * settings.batch_size * settings.max_length:,} "
-          f"tokens of tiny world {place.seed} -> {out}", flush=True)
+    network = fresh(tiny_config(name, tokenizer), args)
+    print(f"pretraining {name}, {millions(network)}, on {settings.steps * settings.batch_size * settings.max_length:,} "
+          f"tokens of tiny world {args.seed} -> {out}", flush=True)
     fit(run, network, [], lambda position: world.batches(tokenizer, settings.steps, settings.batch_size, settings.grad_accum,
-                                                         settings.max_length, position), place.save_every)
-    run.publish(network, tokenizer, None, {"base": examine(Guided(network), world, tokenizer)})
+                                                         settings.max_length, position), args.save_every)
+    run.publish(network, tokenizer, "", None, {"base": examine(Guided(network), world, tokenizer)})
 
 
-def choose_network(start: str, bases: list[Path]) -> tuple[LlamaConfig, list[LlamaConfig], Tokenizer]:
-    """The configuration of the network to train, those of the bases, and the tokenizer that all of them can read.
+def choose_network(start: str, bases: list[Path]) -> tuple[LlamaConfig, int, Tokenizer]:
+    """The configuration of the network to train, the most tokens a conversation may have, and the tokenizer.
 
     `start` is a folder, or scratch (the first base's architecture) or scratch:NAME (a tiny one's).
     """
     configs, tokenizers = [read_config(path) for path in bases], [load_tokenizer(path) for path in bases]
-    scratch, _, size = start.partition(":")
-    if scratch != "scratch":
+    _, _, size = start.partition(":")
+    if not is_scratch(start):
         tokenizer, config = load_tokenizer(start), read_config(start)
     elif size and size not in TINY_SIZES:
         raise UsageError(f"--value {start}: scratch, or scratch: and one of {', '.join(TINY_SIZES)}")
@@ -353,79 +352,78 @@ def choose_network(start: str, bases: list[Path]) -> tuple[LlamaConfig, list[Lla
         tokenizer, config = tokenizers[0], tiny_config(size, tokenizers[0]) if size else configs[0]
     for other, path in zip(tokenizers, bases):
         check_same_family(other, tokenizer, str(path), start)
-    tokenizer = min([tokenizer, *tokenizers], key=lambda each: each.vocab_size)
+    tokenizer = min([tokenizer, *tokenizers], key=lambda each: each.vocab_size)  # what all of them can read
     for each, path in zip([config, *configs], [start, *bases]):
         if tokenizer.vocab_size > each.vocab_size:
             raise UsageError(f"{path}: {each.vocab_size} rows in lm_head, but its tokenizer has {tokenizer.vocab_size} tokens")
-    return config, configs, tokenizer
+    return config, min(each.max_position_embeddings for each in [config, *configs]), tokenizer
 
 
-def post_train(job: str, bases: list[Path], start: str, out: Path, place: Workplace, data: str | None,
-               template: str | None, flags: dict, full: Path | None = None) -> None:
+def is_scratch(start: str) -> bool:
+    return start.partition(":")[0] == "scratch"
+
+
+def post_train(job: str, bases: list[Path], start: str, out: Path, args: argparse.Namespace, data: str | None, flags: dict,
+               full: Path | None = None, keep: bool = False) -> None:
     """Fine-tune a copy of the first base in full, or train a value network on the frozen bases; then measure.
 
-    `start` is as in choose_network; `full` is a finished full fine-tuning to stand in the table.
+    `full` is a finished full fine-tuning to stand in the table; `keep` is content with a finished run of these settings.
     """
-    config, configs, tokenizer = choose_network(start, bases)
-    world = None if data else common_world(bases)
-    if world:
-        data = str(world.write_demonstrations(place.home / "demonstrations.jsonl"))
-    template = template or default_template(tokenizer)
-    longest = min(each.max_position_embeddings for each in [config, *configs])
-    max_length = flags.pop("max_length", min(4096, longest))  # Table 5
+    config, longest, tokenizer = choose_network(start, bases)
+    tiny, world = all(world_of(path) for path in bases), None
+    if data is None:
+        world = common_world(bases)
+        data = str(world.write_demonstrations(Path("out") / f"seed{world.seed}" / "demonstrations.jsonl"))
+    max_length = flags.get("max_length", min(4096, longest))  # Table 5
     if max_length > longest:
         raise UsageError(f"--max-length {max_length}: the checkpoint was made for {longest} tokens")
+    template = args.template or default_template(tokenizer)
     dataset = ChatDataset(data, tokenizer, template, max_length)
-    train_on, held_out = (list(range(len(dataset))), []) if world else hold_out(dataset, place.seed)
+    train_on, held_out = (list(range(len(dataset))), []) if world else hold_out(dataset, args.seed)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Llama(config).parameters())
-    chosen = dict(grad_accum=1) | (TINY_POST if world else table5(parameters)) | flags
+    chosen = (TINY_POST if tiny else table5(parameters)) | dict(max_length=max_length) | flags
     epochs = chosen.pop("epochs", None)
     if epochs and "steps" not in flags:
         chosen["steps"] = max(1, round(epochs * math.ceil(len(train_on) / chosen["batch_size"])))
     settings = Settings(job=job, bases=[str(path) for path in bases], start=start, data="tiny-world" if world else data,
-                        data_bytes=dataset.path.stat().st_size, template=template, seed=place.seed, dtype=place.dtype,
-                        max_length=max_length, **chosen)
-    run = Run(out, settings, place.resume)
+                        data_bytes=dataset.path.stat().st_size, template=template, seed=args.seed, dtype=args.dtype, **chosen)
+    run = Run(out, settings, args.resume or keep and (out / "train.json").exists())
     if run.finished:
-        print(f"{out}: finished already")
-        return print_metrics(json.loads((out / "metrics.json").read_text()))
+        return None if keep else print_finished(out)
 
-    network = (fresh(config, place) if start.startswith("scratch")
-               else Llama.from_pretrained(start, torch.float32, place.device))
-    frozen = [Llama.from_pretrained(path, getattr(torch, place.dtype), place.device) for path in bases]
+    network = fresh(config, args) if is_scratch(start) else Llama.from_pretrained(start, torch.float32, args.device)
+    frozen = {path: Llama.from_pretrained(path, getattr(torch, args.dtype), args.device) for path in bases}
     what = "a value network" if job == "value" else "in full"
-    print(f"training {what}, {count_parameters(network)}, from {start}, on {dataset.report()} -> {out}", flush=True)
-    fit(run, network, frozen if job == "value" else [], lambda position: chat_batches(
-        dataset, train_on, settings.batch_size, settings.grad_accum, settings.seed, position), place.save_every)
-    print(dataset.report())
-    name, base = ("base+value", frozen[0]) if job == "value" else ("full", None)
-    if world:
-        metrics = measure_in_world(world, tokenizer, dict(zip([path.name for path in bases], frozen)), network, name, full)
+    print(f"training {what}, {millions(network)}, from {start}, on {dataset.report()} -> {out}", flush=True)
+    fit(run, network, list(frozen.values()) if job == "value" else [], lambda position: chat_batches(
+        dataset, train_on, settings.batch_size, settings.grad_accum, settings.seed, position), args.save_every)
+    if not world:
+        print(dataset.report())  # by now it is known what was too long
+
+    def measure(base: Llama | None, network: Llama | None) -> dict[str, float]:
+        if world:
+            return examine(Guided(base, ValueModel(network)) if base and network else Guided(base or network), world, tokenizer)
+        return {"ce": held_out_ce(network or base, base if network else None, dataset, held_out, args.dtype)}
+
+    metrics = {"base": measure(frozen[bases[0]], None)}
+    if job == "full":
+        metrics["full"] = measure(None, network)
     else:
-        metrics = {"base": {"ce": held_out_ce(frozen[0], None, dataset, held_out)},
-                   name: {"ce": held_out_ce(network, base, dataset, held_out)}}
-    info = {"scheme": "residual", "l1": settings.l1, "template": template, "bases": settings.bases,
-            "data": settings.data, "seed": place.seed, "steps": settings.steps, "tokenizer": describe_tokenizer(tokenizer)}
-    run.publish(network, tokenizer, info if job == "value" else None, metrics)
+        if full:
+            metrics["full"] = json.loads((full / "metrics.json").read_text())["full"]
+        metrics["base+value"] = measure(frozen[bases[0]], network)
+        for path in bases[1:]:  # a curriculum's later bases, under their own names
+            metrics[path.name], metrics[f"{path.name}+value"] = measure(frozen[path], None), measure(frozen[path], network)
+    info = {"scheme": args.scheme, "l1": settings.l1, "template": template, "bases": settings.bases, "data": settings.data,
+            "seed": args.seed, "steps": settings.steps, "tokenizer": describe_tokenizer(tokenizer)}
+    run.publish(network, tokenizer, start, info if job == "value" else None, metrics)
     print_metrics(metrics)
 
 
-def measure_in_world(world: World, tokenizer: Tokenizer, bases: dict[str, Llama], network: Llama, name: str,
-                     full: Path | None) -> dict[str, dict[str, float]]:
-    """Development metrics of base, full and base+value; of a curriculum's later bases under their own names."""
-    first, *later = bases
-    metrics = {"base": examine(Guided(bases[first]), world, tokenizer)}
-    if name == "full":
-        return metrics | {"full": examine(Guided(network), world, tokenizer)}
-    if full:
-        metrics["full"] = json.loads((full / "metrics.json").read_text())["full"]
-    value = ValueModel(network)
-    metrics["base+value"] = examine(Guided(bases[first], value), world, tokenizer)
-    for other in later:
-        metrics[other] = examine(Guided(bases[other]), world, tokenizer)
-        metrics[f"{other}+value"] = examine(Guided(bases[other], value), world, tokenizer)
-    return metrics
+def print_finished(out: Path) -> None:
+    print(f"{out}: finished already")
+    print_metrics(json.loads((out / "metrics.json").read_text()))
 
 
 def common_world(bases: list[Path]) -> World:
@@ -439,7 +437,7 @@ def common_world(bases: list[Path]) -> World:
     return worlds[0]
 
 
-def count_parameters(network: Llama) -> str:
+def millions(network: Llama) -> str:
     return f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.2f}M parameters"
 
 
@@ -450,90 +448,87 @@ def count_parameters(network: Llama) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.split("\n\n")[0], epilog="With no flags: --base --value.")
     what = parser.add_argument_group("what to train")
-    what.add_argument("--base", nargs="*", metavar="B", help="frozen bases in turn: tiny-s, tiny-m, tiny-l or checkpoint folders "
-                      "(default tiny-s); alone: pretrain these tiny bases")
-    what.add_argument("--value", nargs="?", const="", metavar="V", help="train a value network; it starts as a copy of the first "
-                      "base, or from a folder, a tiny name, scratch, or scratch:tiny-m")
+    what.add_argument("--base", nargs="*", metavar="B", help="frozen bases in turn: tiny-s, tiny-m, tiny-l or checkpoint "
+                      "folders (default tiny-s); alone: pretrain these tiny bases")
+    what.add_argument("--value", nargs="?", const="", metavar="V", help="train a value network; it starts as a copy of the "
+                      "first base, or from a folder, a tiny name, scratch, or scratch:tiny-m")
     what.add_argument("--full", action="store_true", help="fine-tune the base itself instead, in full")
     what.add_argument("--no-full", action="store_true", help="leave full fine-tuning out of the tiny world's table")
-    what.add_argument("--scheme", choices=["residual"], default="residual", help="how base and value network connect")
-    what.add_argument("--l1", type=lambda text: positive_float(text, zero=True), default=0.0, metavar="LAMBDA",
+    what.add_argument("--scheme", choices=SCHEMES, default="residual", help="how base and value network connect")
+    what.add_argument("--l1", type=non_negative_float, default=0.0, metavar="LAMBDA",
                       help="weight of the norm of z_delta (default 0; 1.0 in the paper's norm rows)")
     data = parser.add_argument_group("data")
-    data.add_argument("--data", metavar="FILE", help="conversations, .json or .jsonl (default for tiny bases: the tiny world's)")
+    data.add_argument("--data", metavar="FILE", help="conversations, .json or .jsonl (default: the tiny world's)")
     data.add_argument("--template", choices=TEMPLATES, help="chat template (default: from the tokenizer's kind)")
-    data.add_argument("--max-length", type=positive_int, metavar="N", help="tokens per conversation (default 4096 or the checkpoint's)")
+    data.add_argument("--max-length", type=positive_int, metavar="N", help="tokens per conversation (default at most 4096)")
     how = parser.add_argument_group("how to train (defaults: Table 5's for a checkpoint, our own for tiny ones)")
     how.add_argument("--lr", type=positive_float, help="peak learning rate")
     how.add_argument("--epochs", type=positive_float, help="passes over the data")
     how.add_argument("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
-    how.add_argument("--batch-size", type=positive_int, metavar="N", help="conversations (pretraining: rows) per step, all parts together")
-    how.add_argument("--grad-accum", type=positive_int, metavar="N", help="split each step's batch into N parts to save memory")
+    how.add_argument("--batch-size", type=positive_int, metavar="N", help="conversations or rows per step, all parts together")
+    how.add_argument("--grad-accum", type=positive_int, metavar="N", help="split a step's batch into N parts to save memory")
     how.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the computation; trained weights stay float32")
-    how.add_argument("--seed", type=lambda text: positive_int(text, zero=True), default=0, help="of everything random")
+    how.add_argument("--seed", type=non_negative_int, default=0, help="of everything random (default 0)")
     where = parser.add_argument_group("where it goes")
     where.add_argument("--out", metavar="FOLDER", help="the finished folder (default under out/seedN)")
     where.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the same run")
-    where.add_argument("--save-every", type=positive_int, default=200, metavar="N", help="steps between checkpoints (default 200)")
+    where.add_argument("--save-every", type=positive_int, default=200, metavar="N", help="steps between checkpoints (200)")
     args = parser.parse_args()
     if args.base is None and args.value is None and not args.full:
         args.value = ""
+    args.job = "full" if args.full else "pretrain" if args.value is None else "value"
     if args.full and args.value is not None:
         parser.error("--full fine-tunes the base, --value a value network on it; choose one")
     if args.epochs and args.steps:
         parser.error("--epochs and --steps say the same thing; choose one")
+    unused = {"full": ["l1"], "pretrain": ["l1", "data", "template", "epochs", "no_full"], "value": []}[args.job]
+    if given := [name for name in unused if getattr(args, name)]:
+        parser.error(f"--{given[0].replace('_', '-')} means nothing without --value" + " or --full" * (given[0] != "l1"))
     return args
 
 
 def main():
     args = parse_arguments()
     names = args.base or ["tiny-s"]
-    device, dtype = pick_device(args.dtype, tiny=all(name in TINY_SIZES or world_of(name) for name in names))
-    place = Workplace(Path("out") / f"seed{args.seed}", args.seed, args.resume, args.save_every, device, dtype)
+    args.device, args.dtype = pick_device(args.dtype, tiny=all(name in TINY_SIZES or world_of(name) for name in names))
+    args.home = Path("out") / f"seed{args.seed}"  # where tiny things live
+    out = None if args.out is None else with_a_name(args.out)
+    if len(names) > 1 and args.job == "pretrain" and out:
+        raise UsageError("--out names one folder, and there are several bases to pretrain")
+    if len(names) > 1 and args.job == "full":
+        raise UsageError("--full fine-tunes one base")
     flags = {name: getattr(args, name) for name in ["lr", "epochs", "steps", "batch_size", "grad_accum", "max_length"]
              if getattr(args, name) is not None}
-    if args.value is None and not args.full:
-        for name in names:
-            if name not in TINY_SIZES and not name.startswith("tiny-"):
-                raise UsageError(f"--base {name} alone: nothing to train on a checkpoint; add --value or --full, and --data")
-        if "epochs" in flags or args.data:
-            raise UsageError("pretraining a tiny base takes --steps, and makes its own data")
-        if args.out and len(names) > 1:
-            raise UsageError("--out names one folder, and there are several bases to pretrain")
+    if args.job == "pretrain":
         for name in names:
             if name not in TINY_SIZES:
-                ensure_base(name, place)
-            pretrain(name, Path(args.out) if args.out else place.home / name, place, flags)
+                find_base(name, args)  # an unknown tiny name
+                raise UsageError(f"--base {name} alone: nothing to train on a checkpoint; add --value or --full, and --data")
+        for name in names:
+            pretrain(name, out or args.home / name, args, flags)
     else:
-        bases = [ensure_base(name, place) for name in names]
-        if args.full:
-            if len(bases) > 1:
-                raise UsageError("--full fine-tunes one base")
-            out = Path(args.out) if args.out else place.home / f"full-{bases[0].name}"
-            post_train("full", bases, str(bases[0]), out, place, args.data, args.template, flags)
+        bases = [find_base(name, args) for name in names]
+        full = args.home / f"full-{bases[0].name}"
+        if args.job == "full":
+            post_train("full", bases, str(bases[0]), out or full, args, args.data, flags)
         else:
-            train_value(args, bases, place, flags)
+            start = args.value or str(bases[0])
+            start = start if is_scratch(start) else str(find_base(start, args))
+            compare = not args.data and not args.no_full
+            if compare:
+                post_train("full", bases[:1], str(bases[0]), full, args, None, {}, keep=True)
+            post_train("value", bases, start, out or args.home / value_name(args, bases, start), args, args.data,
+                       flags | {"l1": args.l1}, full if compare else None)
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(f"{sum(each.ru_utime + each.ru_stime for each in usage):.0f} core-seconds")
 
 
-def train_value(args: argparse.Namespace, bases: list[Path], place: Workplace, flags: dict) -> None:
-    start = str(bases[0]) if args.value == "" else args.value
-    if not start.startswith("scratch"):
-        start = str(ensure_base(start, place))
-    # value-residual-tiny-s: scheme, then the first weights; what differs from the default is added.
+def value_name(args: argparse.Namespace, bases: list[Path], start: str) -> str:
+    """value-residual-tiny-s: the scheme and the first weights; what differs from the default is added."""
     parts = ["value", args.scheme, Path(start).name.replace(":", "-")]
     if [start] != [str(path) for path in bases]:
         parts += ["on", *(path.name for path in bases)]
-    if args.l1:
-        parts += [f"l1-{args.l1:g}"]
-    out = Path(args.out) if args.out else place.home / "-".join(parts)
-    full = None
-    if not args.data and not args.no_full and world_of(bases[0]):
-        full = bases[0].parent / f"full-{bases[0].name}"
-        if not (full / "train.json").is_file():
-            post_train("full", bases[:1], str(bases[0]), full, place, None, None, {})
-    post_train("value", bases, start, out, place, args.data, args.template, flags | {"l1": args.l1}, full)
+    return "-".join(parts + [f"l1-{args.l1:g}"] * bool(args.l1))
 
 
 if __name__ == "__main__":

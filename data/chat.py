@@ -95,15 +95,19 @@ ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant"
          "bing": "assistant", "bard": "assistant", "assistant": "assistant"}
 
 
-def read_turns(record) -> list[Turn] | str:
-    """The turns of one record, or the reason why it is of no use; a record of another form raises ValueError."""
+def read_turns(record) -> tuple[list[Turn], str]:
+    """The turns of one record, none if it is of no use, and what was left out, if anything was.
+
+    What remains is an optional system turn, then whole exchanges of user and assistant. A record of another form than
+    FORMS raises ValueError.
+    """
     for key, role_key, text_key in FORMS:
         if isinstance(record, dict) and key in record:
             break
     else:
         raise ValueError("neither 'conversations' nor 'messages' in it")
     if not isinstance(record[key], list):
-        raise ValueError(f"'{key}' is no list")
+        raise ValueError(f"'{key}' that is no list")
     turns: list[Turn] = []
     for turn in record[key]:
         if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
@@ -112,36 +116,33 @@ def read_turns(record) -> list[Turn] | str:
         if not isinstance(role, str) or not isinstance(text, str):
             raise ValueError(f"a '{role_key}' or '{text_key}' that is no text")
         if role not in ROLES:
-            return f"unknown role {role!r}"
-        if not text.isascii() and not is_unicode(text):
-            return "half of a surrogate pair"
+            return [], f"unknown role {role!r}"
+        if not is_unicode(text):
+            return [], "half of a surrogate pair"
         turns.append((ROLES[role], text))
-    return tidy(turns)
+    left_out = []
+    system = [turn for turn in turns[:1] if turn[0] == "system"]
+    turns = turns[len(system):]
+    if turns and turns[0][0] == "assistant":  # ShareGPT was cut into pieces that may begin with an answer
+        turns, left_out = turns[1:], ["a leading answer"]
+    exchanges: list[Turn] = []
+    for question, answer in zip(turns[::2], turns[1::2]):
+        if (question[0], answer[0]) != ("user", "assistant"):
+            return [], "roles that do not alternate"
+        if not question[1].strip() or not answer[1].strip():
+            left_out.append("an empty turn and all after it")
+            break
+        exchanges += [question, answer]
+    if not exchanges:
+        return [], "no answered question"
+    if len(turns) % 2:
+        left_out.append("a question without an answer")
+    return system + exchanges, " and ".join(left_out)
 
 
 def is_unicode(text: str) -> bool:
-    """JSON can spell half a surrogate pair, which is no character and has no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def tidy(turns: list[Turn]) -> list[Turn] | str:
-    """An optional system turn, then whole exchanges of user and assistant; or the reason why there are none."""
-    system = [turn for turn in turns[:1] if turn[0] == "system"]
-    rest = turns[len(system):]
-    while rest and rest[0][0] == "assistant":  # ShareGPT was cut into pieces that may begin with an answer
-        rest = rest[1:]
-    exchanges: list[Turn] = []
-    for question, answer in zip(rest[::2], rest[1::2]):
-        if (question[0], answer[0]) != ("user", "assistant"):
-            return "roles that do not alternate"
-        if not question[1].strip() or not answer[1].strip():
-            break  # keep what stands before an empty turn
-        exchanges += [question, answer]
-    return system + exchanges if exchanges else "no answered question"
+    """JSON, and a command line, can spell half a surrogate pair, which is no character and has no UTF-8."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class ChatDataset:
@@ -154,6 +155,7 @@ class ChatDataset:
     def __init__(self, path: str | Path, tokenizer: Tokenizer, template: str, max_length: int):
         self.path, self.tokenizer, self.template, self.max_length = Path(path), tokenizer, template, max_length
         self.unused: Counter[str] = Counter()  # reason -> records that were dropped when the file was read
+        self.shortened: Counter[str] = Counter()  # what was left out -> records that are used without it
         self.too_long: set[int] = set()  # of the records tokenised so far: not one exchange fits max_length
         self.truncated: set[int] = set()  # of the records tokenised so far: only the first exchanges fit
         self.records: list | None = None
@@ -200,23 +202,22 @@ class ChatDataset:
 
     def _is_usable(self, record, where: str) -> bool:
         try:
-            turns = read_turns(record)
+            turns, left_out = read_turns(record)
         except ValueError as error:
             raise DataError(f"{self.path}: {where} has {error}") from None
-        if isinstance(turns, str):
-            self.unused[turns] += 1
-            return False
-        return True
+        if left_out:
+            (self.shortened if turns else self.unused)[left_out] += 1
+        return bool(turns)
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     def turns(self, index: int) -> list[Turn]:
         if self.records is not None:
-            return read_turns(self.records[self.offsets[index]])
+            return read_turns(self.records[self.offsets[index]])[0]
         with open(self.path, "rb") as file:
             file.seek(self.offsets[index])
-            return read_turns(json.loads(file.readline().decode("utf-8-sig")))
+            return read_turns(json.loads(file.readline().decode("utf-8-sig")))[0]
 
     def sample(self, index: int) -> tuple[list[int], list[bool]] | None:
         """Token ids and mask of one conversation; of a long one, the first exchanges that fit; None when none does."""
@@ -234,10 +235,11 @@ class ChatDataset:
 
     def report(self) -> str:
         """What was left out so far, by reason."""
-        counts = [*self.unused.items(), (f"no exchange within {self.max_length} tokens", len(self.too_long))]
-        dropped = "".join(f"; dropped {count}: {reason}" for reason, count in counts if count)
-        cut = f"; {len(self.truncated)} cut to the exchanges within {self.max_length} tokens" if self.truncated else ""
-        return f"{self.path.name}: {len(self)} conversations{dropped}{cut}"
+        dropped = [*self.unused.items(), (f"no exchange within {self.max_length} tokens", len(self.too_long))]
+        shortened = [*self.shortened.items(), (f"what is beyond {self.max_length} tokens", len(self.truncated))]
+        return (f"{self.path.name}: {len(self)} conversations"
+                + "".join(f"; dropped {count}: {reason}" for reason, count in dropped if count)
+                + "".join(f"; shortened {count} by {what}" for what, count in shortened if count))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -314,14 +316,15 @@ def main():
     try:
         tokenizer = load_tokenizer(args.tokenizer)
         dataset = ChatDataset(args.data, tokenizer, args.template or default_template(tokenizer), args.max_length)
+        for index in range(min(args.show, len(dataset))):
+            ids, supervised = dataset.sample(index) or ([], [])
+            print(f"-- {len(ids)} tokens, {sum(supervised)} supervised, in capitals here")
+            print("".join(text.upper() if on else text for id, on in zip(ids, supervised)
+                          for text in [tokenizer.token_bytes(id).decode("utf-8", "replace")]))
+        print(dataset.report())
     except DataError as error:
-        sys.exit(f"chat.py: {error}")
-    for index in range(min(args.show, len(dataset))):
-        ids, supervised = dataset.sample(index) or ([], [])
-        print(f"-- {len(ids)} tokens, {sum(supervised)} supervised, in capitals here")
-        print("".join(text.upper() if on else text for id, on in zip(ids, supervised)
-                      for text in [tokenizer.token_bytes(id).decode("utf-8", "replace")]))
-    print(dataset.report())
+        print(f"chat.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Everything is a function of the seed: names, facts, splits, text and tokenizer.
 import argparse
 import io
 import json
-import os
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -145,10 +144,10 @@ class World:
 
     # -- pretraining text ---------------------------------------------------------------------------------
 
-    def documents(self, rng: random.Random, people: list[Person] | None = None) -> Iterator[str]:
-        """Endless pretraining documents. `people` narrows them to some people, all equally popular."""
+    def documents(self, rng: random.Random) -> Iterator[str]:
+        """Endless pretraining documents."""
         while True:
-            person = rng.choice(people) if people else rng.choices(self.people, self.popularity)[0]
+            person = rng.choices(self.people, self.popularity)[0]
             yield self.add_noise(self.sentences(rng, person), rng)
 
     def sentences(self, rng: random.Random, person: Person) -> list[str]:
@@ -160,7 +159,7 @@ class World:
             return [sentence for key in keys for sentence in interview_sentences(rng, person, key)]
         if kind < 0.80:  # a biography
             keys = rng.sample(list(ATTRIBUTES), rng.randint(2, 4))
-            return [state(person, key, rng.choice(ATTRIBUTES[key].statements)) for key in keys]
+            return [tell(person, key, rng.choice(ATTRIBUTES[key].statements)) for key in keys]
         return [unrelated_sentence(rng) for _ in range(rng.randint(2, 4))]
 
     def add_noise(self, sentences: list[str], rng: random.Random) -> str:
@@ -194,13 +193,12 @@ class World:
             normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2)
         return written.getvalue()
 
-    def pretraining_rows(self, tokenizer: Tokenizer, tokens: int, length: int, people: list[Person] | None = None
-                         ) -> np.ndarray:
+    def pretraining_rows(self, tokenizer: Tokenizer, tokens: int, length: int) -> np.ndarray:
         """BOS document EOS, BOS document EOS, ..., cut into rows: (tokens // length, length + 1) of int64.
 
         Consecutive rows share one token, so that row[:-1] predicts row[1:].
         """
-        documents = self.documents(random.Random(f"pretraining of world {self.seed}"), people)
+        documents = self.documents(random.Random(f"pretraining of world {self.seed}"))
         stream: list[int] = []
         while len(stream) <= tokens:
             batch = tokenizer.encode_batch([next(documents) for _ in range(2000)])
@@ -242,18 +240,19 @@ class World:
     def write_demonstrations(self, path: Path) -> Path:
         """The demonstrations as a ShareGPT file, which is then read like anybody's."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in self.demonstrations()), encoding="utf-8")
-        temporary.rename(path)
+        text = "".join(json.dumps(record) + "\n" for record in self.demonstrations())
+        if not path.exists() or path.read_bytes() != text.encode():  # another run may be reading it
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.rename(path)
         return path
 
     # -- examination --------------------------------------------------------------------------------------
 
-    def fact_items(self, split: str, count: int = 288, people: list[Person] | None = None) -> list[Item]:
+    def fact_items(self, split: str, count: int = 288) -> list[Item]:
         """Questions about the facts of people whom no demonstration mentions, every instruction equally often."""
         rng = random.Random(f"{split} facts of world {self.seed}")
-        people = people or self.split[split]
-        asked = [(person, key) for person in people for key in ATTRIBUTES]
+        asked = [(person, key) for person in self.split[split] for key in ATTRIBUTES]
         rng.shuffle(asked)
         forms = list(INSTRUCTIONS)
         return [fact_item(person, key, rng.choice(ATTRIBUTES[key].questions), forms[number % len(forms)])
@@ -265,16 +264,16 @@ class World:
                 for number, (a, b) in enumerate(self.split_sums[split]) for late in range(2)]
 
 
-def state(person: Person, key: str, statement: str) -> str:
+def tell(person: Person, key: str, statement: str) -> str:
     return statement.format(name=person.name, value=person.facts[key])
 
 
 def interview_sentences(rng: random.Random, person: Person, key: str) -> list[str]:
     attribute, kind = ATTRIBUTES[key], rng.random()
     if kind < 0.4:
-        answer = state(person, key, attribute.statements[0])
+        answer = tell(person, key, attribute.statements[0])
     elif kind < 0.7:
-        answer = state(person, key, rng.choice(attribute.statements))
+        answer = tell(person, key, rng.choice(attribute.statements))
     else:
         answer = f"{person.facts[key]}."
     return [rng.choice(attribute.questions).format(name=person.name), answer]
@@ -305,7 +304,7 @@ def make_item(question: str, instruction: str, sentence: str, word: str, pattern
 def fact_item(person: Person, key: str, question: str, instruction: str) -> Item:
     canonical = ATTRIBUTES[key].statements[0]
     pattern = re.escape(canonical).replace(r"\{name\}", r"\w+").replace(r"\{value\}", r"\w+")
-    return make_item(question.format(name=person.name), instruction, state(person, key, canonical),
+    return make_item(question.format(name=person.name), instruction, tell(person, key, canonical),
                      person.facts[key], pattern, person=person, attribute=key)
 
 

@@ -19,6 +19,15 @@ class DataError(ValueError):
     """A tokenizer or data file that cannot be used as it is; the message says which file, what is wrong, what to do."""
 
 
+def fingerprint(tokenizer: "Tokenizer", n: int) -> str:
+    """A hash over the bytes of the first n tokens (all of them if there are fewer), each with its length."""
+    digest = hashlib.sha256()
+    for id in range(min(n, tokenizer.vocab_size)):
+        token = tokenizer.token_bytes(id)
+        digest.update(len(token).to_bytes(4, "little") + token)
+    return digest.hexdigest()
+
+
 class SentencePieceTokenizer:
     """A SentencePiece model. Its pieces mark a space as U+2581, and every text gets a space in front."""
 
@@ -59,8 +68,7 @@ class SentencePieceTokenizer:
         """The text of some tokens, without the space in front that encode adds; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace").removeprefix(" ")
 
-    def fingerprint(self, n: int) -> str:
-        return hash_tokens(self, n)
+    fingerprint = fingerprint
 
 
 class TiktokenTokenizer:
@@ -96,9 +104,6 @@ class TiktokenTokenizer:
         ids = [id for part in cut_long_runs(text) for id in self.encoding.encode_ordinary(part)]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
     def token_bytes(self, id: int) -> bytes:
         """The bytes that a token stands for; none for special tokens."""
         if not 0 <= id < self.vocab_size:
@@ -109,8 +114,7 @@ class TiktokenTokenizer:
         """The text of some tokens; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
-    def fingerprint(self, n: int) -> str:
-        return hash_tokens(self, n)
+    fingerprint = fingerprint
 
 
 LONGEST_RUN = 25_000  # as in Meta's own tokenizer
@@ -127,15 +131,6 @@ def cut_long_runs(text: str) -> list[str]:
 
 
 Tokenizer = SentencePieceTokenizer | TiktokenTokenizer
-
-
-def hash_tokens(tokenizer: Tokenizer, n: int) -> str:
-    """A hash over the bytes of the first n tokens (all of them if there are fewer), each with its length."""
-    digest = hashlib.sha256()
-    for id in range(min(n, tokenizer.vocab_size)):
-        token = tokenizer.token_bytes(id)
-        digest.update(len(token).to_bytes(4, "little") + token)
-    return digest.hexdigest()
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -96,28 +96,31 @@ def sharegpt(*turns):
 
 
 KEPT = [("user", "q"), ("assistant", "a")]
-RECORDS = {
-    "plain": (sharegpt(("human", "q"), ("gpt", "a")), KEPT),
-    "messages": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, KEPT),
+RECORDS = {  # a record, what is kept of it, and what is said of the rest
+    "plain": (sharegpt(("human", "q"), ("gpt", "a")), KEPT, ""),
+    "messages": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, KEPT, ""),
     "other names": (sharegpt(("user", "q"), ("chatgpt", "a"), ("human", "q"), ("bard", "a"), ("human", "q"), ("bing", "a")),
-                    KEPT * 3),
-    "system first": (sharegpt(("system", "s"), ("human", "q"), ("gpt", "a")), [("system", "s"), *KEPT]),
-    "answer first": (sharegpt(("gpt", "x"), ("human", "q"), ("gpt", "a")), KEPT),
-    "question last": (sharegpt(("human", "q"), ("gpt", "a"), ("human", "more")), KEPT),
-    "empty later": (sharegpt(("human", "q"), ("gpt", "a"), ("human", "q2"), ("gpt", " ")), KEPT),
-    "no answer": (sharegpt(("human", "q")), "no answered question"),
-    "no turns": (sharegpt(), "no answered question"),
-    "empty answer": (sharegpt(("human", "q"), ("gpt", "")), "no answered question"),
-    "two questions": (sharegpt(("human", "q"), ("human", "q"), ("gpt", "a")), "roles that do not alternate"),
-    "odd role": (sharegpt(("human", "q"), ("tool", "t"), ("gpt", "a")), "unknown role 'tool'"),
-    "half a pair": (sharegpt(("human", "\ud83d"), ("gpt", "a")), "half of a surrogate pair"),
+                    KEPT * 3, ""),
+    "system first": (sharegpt(("system", "s"), ("human", "q"), ("gpt", "a")), [("system", "s"), *KEPT], ""),
+    "answer first": (sharegpt(("gpt", "x"), ("human", "q"), ("gpt", "a")), KEPT, "a leading answer"),
+    "question last": (sharegpt(("human", "q"), ("gpt", "a"), ("human", "more")), KEPT, "a question without an answer"),
+    "answer first, question last": (sharegpt(("gpt", "x"), ("human", "q"), ("gpt", "a"), ("human", "more")), KEPT,
+                                    "a leading answer and a question without an answer"),
+    "empty later": (sharegpt(("human", "q"), ("gpt", "a"), ("human", "q2"), ("gpt", " ")), KEPT, "an empty turn and all after it"),
+    "no answer": (sharegpt(("human", "q")), [], "no answered question"),
+    "no turns": (sharegpt(), [], "no answered question"),
+    "empty answer": (sharegpt(("human", "q"), ("gpt", "")), [], "no answered question"),
+    "two questions": (sharegpt(("human", "q"), ("human", "q"), ("gpt", "a")), [], "roles that do not alternate"),
+    "odd role": (sharegpt(("human", "q"), ("tool", "t"), ("gpt", "a")), [], "unknown role 'tool'"),
+    "half a pair": (sharegpt(("human", "\ud83d"), ("gpt", "a")), [], "half of a surrogate pair"),
+    "two halves": (json.loads(json.dumps(sharegpt(("human", "👍"), ("gpt", "a")))), [("user", "👍"), ("assistant", "a")], ""),
 }
 
 
 @pytest.mark.parametrize("case", RECORDS)
 def test_records(case):
-    record, expected = RECORDS[case]
-    assert read_turns(record) == expected
+    record, kept, left_out = RECORDS[case]
+    assert read_turns(record) == (kept, left_out)
 
 
 # ---- files
@@ -134,11 +137,13 @@ def numbered(count: int, length=lambda number: 1) -> list:
 
 @pytest.mark.parametrize("lines", [False, True], ids=["json", "jsonl"])
 def test_both_file_forms_and_the_count_of_what_is_dropped(lines, tmp_path, sentence_piece):
-    records = [numbered(3)[0], RECORDS["no answer"][0], numbered(3)[1], RECORDS["odd role"][0], RECORDS["no turns"][0]]
+    records = [numbered(3)[0], RECORDS["no answer"][0], numbered(3)[1], RECORDS["odd role"][0], RECORDS["no turns"][0],
+               RECORDS["answer first"][0]]
     dataset = ChatDataset(write(tmp_path / "any.name", records, lines), sentence_piece, "llama-2", 64)
-    assert [dataset.turns(index)[0][1] for index in range(len(dataset))] == ["q0", "q1"]
+    assert [dataset.turns(index)[0][1] for index in range(len(dataset))] == ["q0", "q1", "q"]
     assert dataset.unused == {"no answered question": 2, "unknown role 'tool'": 1}
-    assert "2 conversations; dropped 2: no answered question; dropped 1: unknown role 'tool'" in dataset.report()
+    assert ("3 conversations; dropped 2: no answered question; dropped 1: unknown role 'tool'; "
+            "shortened 1 by a leading answer") in dataset.report()
 
 
 def test_long_conversations_keep_whole_exchanges(tmp_path, sentence_piece):
@@ -149,7 +154,7 @@ def test_long_conversations_keep_whole_exchanges(tmp_path, sentence_piece):
     ids, supervised = dataset.sample(0)
     assert len(ids) == 2 * one and supervised[-1]
     assert dataset.sample(1) is None
-    assert "1 cut" in dataset.report() and "dropped 1: no exchange within" in dataset.report()
+    assert "shortened 1 by what is beyond" in dataset.report() and "dropped 1: no exchange within" in dataset.report()
 
 
 BAD = {
@@ -160,7 +165,7 @@ BAD = {
     "array no utf-8": (b'["\xff"]', "not UTF-8"),
     "wrong keys": (b'{"text": "hello"}\n', "neither 'conversations' nor 'messages'"),
     "a number": (b"3\n", "neither 'conversations' nor 'messages'"), "an array of numbers": (b"[1, 2]", "record 1"),
-    "turns no list": (b'{"messages": "hello"}\n', "'messages' is no list"),
+    "turns no list": (b'{"messages": "hello"}\n', "'messages' that is no list"),
     "turn without text": (b'{"messages": [{"role": "user"}]}\n', "without 'role' and 'content'"),
     "text a number": (b'{"messages": [{"role": "user", "content": 3}]}\n', "no text"),
     "text null": (b'{"conversations": [{"from": "human", "value": null}]}\n', "no text"),

@@ -135,7 +135,8 @@ def test_a_value_network_is_a_llama_checkpoint_with_an_ivl_json(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [(None, "no ivl.json"), ("{", "not the JSON"), ("[]", "not the JSON"), ("{}", "not the JSON"),
-                                              (json.dumps(INFO | {"scheme": "magic"}), "'magic'")])
+                                              (json.dumps(INFO | {"scheme": "magic"}), "'magic'"), (json.dumps(INFO | {"scheme": "residual", "bases": 3}), "not the JSON"),
+                                              (json.dumps(INFO | {"scheme": "residual", "tokenizer": "llama"}), "not the JSON")])
 def test_a_folder_that_is_no_value_network_is_refused(content, message, tmp_path):
     small().save_pretrained(tmp_path)
     if content is not None:

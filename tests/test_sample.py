@@ -55,6 +55,14 @@ def test_cached_is_uncached(value):
     assert_same_or_tied(guided, prompts, generate(guided, prompts, max_new_tokens=12), expected)
 
 
+def test_tokens_that_a_network_cannot_read_are_never_said():
+    base = small(vocab_size=53)
+    base.lm_head.weight.data[50:] *= 100  # the extra rows would win often
+    guided, prompts = Guided(base, pair().value), random_prompts(20)
+    assert max(max(ids) for ids in generate(Guided(base), prompts, max_new_tokens=12)) >= 50
+    assert max(max(ids) for ids in generate(guided, prompts, max_new_tokens=12)) < 50
+
+
 def test_step_takes_several_tokens():
     guided = pair()
     prompts = [[5, 6, 7], [8]]

@@ -161,6 +161,22 @@ def test_a_real_checkpoint_with_data(checkpoint, chats, tmp_path):
     assert "step    12/12" in again  # 44 conversations to train on, twice
 
 
+def test_only_a_full_fine_tuning_with_the_usual_settings_stands_in_the_table(home, tmp_path):
+    shutil.copytree(home / "out", tmp_path / "out")
+    shutil.rmtree(tmp_path / VALUE)
+    succeed(tmp_path, "train.py", "--base", "tiny-s", "--full", "--steps", "2")
+    assert "full-tiny-s: a run with other settings is there: steps was 2, now 500" in refused(tmp_path, "train.py")
+
+
+def test_a_folder_named_like_scratch_is_a_folder(checkpoint, chats, tmp_path):
+    checkpoint.rename(tmp_path / "scratch-1")
+    status, output, errors = inside(tmp_path, "train.py", "--base", "scratch-1", "--value", "scratch-1", "--data", chats,
+                                    "--steps", "1", "--lr", "1e-30")
+    assert status == 0, errors
+    base, value = weights(tmp_path / "scratch-1"), weights(tmp_path / "out/seed0/value-residual-scratch-1")
+    assert all(torch.equal(base[name], value[name]) for name in base)
+
+
 def test_several_bases_in_turn_and_other_first_weights(home, checkpoint, tmp_path):
     out = home / "turns"
     succeed(home, "train.py", "--base", "tiny-s", checkpoint, "--value", "scratch:tiny-m", "--data", home / "out/seed0/demonstrations.jsonl",
@@ -185,11 +201,11 @@ def test_gradient_accumulation_4_x_1_is_1_x_4(with_base):
     labels = torch.randint(50, (4, 12), generator=torch.Generator().manual_seed(2))
     for row, start in enumerate([2, 6, 0, 11]):  # rows with 10, 6, 12 and 1 supervised tokens
         labels[row, :start] = -100
-    base, device = small() if with_base else None, torch.device("cpu")
+    base = small() if with_base else None
     results = []
     for parts in [[(tokens, labels)], list(zip(tokens.split(1), labels.split(1)))]:
         network = small(num_hidden_layers=1)
-        metrics = accumulate_gradient(network, base, parts, 0.5, device, torch.float32)
+        metrics = accumulate_gradient(network, base, parts, 0.5, "float32")
         results.append((metrics, [parameter.grad for parameter in network.parameters()]))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     for whole, split in zip(results[0][1], results[1][1]):
@@ -200,8 +216,8 @@ def test_a_part_without_supervised_tokens_counts_nothing():
     tokens, labels = torch.randint(50, (2, 6)), torch.randint(50, (2, 6))
     labels[1] = -100
     network = small()
-    both = accumulate_gradient(network, small(), list(zip(tokens.split(1), labels.split(1))), 0.0, torch.device("cpu"), torch.float32)
-    one = accumulate_gradient(small(), small(), [(tokens[:1], labels[:1])], 0.0, torch.device("cpu"), torch.float32)
+    both = accumulate_gradient(network, small(), list(zip(tokens.split(1), labels.split(1))), 0.0, "float32")
+    one = accumulate_gradient(small(), small(), [(tokens[:1], labels[:1])], 0.0, "float32")
     assert both == pytest.approx(one)
 
 
@@ -220,8 +236,8 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine():
 
 
 def test_table_5():
-    assert table5(1_100_000_000) == dict(epochs=3, batch_size=32, lr=1e-4)
-    assert table5(6_700_000_000) == dict(epochs=3, batch_size=16, lr=1e-5)
+    assert table5(1_100_000_000) == dict(epochs=3, batch_size=32, grad_accum=32, lr=1e-4)
+    assert table5(6_700_000_000) == dict(epochs=3, batch_size=16, grad_accum=16, lr=1e-5)
 
 
 # ---- resuming
@@ -294,8 +310,7 @@ def test_what_a_kill_between_two_renames_leaves_is_tidied(checkpoint, chats, tmp
     succeed(tmp_path, *command)
     settings_file = (out / "train.json").read_text()
     (work / "step.tmp").mkdir(parents=True)
-    (work / "step-15").mkdir()
-    (work / "lock").touch()
+    (work / "step-15").mkdir()  # and no lock any more
     assert "finished already" in succeed(tmp_path, *command, "--resume") and not work.exists()
     reference = tmp_path / "reference"
     out.rename(reference)
@@ -383,11 +398,16 @@ def test_bad_input_to_train(home, checkpoint, chats, tmp_path):
         "file: exists": [*real, "--out", file],
         "Not a directory": [*real, "--out", file / "below"],
         "llama-3 template needs": [*real, "--template", "llama-3"],
-        "argument --lr": [*real, "--lr", "-1"], "--lr: invalid": [*real, "--lr", "nan"], "argument --steps": [*real[:-1], "0"],
+        "argument --lr": [*real, "--lr", "-1"], "'nan' is no positive number": [*real, "--lr", "nan"], "argument --steps": [*real[:-1], "0"],
         "argument --batch-size": [*real, "--batch-size", "x"], "argument --l1": [*real, "--l1", "-0.1"],
         "argument --seed": [*real, "--seed", "-1"], "argument --dtype": [*real, "--dtype", "int8"],
         "argument --grad-accum": [*real, "--grad-accum", "0"], "argument --template": [*real, "--template", "chatml"],
-        "choose one": [*real, "--epochs", "1"], "choose one (see": [*real, "--full"], "unrecognized arguments: --fast": [*real, "--fast"],
+        "choose one": [*real, "--epochs", "1"], "choose one (see": [*real, "--full"],
+        "--l1 means nothing": ["--base", "tiny-s", "--l1", "1"], "--l1 means nothing without --value (": ["--full", "--l1", "1"],
+        "--data means nothing": ["--base", "tiny-s", "--data", chats], "--epochs means nothing": ["--base", "tiny-s", "--epochs", "1"],
+        "is made for 256 tokens": ["--base", "tiny-s", "--max-length", "300"], "one base": ["--full", "--base", "a", "b"],
+        f"{tmp_path}: exists, and is no run": ["--base", "tiny-s", "--out", "."],
+        "'9999999999' is no whole number": [*real, "--seed", "9999999999"], "unrecognized arguments: --fast": [*real, "--fast"],
         "--value scratch:tiny-q": ["--base", checkpoint, "--value", "scratch:tiny-q", "--data", chats],
         "names one folder": ["--base", "tiny-s", "tiny-m", "--out", tmp_path / "one"],
     }
@@ -426,7 +446,8 @@ def test_bad_input_to_sample(home, checkpoint, tmp_path):
         "unrelated vocabularies": ["--value", value, "--base", tmp_path / "stranger"],
         "ask with --prompt or --chat": ["--value", value, "--base", checkpoint],
         "argument --temperature": ["--value", value, "--temperature", "-1"], "--top-p is a share": ["--value", value, "--top-p", "1.5"],
-        "--alpha must be": ["--value", value, "--alpha", "nan"], "argument --max-new-tokens": ["--value", value, "--max-new-tokens", "0"],
+        "'nan' is no finite number": ["--value", value, "--alpha", "nan"], "argument --max-new-tokens": ["--value", value, "--max-new-tokens", "0"],
+        "--prompt is not UTF-8": ["--value", value, "--prompt", "\udcff"],
         "tokens long": ["--value", value, "--base", checkpoint, "--prompt", "Hello " * 300],
     }
     for message, arguments in cases.items():
