@@ -14,9 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.chat import TEMPLATES
+from data.chat import TEMPLATES, is_unicode
 from data.tokenizer import Tokenizer
-from model import CheckpointError, KVCache, Llama
+from model import CheckpointError, KVCache, Llama, read_json
 
 SCHEMES = ("residual",)
 
@@ -117,14 +117,15 @@ def read_info(path: Path) -> dict:
     file = path / "ivl.json"
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
-    if not file.exists():
+    if not file.is_file():
         raise CheckpointError(f"{path}: no ivl.json, so this is no value network; train.py writes one")
+    info = read_json(file)
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
         fits = (isinstance(info["scheme"], str) and info["template"] in TEMPLATES and type(info["seed"]) is int
-                and all(isinstance(base, str) for base in info["bases"]) and info["bases"]
+                and isinstance(info["bases"], list) and info["bases"]
+                and all(is_unicode(base) and "\0" not in base for base in info["bases"])
                 and info["tokenizer"].keys() >= {"size", "fingerprint"})
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         fits = False
     if not fits:
         raise CheckpointError(f"{file}: not the JSON that train.py writes") from None

@@ -59,11 +59,16 @@ class LlamaConfig:
         positive_integers += ["head_dim"] if self.head_dim is not None else []
         for name in positive_integers:
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise CheckpointError(f"{name} must be a positive whole number, not {value!r}")
+            if type(value) is not int or not 0 < value <= (10_000 if name == "num_hidden_layers" else 2**24):
+                raise CheckpointError(f"{name} must be a positive whole number of sensible size, not {value!r}")
         for name in ["rms_norm_eps", "rope_theta"]:
             if not is_positive(getattr(self, name)):
                 raise CheckpointError(f"{name} must be a positive number, not {getattr(self, name)!r}")
+        for name in ["bos_token_id", "eos_token_id"]:
+            value = getattr(self, name)
+            ids = value if type(value) is list else [] if value is None else [value]
+            if not all(type(id) is int and id >= 0 for id in ids):
+                raise CheckpointError(f"{name} must be a token id or a list of them, not {value!r}")
         if type(self.tie_word_embeddings) is not bool:
             raise CheckpointError(f"tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}")
         if self.head_dim is None:
@@ -110,7 +115,7 @@ class LlamaConfig:
 
 
 def is_positive(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
+    return type(value) in (int, float) and 0 < value < 1e30
 
 
 def check_rope_scaling(scaling: dict | None) -> dict | None:
@@ -124,7 +129,7 @@ def check_rope_scaling(scaling: dict | None) -> dict | None:
         return None
     needed = {"linear": ["factor"],
               "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
-    if rope_type not in needed:
+    if not isinstance(rope_type, str) or rope_type not in needed:
         raise CheckpointError(f"rope_type {rope_type!r} is not supported (default, linear and llama3 are)")
     for name in needed[rope_type]:
         if not is_positive(scaling.get(name)):
@@ -376,19 +381,25 @@ class KVCache:
 # Reading checkpoints
 
 
+def read_json(file: Path) -> dict:
+    """The JSON object in a file; CheckpointError if there is none."""
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also what is no UTF-8
+        raise CheckpointError(f"{file}: not JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: not a JSON object")
+    return raw
+
+
 def read_config(path: str | Path) -> LlamaConfig:
     path = Path(path)
     file = path / "config.json"
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: not there; a checkpoint in the Hugging Face layout has one") from None
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
-        raise CheckpointError(f"{file}: not JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file}: not a JSON object")
+    if not file.is_file():
+        raise CheckpointError(f"{file}: not there; a checkpoint in the Hugging Face layout has one")
+    raw = read_json(file)
     try:
         return LlamaConfig.from_dict(raw)
     except CheckpointError as error:
@@ -402,24 +413,24 @@ def find_shards(path: Path) -> dict[Path, set[str] | None]:
     if not index.exists():
         if present:
             raise CheckpointError(f"{index}: not there, but {min(present).name} is; the shards need their index")
-        if not single.exists():
+        if not single.is_file():
             if any(path.glob("pytorch_model*.bin")):
                 raise CheckpointError(f"{path}: only pytorch_model.bin, which can run code when read; convert it once: "
                                       "LlamaForCausalLM.from_pretrained(path).save_pretrained(path) in transformers")
             raise CheckpointError(f"{single}: not there, nor an index of shards")
         return {single: None}
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards: dict[Path, set[str]] = {}
-        for name, file in weight_map.items():
-            shards.setdefault(path / file, set()).add(name)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{index}: no weight_map of tensor names to files") from None
+    weight_map, shards = read_json(index).get("weight_map"), {}
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map of tensor names to files")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{index}: {file!r} is no name of a file beside it")
+        shards.setdefault(path / file, set()).add(name)
     extra = (present | ({single} if single.exists() else set())) - shards.keys()
     if extra:
         raise CheckpointError(f"{min(extra)}: a file of weights that the index beside it does not name")
     for file in sorted(shards):
-        if not file.exists():
+        if not file.is_file():
             raise CheckpointError(f"{file}: not there, but {index.name} names it")
     return shards
 

@@ -7,7 +7,6 @@
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -21,10 +20,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data.chat import Turn, encode_chat, end_token, is_unicode
-from data.tiny_world import World, evaluate, prompt_text
+from data.tiny_world import TINY_SIZES, World, evaluate, prompt_text
 from data.tokenizer import DataError, StreamDecoder, Tokenizer, load_tokenizer
 from ivl import ValueModel, check_recorded, check_same_family, combine, read_info
-from model import CheckpointError, KVCache, Llama
+from model import CheckpointError, KVCache, Llama, read_json
 
 # ---------------------------------------------------------------------------------------------------------
 # Guided decoding
@@ -155,10 +154,10 @@ def score(guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: 
 def world_of(path: str | Path) -> World | None:
     """The tiny world that a finished folder of train.py comes from; None for anything else."""
     try:
-        record = json.loads((Path(path) / "train.json").read_text(encoding="utf-8"))
-        return World(record["seed"]) if record["data"] == "tiny-world" else None
-    except (OSError, ValueError, KeyError, TypeError):
+        record = read_json(Path(path) / "train.json")
+    except (OSError, CheckpointError):
         return None
+    return World(record["seed"]) if record.get("data") == "tiny-world" and type(record.get("seed")) is int else None
 
 
 def examine(guided: Guided, world: World, tokenizer: Tokenizer, split: str = "development") -> dict[str, float]:
@@ -219,41 +218,42 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run_cli(main: Callable[[], None]) -> None:
     """Run a script; a user's mistake is one line on stderr and status 2, a bug of ours keeps its traceback."""
-    script = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):  # the name of a file may be no text
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    status = 2
     try:
-        main()
-    except (UsageError, CheckpointError, DataError) as error:
-        print(f"{script}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output has left
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-        file = f"{error.filename}: " if getattr(error, "filename", None) else ""
-        print(f"{script}: {file}{getattr(error, 'strerror', None) or error}", file=sys.stderr)
-        sys.exit(2)
+        return main()
+    except (UsageError, CheckpointError, DataError, SafetensorError) as error:
+        message = str(error)
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except torch.OutOfMemoryError:
-        print(f"{script}: the device is out of memory; --grad-accum, --max-length and --dtype save some", file=sys.stderr)
-        sys.exit(2)
+        message = "the device is out of memory; --grad-accum, --max-length and --dtype save some"
     except KeyboardInterrupt:
-        print(f"\n{script}: stopped", file=sys.stderr)
-        sys.exit(130)
+        message, status = "stopped", 130
+    print(f"{Path(sys.argv[0]).name}: {message}".replace("\n", "\\n"), file=sys.stderr)
+    sys.exit(status)
 
 
-def number(kind: type, lowest: float, phrase: str) -> Callable[[str], float]:
-    """An argparse type: a finite number of this kind above `lowest`; the phrase tells a user what it should be."""
+def number(kind: type, lowest: float, phrase: str, below: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a number between these bounds; the phrase tells a user what it should be."""
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not lowest < value < (2**32 if kind is int else math.inf):
+        if not lowest < value < below:
             raise argparse.ArgumentTypeError(f"{text!r} is no {phrase}")
         return value
     return parse
 
 
-positive_int, non_negative_int = number(int, 0, "positive whole number"), number(int, -1, "whole number from 0 on")
+positive_int = number(int, 0, "positive whole number below 2**32", 2**32)
+non_negative_int = number(int, -1, "whole number from 0 to below 2**32", 2**32)
 positive_float, non_negative_float = number(float, 0, "positive number"), number(float, -1e-300, "number from 0 on")
 any_float = number(float, -math.inf, "finite number")
 
@@ -301,6 +301,8 @@ def find_base(name: str | None, value: Path, info: dict) -> Path:
         beside = value.parent / recorded.name  # out/ may have been moved as a whole
         return beside if beside.is_dir() and not recorded.is_dir() else recorded
     if name.startswith("tiny-") and not Path(name).exists():
+        if name not in TINY_SIZES:
+            raise UsageError(f"{name}: no such tiny model; there are {', '.join(TINY_SIZES)}")
         places = [value.parent / name, Path(info["bases"][0]).parent / name]
         path = next((path for path in places if path.is_dir()), None)
         if path is None:
@@ -332,6 +334,8 @@ def answer(guided: Guided, tokenizer: Tokenizer, template: str, turns: list[Turn
 
 def chat(guided: Guided, tokenizer: Tokenizer, template: str, args: argparse.Namespace) -> None:
     turns: list[Turn] = []
+    if sys.stdin is None:
+        raise UsageError("--chat reads questions from standard input, which is closed")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     print("An empty line begins a new conversation, the end of input (Ctrl-D) leaves.")
@@ -366,6 +370,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of sampling")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and computation")
     args = parser.parse_args()
+    if args.chat and args.prompt:
+        parser.error("--chat and --prompt are two ways to ask; choose one")
     if args.top_p > 1:
         parser.error("--top-p is a share, at most 1")
     for text in args.prompt or []:
@@ -376,9 +382,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     args = parse_arguments()
-    value_path = Path(args.value) if args.value else newest_value()
+    value_path = newest_value() if args.value is None else Path(args.value)
     info = read_info(value_path)
     base_path, own_path = find_base(args.base, value_path, info), find_base(None, value_path, info)
+    if (base_path / "ivl.json").exists():
+        raise UsageError(f"--base {base_path}: a value network, which is no base")
     base_tokenizer, value_tokenizer = load_tokenizer(base_path), load_tokenizer(value_path)
     check_recorded(value_tokenizer, info, str(value_path))
     check_same_family(base_tokenizer, value_tokenizer, str(base_path), str(value_path))

@@ -14,6 +14,7 @@ import fcntl
 import itertools
 import json
 import math
+import re
 import resource
 import shutil
 import time
@@ -30,8 +31,8 @@ from data.chat import TEMPLATES, ChatDataset, chat_batches, collate, default_tem
 from data.tiny_world import TINY_SIZES, World
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from ivl import SCHEMES, ValueModel, check_same_family, describe_tokenizer, ivl_loss, supervised_logits
-from model import Llama, LlamaConfig, read_config
-from sample import (ArgumentParser, Guided, UsageError, clock, examine, non_negative_float, non_negative_int, pick_device,
+from model import Llama, LlamaConfig, read_config, read_json
+from sample import (ArgumentParser, Guided, UsageError, clock, examine, non_negative_float, non_negative_int, number, pick_device,
                     positive_float, positive_int, print_metrics, run_cli, world_of)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -98,14 +99,18 @@ class Run:
         if out.exists() and not self.finished and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(f"{out}: exists, and is no run of train.py; choose another --out")
         self.work = out.with_name(out.name + ".training")
-        ours = ("lock", "settings.", "step-", "step.tmp", "final.tmp")
-        if self.work.exists() and not all(path.name.startswith(ours) for path in self.work.iterdir()):
+        saved = self.work / "settings.json"
+        for path in (out, self.work):
+            if path.is_symlink():
+                raise UsageError(f"{path}: a symbolic link; give the folder itself as --out")
+        ours = re.compile(r"lock|settings\.(json|new)|step-\d+|step\.tmp|final\.tmp")
+        if self.work.exists() and (not all(ours.fullmatch(path.name) for path in self.work.iterdir())
+                                   or self.checkpoints() and not saved.exists() and not self.finished):
             raise UsageError(f"{self.work}: exists, and is no run of train.py; choose another --out")
         if self.finished:
             check_same_settings(out / "train.json", settings, resume)
             shutil.rmtree(self.work, ignore_errors=True)  # a kill between the last rename and the removal left it
             return
-        saved = self.work / "settings.json"
         self.has_settings = saved.exists() and (resume or bool(self.checkpoints()))  # no checkpoint: nothing to lose
         if self.has_settings:
             check_same_settings(saved, settings, resume)
@@ -152,9 +157,15 @@ class Run:
         if not (found := self.checkpoints()):
             return {"step": 0, "position": None}
         try:
-            state = json.loads((found[-1] / "state.json").read_text())
+            state = read_json(found[-1] / "state.json")
             tensors = load_file(found[-1] / "state.safetensors", device=str(network.device))
-        except (OSError, ValueError, SafetensorError) as error:
+            if not 0 < state["step"] < self.settings.steps or not all(type(each) is int for each in state["position"]):
+                raise ValueError("not of this run")
+            for name, parameter in network.named_parameters():
+                for kind in ("weight", "exp_avg", "exp_avg_sq"):
+                    if kind == "weight" or f"exp_avg.{name}" in tensors:
+                        tensors[f"{kind}.{name}"].view_as(parameter)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UsageError(f"{found[-1]}: unreadable ({error}); delete it to start over") from None
         with torch.no_grad():
             for name, parameter in network.named_parameters():
@@ -187,10 +198,7 @@ def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
                      else ("unfinished", "go on with --resume"))
     if not resume:
         raise UsageError(f"{file.parent}: a run is there already, {state}; {advice}, or delete the folder")
-    try:
-        found = dict(json.loads(file.read_text()))
-    except (TypeError, ValueError):
-        raise UsageError(f"{file}: not what train.py writes there") from None
+    found = read_json(file)
     wanted = json.loads(json.dumps(vars(settings)))
     for name in wanted | found:
         if wanted.get(name) != found.get(name):
@@ -215,10 +223,13 @@ def fit(run: Run, network: Llama, bases: list[Llama], batches: Callable, save_ev
     vectors = [parameter for parameter in network.parameters() if parameter.dim() < 2]  # norms are not decayed
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": settings.weight_decay},
                                    {"params": vectors, "weight_decay": 0.0}], betas=settings.betas, fused=True)
+    if run.has_settings:
+        run.begin()  # before a checkpoint is read that another process may be replacing
     state = run.restore(network, optimizer)
     stream = batches(state["position"])
     stream = itertools.chain([next(stream)], stream)  # the first batch shows that the data can be used
-    run.begin()
+    if not run.has_settings:
+        run.begin()
     started, first, reported, tokens_seen = time.monotonic(), state["step"], 0.0, 0
     for step, (position, parts) in zip(range(first, settings.steps), stream):
         for group in optimizer.param_groups:
@@ -230,7 +241,7 @@ def fit(run: Run, network: Llama, bases: list[Llama], batches: Callable, save_ev
             kept = run.checkpoints()
             raise UsageError(f"step {step + 1}: the loss is {metrics['loss']}, its gradient's norm {norm.item()}; stopped. "
                              + (f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was written yet")
-                             + "; try a smaller --lr")
+                             + "; a smaller --lr may do, in another --out")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens_seen += sum(tokens.numel() for tokens, _ in parts)  # padding included
@@ -390,7 +401,11 @@ def post_train(job: str, bases: list[Path], start: str, out: Path, args: argpars
                         data_bytes=dataset.path.stat().st_size, template=template, seed=args.seed, dtype=args.dtype, **chosen)
     run = Run(out, settings, args.resume or keep and (out / "train.json").exists())
     if run.finished:
-        return None if keep else print_finished(out)
+        if not keep:
+            print(f"{out}: finished already")
+            print_metrics(read_metrics(out))
+        return
+    full_metrics = {"full": read_metrics(full, "full")["full"]} if full else {}
 
     network = fresh(config, args) if is_scratch(start) else Llama.from_pretrained(start, torch.float32, args.device)
     frozen = {path: Llama.from_pretrained(path, getattr(torch, args.dtype), args.device) for path in bases}
@@ -410,8 +425,7 @@ def post_train(job: str, bases: list[Path], start: str, out: Path, args: argpars
     if job == "full":
         metrics["full"] = measure(None, network)
     else:
-        if full:
-            metrics["full"] = json.loads((full / "metrics.json").read_text())["full"]
+        metrics |= full_metrics
         metrics["base+value"] = measure(frozen[bases[0]], network)
         for path in bases[1:]:  # a curriculum's later bases, under their own names
             metrics[path.name], metrics[f"{path.name}+value"] = measure(frozen[path], None), measure(frozen[path], network)
@@ -421,9 +435,14 @@ def post_train(job: str, bases: list[Path], start: str, out: Path, args: argpars
     print_metrics(metrics)
 
 
-def print_finished(out: Path) -> None:
-    print(f"{out}: finished already")
-    print_metrics(json.loads((out / "metrics.json").read_text()))
+def read_metrics(folder: Path, system: str = "base") -> dict[str, dict[str, float | None]]:
+    """What a finished folder's metrics.json says: system -> metric -> value."""
+    systems = read_json(folder / "metrics.json")
+    names = [list(metrics) if isinstance(metrics, dict) else [] for metrics in systems.values()]
+    if system not in systems or not names[0] or any(each != names[0] for each in names) or not all(
+            value is None or isinstance(value, (int, float)) for metrics in systems.values() for value in metrics.values()):
+        raise UsageError(f"{folder}/metrics.json: not what train.py writes there; delete the folder and train again")
+    return systems
 
 
 def common_world(bases: list[Path]) -> World:
@@ -463,7 +482,7 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--max-length", type=positive_int, metavar="N", help="tokens per conversation (default at most 4096)")
     how = parser.add_argument_group("how to train (defaults: Table 5's for a checkpoint, our own for tiny ones)")
     how.add_argument("--lr", type=positive_float, help="peak learning rate")
-    how.add_argument("--epochs", type=positive_float, help="passes over the data")
+    how.add_argument("--epochs", type=number(float, 0, "positive number up to 10000", 10_001), help="passes over the data")
     how.add_argument("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
     how.add_argument("--batch-size", type=positive_int, metavar="N", help="conversations or rows per step, all parts together")
     how.add_argument("--grad-accum", type=positive_int, metavar="N", help="split a step's batch into N parts to save memory")
@@ -481,9 +500,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--full fine-tunes the base, --value a value network on it; choose one")
     if args.epochs and args.steps:
         parser.error("--epochs and --steps say the same thing; choose one")
-    unused = {"full": ["l1"], "pretrain": ["l1", "data", "template", "epochs", "no_full"], "value": []}[args.job]
+    unused = {"full": ["l1", "no_full"], "pretrain": ["l1", "data", "template", "epochs", "no_full"], "value": []}[args.job]
     if given := [name for name in unused if getattr(args, name)]:
-        parser.error(f"--{given[0].replace('_', '-')} means nothing without --value" + " or --full" * (given[0] != "l1"))
+        doing = "fine-tuning in full" if args.full else "pretraining a base"
+        parser.error(f"--{given[0].replace('_', '-')} means nothing when {doing}")
     return args
 
 
@@ -508,6 +528,9 @@ def main():
             pretrain(name, out or args.home / name, args, flags)
     else:
         bases = [find_base(name, args) for name in names]
+        for path in bases:
+            if (path / "ivl.json").exists():
+                raise UsageError(f"--base {path}: a value network, which is no base; --value trains one further")
         full = args.home / f"full-{bases[0].name}"
         if args.job == "full":
             post_train("full", bases, str(bases[0]), out or full, args, args.data, flags)

@@ -116,7 +116,7 @@ def read_turns(record) -> tuple[list[Turn], str]:
         if not isinstance(role, str) or not isinstance(text, str):
             raise ValueError(f"a '{role_key}' or '{text_key}' that is no text")
         if role not in ROLES:
-            return [], f"unknown role {role!r}"
+            return [], f"unknown role {role[:40]!r}"
         if not is_unicode(text):
             return [], "half of a surrogate pair"
         turns.append((ROLES[role], text))
@@ -160,14 +160,16 @@ class ChatDataset:
         self.truncated: set[int] = set()  # of the records tokenised so far: only the first exchanges fit
         self.records: list | None = None
         self.offsets = np.zeros(0, dtype=np.int64)  # of the usable lines, or indices of the usable records
+        if self.path.exists() and not self.path.is_dir() and not self.path.is_file():
+            raise DataError(f"{self.path}: no regular file; its lines are read more than once")
         try:
             with open(self.path, "rb") as file:
                 self._read(file)
         except OSError as error:
             raise DataError(f"{self.path}: {error.strerror}") from None
         if not len(self.offsets):
-            reasons = ", ".join(f"{count} with {reason}" for reason, count in self.unused.items())
-            raise DataError(f"{self.path}: no usable conversation ({reasons or 'the file is empty'})")
+            reasons = ", ".join(f"{count} with {reason}" for reason, count in self.unused.most_common(5))
+            raise DataError(f"{self.path}: no usable conversation ({reasons or 'nor any other'})")
 
     def _read(self, file) -> None:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from data.chat import encode_chat
-from data.tokenizer import Tokenizer
+from data.tokenizer import DataError, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------
 # What the world is made of
@@ -238,10 +238,14 @@ class World:
             yield {"id": f"tiny-{number}", "conversations": turns}
 
     def write_demonstrations(self, path: Path) -> Path:
-        """The demonstrations as a ShareGPT file, which is then read like anybody's."""
+        """The demonstrations as a ShareGPT file, which is then read like anybody's; DataError if another is there."""
         path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(record) + "\n" for record in self.demonstrations())
-        if not path.exists() or path.read_bytes() != text.encode():  # another run may be reading it
+        if path.exists():
+            if path.read_bytes() != text.encode():
+                raise DataError(f"{path}: not what world {self.seed} makes; to train on it give its copy with --data, "
+                                "else delete it")
+        else:
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_text(text, encoding="utf-8")
             temporary.rename(path)

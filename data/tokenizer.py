@@ -150,12 +150,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}") from None
     try:
+        if not model:  # SentencePiece would talk
+            raise ValueError("empty")
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model):
             return TiktokenTokenizer(model)
         return SentencePieceTokenizer(model)
     except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "empty"
-        raise DataError(f"{file}: neither a SentencePiece nor a tiktoken model ({reason})") from None
+        raise DataError(f"{file}: neither a SentencePiece nor a tiktoken model ({str(error).splitlines()[0]})") from None
 
 
 class StreamDecoder:

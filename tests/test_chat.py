@@ -158,7 +158,8 @@ def test_long_conversations_keep_whole_exchanges(tmp_path, sentence_piece):
 
 
 BAD = {
-    "empty": (b"", "empty"), "blank": (b"\n \n", "empty"), "no json": (b"hello\n", "line 1 is not JSON"),
+    "empty": (b"", "no usable conversation"), "blank": (b"\n \n", "no usable conversation"),
+    "no records": (b"[]", "no usable conversation"), "no json": (b"hello\n", "line 1 is not JSON"),
     "second line": (json.dumps(RECORDS["plain"][0]).encode() + b"\n{\n", "line 2 is not JSON"),
     "array cut": (b'[{"conversations": []}', "not JSON"),
     "no utf-8": (b'{"conversations": [{"from": "human", "value": "\xff"}]}\n', "line 1 is not UTF-8"),

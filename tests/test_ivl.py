@@ -134,8 +134,9 @@ def test_a_value_network_is_a_llama_checkpoint_with_an_ivl_json(tmp_path):
     assert torch.equal(Llama.from_pretrained(tmp_path)(tokens), value(tokens))
 
 
-@pytest.mark.parametrize("content, message", [(None, "no ivl.json"), ("{", "not the JSON"), ("[]", "not the JSON"), ("{}", "not the JSON"),
+@pytest.mark.parametrize("content, message", [(None, "no ivl.json"), ("{", "not JSON"), ("[]", "not a JSON object"), ("{}", "not the JSON"),
                                               (json.dumps(INFO | {"scheme": "magic"}), "'magic'"), (json.dumps(INFO | {"scheme": "residual", "bases": 3}), "not the JSON"),
+                                              (json.dumps(INFO | {"scheme": "residual", "bases": ["a\0b"]}), "not the JSON"),
                                               (json.dumps(INFO | {"scheme": "residual", "tokenizer": "llama"}), "not the JSON")])
 def test_a_folder_that_is_no_value_network_is_refused(content, message, tmp_path):
     small().save_pretrained(tmp_path)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import sample
 import train
@@ -166,6 +166,21 @@ def test_only_a_full_fine_tuning_with_the_usual_settings_stands_in_the_table(hom
     shutil.rmtree(tmp_path / VALUE)
     succeed(tmp_path, "train.py", "--base", "tiny-s", "--full", "--steps", "2")
     assert "full-tiny-s: a run with other settings is there: steps was 2, now 500" in refused(tmp_path, "train.py")
+
+
+def test_a_spoilt_full_fine_tuning_is_noticed_before_training(home, tmp_path):
+    shutil.copytree(home / "out", tmp_path / "out")
+    shutil.rmtree(tmp_path / VALUE)
+    succeed(tmp_path, "train.py", "--full", "--steps", "2")
+    folder = tmp_path / "out/seed0/full-tiny-s"
+    made = json.loads((folder / "train.json").read_text())
+    (folder / "train.json").write_text(json.dumps(made | {"steps": 500}))
+    for spoilt in ["{", "{}", '{"full": 3}', '{"base": {"exact": 0}, "full": {}}', '{"base": {"exact": 0}}']:
+        (folder / "metrics.json").write_text(spoilt)
+        assert "full-tiny-s/metrics.json" in refused(tmp_path, "train.py")
+    (tmp_path / "out/seed0/demonstrations.jsonl").write_text("mine")
+    assert "demonstrations.jsonl: not what world 0 makes" in refused(tmp_path, "train.py")
+    assert (tmp_path / "out/seed0/demonstrations.jsonl").read_text() == "mine"
 
 
 def test_a_folder_named_like_scratch_is_a_folder(checkpoint, chats, tmp_path):
@@ -351,7 +366,14 @@ def test_resume_with_other_settings_is_refused(checkpoint, chats, tmp_path):
     (work / "step-5").mkdir()
     assert "unfinished" in refused(tmp_path, *command)
     assert "seed was 0, now 3" in refused(tmp_path, *command, "--resume", "--seed", "3")
-    assert "step-5: unreadable" in refused(tmp_path, *command, "--resume")
+    assert "state.json" in refused(tmp_path, *command, "--resume")
+    for state in ["[", "[]", "{}", '{"step": 1}', '{"step": 999, "position": [0, 0, 1]}', '{"step": 5, "position": "abc"}']:
+        (work / "step-5/state.json").write_text(state)
+        save_file({"weight.lm_head.weight": torch.ones(1)}, work / "step-5/state.safetensors")
+        assert "step-5" in refused(tmp_path, *command, "--resume")
+    (work / "settings.json").rename(tmp_path / "kept")
+    assert "is no run" in refused(tmp_path, *command)
+    (tmp_path / "kept").rename(work / "settings.json")
     with chats.open("a") as file:
         file.write("\n")
     assert "data_bytes" in refused(tmp_path, *command, "--resume")
@@ -381,7 +403,17 @@ def test_bad_input_to_train(home, checkpoint, chats, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "stranger")
     (tmp_path / "stranger/tokenizer.model").write_bytes(byte_pairs())
     shutil.copytree(checkpoint, tmp_path / "no-tokenizer", ignore=shutil.ignore_patterns("tokenizer.model"))
+    shutil.copytree(home / VALUE, tmp_path / "value")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "notes.training").mkdir()
+    (tmp_path / "notes.training/settings.ini").write_text("precious")
+    os.mkfifo(tmp_path / "fifo")
     cases = {
+        "value: a value network, which is no base": ["--base", tmp_path / "value", "--value"],
+        "link: a symbolic link": [*real, "--out", tmp_path / "link"],
+        "notes.training: exists, and is no run": [*real, "--out", tmp_path / "notes"],
+        "fifo: no regular file": ["--base", checkpoint, "--value", "--data", tmp_path / "fifo"],
+        "up to 10000": [*real[:-2], "--epochs", "1e308"],
         "tiny-x: no such tiny model; there are tiny-s": ["--base", "tiny-x"],
         "tiny-y: no such tiny model": ["--base", "tiny-y", "--value"],
         "nothing to train on a checkpoint": ["--base", checkpoint],
@@ -403,17 +435,18 @@ def test_bad_input_to_train(home, checkpoint, chats, tmp_path):
         "argument --seed": [*real, "--seed", "-1"], "argument --dtype": [*real, "--dtype", "int8"],
         "argument --grad-accum": [*real, "--grad-accum", "0"], "argument --template": [*real, "--template", "chatml"],
         "choose one": [*real, "--epochs", "1"], "choose one (see": [*real, "--full"],
-        "--l1 means nothing": ["--base", "tiny-s", "--l1", "1"], "--l1 means nothing without --value (": ["--full", "--l1", "1"],
+        "--l1 means nothing": ["--base", "tiny-s", "--l1", "1"], "--l1 means nothing when fine-tuning": ["--full", "--l1", "1"],
         "--data means nothing": ["--base", "tiny-s", "--data", chats], "--epochs means nothing": ["--base", "tiny-s", "--epochs", "1"],
         "is made for 256 tokens": ["--base", "tiny-s", "--max-length", "300"], "one base": ["--full", "--base", "a", "b"],
         f"{tmp_path}: exists, and is no run": ["--base", "tiny-s", "--out", "."],
-        "'9999999999' is no whole number": [*real, "--seed", "9999999999"], "unrecognized arguments: --fast": [*real, "--fast"],
+        "'9999999999' is no whole number from 0 to below 2**32": [*real, "--seed", "9999999999"], "unrecognized arguments: --fast": [*real, "--fast"],
         "--value scratch:tiny-q": ["--base", checkpoint, "--value", "scratch:tiny-q", "--data", chats],
         "names one folder": ["--base", "tiny-s", "tiny-m", "--out", tmp_path / "one"],
     }
     for message, arguments in cases.items():
         assert message in refused(tmp_path, "train.py", *arguments), arguments
     assert (foreign / "thesis.tex").read_text() == "years of work" and file.read_text() == "x"
+    assert (tmp_path / "notes.training/settings.ini").read_text() == "precious"
     assert not (tmp_path / "out/seed0/tiny-s").exists()
 
 
@@ -441,6 +474,9 @@ def test_bad_input_to_sample(home, checkpoint, tmp_path):
         "no such folder": ["--value", tmp_path / "absent"],
         "no ivl.json": ["--value", checkpoint],
         "truncated": ["--value", tmp_path / "truncated", "--base", home / "out/seed0/tiny-s"],
+        "tiny-x: no such tiny model": ["--value", value, "--base", "tiny-x"],
+        "no ivl.json, so": ["--value", ""], "choose one": ["--value", value, "--chat", "--prompt", "hi"],
+        "a value network, which is no base": ["--value", value, "--base", value],
         "`python train.py --base tiny-l": ["--value", value, "--base", "tiny-l"],
         "absent-base: No such file": ["--value", value, "--base", tmp_path / "absent-base"],
         "unrelated vocabularies": ["--value", value, "--base", tmp_path / "stranger"],
