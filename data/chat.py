@@ -223,17 +223,16 @@ class ChatDataset:
 
     def sample(self, index: int) -> tuple[list[int], list[bool]] | None:
         """Token ids and mask of one conversation; of a long one, the first exchanges that fit; None when none does."""
-        turns = self.turns(index)
-        whole = len(turns)
-        while len(turns) >= 2:
-            ids, supervised = encode_chat(self.tokenizer, self.template, turns)
-            if len(ids) <= self.max_length:
-                if len(turns) < whole:
-                    self.truncated.add(index)
-                return ids, supervised
-            turns = turns[:-2]
-        self.too_long.add(index)
-        return None
+        ids, supervised = encode_chat(self.tokenizer, self.template, self.turns(index))
+        if len(ids) <= self.max_length:
+            return ids, supervised
+        # An exchange ends where the mask falls, behind the token that ends the answer.
+        ends = [at + 1 for at in range(self.max_length) if supervised[at] and not supervised[at + 1]]
+        if not ends:
+            self.too_long.add(index)
+            return None
+        self.truncated.add(index)
+        return ids[:ends[-1]], supervised[:ends[-1]]
 
     def report(self) -> str:
         """What was left out so far, by reason."""
