@@ -441,7 +441,7 @@ COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 def read_tensors(path: Path, shapes: dict[str, tuple], tied: bool, dtype: torch.dtype | None, device: str
                  ) -> dict[str, Tensor]:
-    """Read exactly the tensors named in `shapes`, checking names and shapes both ways before reading any data."""
+    """Read exactly the tensors named in `shapes`, checking names both ways and each shape before its data are read."""
     tensors: dict[str, Tensor] = {}
     for file, promised in find_shards(path).items():
         try:

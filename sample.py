@@ -118,12 +118,14 @@ def pick(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> Ten
     """Next tokens (B,) from logits (B, V): the arg-max, or by noise (B,) uniform in [0, 1) from the nucleus top_p."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, tokens = F.softmax(logits.float() / temperature, dim=-1).sort(-1, descending=True)  # (B, V)
+    logits = logits.float() - logits.max(-1, keepdim=True).values.float()  # so that no temperature overflows
+    p, tokens = F.softmax(logits / temperature, dim=-1).sort(-1, descending=True)  # (B, V)
     total = p.cumsum(-1)
     p = p.masked_fill(total - p >= top_p, 0)  # a token stays if those before it do not reach top_p
     total = p.cumsum(-1)
     chosen = (total <= noise[:, None] * total[:, -1:]).sum(-1)  # where the noise falls in the cumulative sum
-    return tokens.gather(-1, chosen.clamp(max=p.shape[-1] - 1)[:, None])[:, 0]
+    chosen = torch.minimum(chosen, (p > 0).sum(-1) - 1)  # rounding must not choose what has no share
+    return tokens.gather(-1, chosen[:, None])[:, 0]
 
 
 @torch.inference_mode()

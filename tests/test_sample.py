@@ -114,6 +114,11 @@ def test_sampled_shares_are_the_softmax(temperature, top_p):
     assert not shares[expected == 0].any()
 
 
+def test_a_temperature_near_zero_is_greedy():
+    logits = torch.randn(4, 12) * 50
+    assert torch.equal(pick(logits, torch.rand(4), 1e-40, 1.0), logits.argmax(-1))
+
+
 def test_scores_are_log_likelihoods():
     guided, contexts = pair(), random_prompts(5)
     greedy = generate(guided, contexts, max_new_tokens=3, stop_ids=set())
