@@ -93,6 +93,7 @@ class ValueModel(nn.Module):
         super().__init__()
         self.llama = llama
         self.info = {"scheme": "residual"} | (info or {})
+        self.scheme = self.info["scheme"]
 
     def forward(self, tokens: Tensor, base_logits: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> z_delta (B, T, Vv). The residual scheme never looks at the base's logits."""

@@ -41,11 +41,14 @@ class Guided:
         self.readable = min(network.config.vocab_size for network in self.networks)
         self.caches: list[KVCache] = []
 
+    def allocate(self, batch: int, capacity: int) -> None:
+        """Begin anew, with empty caches for `capacity` positions of `batch` rows."""
+        self.caches = [KVCache(network, batch, capacity) for network in self.networks]
+
     def start(self, prompts: list[list[int]], max_new_tokens: int) -> Tensor:
         """Fill fresh caches with all but the last token of each prompt; return those last tokens (B, 1)."""
         lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.base.device)  # (B,)
-        capacity = int(lengths.max()) + max_new_tokens
-        self.caches = [KVCache(network, len(prompts), capacity) for network in self.networks]
+        self.allocate(len(prompts), int(lengths.max()) + max_new_tokens)
         if lengths.any():
             padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
             for row, prompt in enumerate(prompts):
@@ -56,7 +59,9 @@ class Guided:
         return torch.tensor([prompt[-1:] for prompt in prompts], device=self.base.device)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Continue each row by tokens (B, T) -> z_post (B, T, Vb)."""
+        """Continue each row by tokens (B, T) -> z_post (B, T, Vb). The first step may be a whole prompt."""
+        if not self.caches:
+            self.allocate(len(tokens), min(network.config.max_position_embeddings for network in self.networks))
         return self._combined(tokens, self.caches)
 
     def logits(self, tokens: Tensor) -> Tensor:

@@ -74,6 +74,13 @@ def test_step_takes_several_tokens():
         torch.testing.assert_close(z[1], guided.logits(torch.tensor([[8, 10]]))[0], atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_step_needs_no_start():
+    guided, tokens = pair(), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    parts = [guided.step(part) for part in tokens.split([3, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), guided.logits(tokens), atol=1e-5, rtol=1e-5)
+
+
 def test_alpha_zero_is_the_base_alone():
     guided, prompts = pair(), random_prompts(5)
     off = Guided(guided.base, guided.value, alpha=0.0)
