@@ -374,6 +374,17 @@ def is_scratch(start: str) -> bool:
     return start.partition(":")[0] == "scratch"
 
 
+def post_training_flags(config: LlamaConfig, tiny: bool, flags: dict, conversations: int) -> dict:
+    """What was asked for over what is usual for this network, with epochs turned into steps."""
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in Llama(config).parameters())
+    chosen = (TINY_POST if tiny else table5(parameters)) | flags
+    epochs = chosen.pop("epochs", None)
+    if epochs and "steps" not in flags:
+        chosen["steps"] = max(1, round(epochs * math.ceil(conversations / chosen["batch_size"])))
+    return chosen
+
+
 def post_train(job: str, bases: list[Path], start: str, out: Path, args: argparse.Namespace, data: str | None, flags: dict,
                full: Path | None = None, keep: bool = False) -> None:
     """Fine-tune a copy of the first base in full, or train a value network on the frozen bases; then measure.
@@ -391,12 +402,7 @@ def post_train(job: str, bases: list[Path], start: str, out: Path, args: argpars
     template = args.template or default_template(tokenizer)
     dataset = ChatDataset(data, tokenizer, template, max_length)
     train_on, held_out = (list(range(len(dataset))), []) if world else hold_out(dataset, args.seed)
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in Llama(config).parameters())
-    chosen = (TINY_POST if tiny else table5(parameters)) | dict(max_length=max_length) | flags
-    epochs = chosen.pop("epochs", None)
-    if epochs and "steps" not in flags:
-        chosen["steps"] = max(1, round(epochs * math.ceil(len(train_on) / chosen["batch_size"])))
+    chosen = post_training_flags(config, tiny, flags, len(train_on)) | dict(max_length=max_length)
     settings = Settings(job=job, bases=[str(path) for path in bases], start=start, data="tiny-world" if world else data,
                         data_bytes=dataset.path.stat().st_size, template=template, seed=args.seed, dtype=args.dtype, **chosen)
     run = Run(out, settings, args.resume or keep and (out / "train.json").exists())
@@ -416,19 +422,18 @@ def post_train(job: str, bases: list[Path], start: str, out: Path, args: argpars
     if not world:
         print(dataset.report())  # by now it is known what was too long
 
-    def measure(base: Llama | None, network: Llama | None) -> dict[str, float]:
+    def measure(model: Llama, value: Llama | None = None) -> dict[str, float]:
         if world:
-            return examine(Guided(base, ValueModel(network)) if base and network else Guided(base or network), world, tokenizer)
-        return {"ce": held_out_ce(network or base, base if network else None, dataset, held_out, args.dtype)}
+            return examine(Guided(model, value and ValueModel(value)), world, tokenizer)
+        return {"ce": held_out_ce(value or model, model if value else None, dataset, held_out, args.dtype)}
 
-    metrics = {"base": measure(frozen[bases[0]], None)}
+    metrics = {"base": measure(frozen[bases[0]])}
     if job == "full":
-        metrics["full"] = measure(None, network)
+        metrics["full"] = measure(network)
     else:
-        metrics |= full_metrics
-        metrics["base+value"] = measure(frozen[bases[0]], network)
+        metrics |= full_metrics | {"base+value": measure(frozen[bases[0]], network)}
         for path in bases[1:]:  # a curriculum's later bases, under their own names
-            metrics[path.name], metrics[f"{path.name}+value"] = measure(frozen[path], None), measure(frozen[path], network)
+            metrics |= {path.name: measure(frozen[path]), f"{path.name}+value": measure(frozen[path], network)}
     info = {"scheme": args.scheme, "l1": settings.l1, "template": template, "bases": settings.bases, "data": settings.data,
             "seed": args.seed, "steps": settings.steps, "tokenizer": describe_tokenizer(tokenizer)}
     run.publish(network, tokenizer, start, info if job == "value" else None, metrics)
