@@ -90,7 +90,7 @@ TINY_SIZES = {  # width, layers, heads, key-value heads, hidden; pretraining tok
 TEMPLATE = "llama-2"
 KNOWN_PEOPLE, NEW_PEOPLE = 320, 40  # the new ones are for continual pretraining; only greetings name them before
 DEMONSTRATED = 0.3  # of the known people
-PIECES = 1024
+PIECES = 1024  # with 768, most values and many names fall into several pieces, which a tiny-s is slow to spell
 
 
 @dataclass(frozen=True)
