@@ -9,6 +9,7 @@
 import argparse
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -164,7 +165,9 @@ def world_of(path: str | Path) -> World | None:
         record = read_json(Path(path) / "train.json")
     except (OSError, CheckpointError):
         return None
-    return World(record["seed"]) if record.get("data") == "tiny-world" and type(record.get("seed")) is int else None
+    # The world's own seed, which is not the run's when --seed differs from that of the base.
+    named = re.fullmatch(r"tiny-world (\d{1,10})", str(record.get("data")))
+    return World(int(named[1])) if named else None
 
 
 def examine(guided: Guided, world: World, tokenizer: Tokenizer, split: str = "development") -> dict[str, float]:
@@ -313,8 +316,9 @@ def find_base(name: str | None, value: Path, info: dict) -> Path:
         places = [value.parent / name, Path(info["bases"][0]).parent / name]
         path = next((path for path in places if path.is_dir()), None)
         if path is None:
-            raise UsageError(f"{places[-1]}: not there yet; `python train.py --base {name} --seed {info['seed']}` pretrains it, "
-                             "in a few minutes")
+            world = world_of(value)
+            raise UsageError(f"{places[-1]}: not there yet; `python train.py --base {name} --seed {world.seed if world else 0}` "
+                             "pretrains it, in a few minutes")
         return path
     return Path(name)
 

@@ -46,7 +46,7 @@ class Settings:
     job: str  # "pretrain", "full" or "value"
     bases: list[str]  # the frozen bases, the steps split evenly between them; [] for pretraining
     start: str  # where the trained network's first weights come from
-    data: str  # "tiny-world", or a data file
+    data: str  # "tiny-world 0", its seed included, or a data file
     data_bytes: int  # its size, so that another file under the same name is noticed
     template: str
     seed: int
@@ -183,7 +183,7 @@ class Run:
         (ValueModel(network, info) if info else network).save_pretrained(final)
         (final / "tokenizer.model").write_bytes(tokenizer.model)
         for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]:  # for other programs
-            if (Path(start) / name).is_file():
+            if not is_scratch(start) and (Path(start) / name).is_file() and load_tokenizer(start).model == tokenizer.model:
                 shutil.copy(Path(start) / name, final)
         (final / "train.json").write_text(json.dumps(vars(self.settings), indent=2) + "\n")
         (final / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -203,7 +203,8 @@ def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
     for name in wanted | found:
         if wanted.get(name) != found.get(name):
             raise UsageError(f"{file.parent}: a run with other settings is there: {name} was {found.get(name)!r}, now "
-                             f"{wanted.get(name)!r}; choose another --out, or delete the folder")
+                             f"{wanted.get(name)!r}; choose another --out, or delete the folder"
+                             + ", or leave the comparison out with --no-full" * (settings.job == "full"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -333,8 +334,8 @@ def pretrain(name: str, out: Path, args: argparse.Namespace, flags: dict) -> Non
     chosen.setdefault("steps", max(1, tokens // (chosen["batch_size"] * chosen["max_length"])))
     if chosen["max_length"] > TINY_LIMIT:
         raise UsageError(f"--max-length {chosen['max_length']}: a tiny network is made for {TINY_LIMIT} tokens")
-    settings = Settings(job="pretrain", bases=[], start=f"scratch:{name}", data="tiny-world", data_bytes=0, template="",
-                        seed=args.seed, dtype=args.dtype, **chosen)
+    settings = Settings(job="pretrain", bases=[], start=f"scratch:{name}", data=f"tiny-world {args.seed}", data_bytes=0,
+                        template="", seed=args.seed, dtype=args.dtype, **chosen)
     run = Run(out, settings, args.resume)
     if run.finished:
         return print(f"{out}: finished already")
@@ -345,7 +346,7 @@ def pretrain(name: str, out: Path, args: argparse.Namespace, flags: dict) -> Non
           f"tokens of tiny world {args.seed} -> {out}", flush=True)
     fit(run, network, [], lambda position: world.batches(tokenizer, settings.steps, settings.batch_size, settings.grad_accum,
                                                          settings.max_length, position), args.save_every)
-    run.publish(network, tokenizer, "", None, {"base": examine(Guided(network), world, tokenizer)})
+    run.publish(network, tokenizer, settings.start, None, {"base": examine(Guided(network), world, tokenizer)})
 
 
 def choose_network(start: str, bases: list[Path]) -> tuple[LlamaConfig, int, Tokenizer]:
@@ -403,8 +404,9 @@ def post_train(job: str, bases: list[Path], start: str, out: Path, args: argpars
     dataset = ChatDataset(data, tokenizer, template, max_length)
     train_on, held_out = (list(range(len(dataset))), []) if world else hold_out(dataset, args.seed)
     chosen = post_training_flags(config, tiny, flags, len(train_on)) | dict(max_length=max_length)
-    settings = Settings(job=job, bases=[str(path) for path in bases], start=start, data="tiny-world" if world else data,
-                        data_bytes=dataset.path.stat().st_size, template=template, seed=args.seed, dtype=args.dtype, **chosen)
+    settings = Settings(job=job, bases=[str(path) for path in bases], start=start, template=template, seed=args.seed,
+                        data=f"tiny-world {world.seed}" if world else data, data_bytes=dataset.path.stat().st_size,
+                        dtype=args.dtype, **chosen)
     run = Run(out, settings, args.resume or keep and (out / "train.json").exists())
     if run.finished:
         if not keep:
@@ -417,7 +419,7 @@ def post_train(job: str, bases: list[Path], start: str, out: Path, args: argpars
     frozen = {path: Llama.from_pretrained(path, getattr(torch, args.dtype), args.device) for path in bases}
     what = "a value network" if job == "value" else "in full"
     print(f"training {what}, {millions(network)}, from {start}, on {dataset.report()} -> {out}", flush=True)
-    fit(run, network, list(frozen.values()) if job == "value" else [], lambda position: chat_batches(
+    fit(run, network, [frozen[path] for path in bases] if job == "value" else [], lambda position: chat_batches(
         dataset, train_on, settings.batch_size, settings.grad_accum, settings.seed, position), args.save_every)
     if not world:
         print(dataset.report())  # by now it is known what was too long

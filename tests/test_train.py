@@ -183,6 +183,24 @@ def test_a_spoilt_full_fine_tuning_is_noticed_before_training(home, tmp_path):
     assert (tmp_path / "out/seed0/demonstrations.jsonl").read_text() == "mine"
 
 
+def test_another_seed_than_the_worlds_keeps_the_world(home):
+    succeed(home, "train.py", "--base", "out/seed0/tiny-s", "--value", "--no-full", "--seed", "5", "--steps", "2")
+    path = home / "out/seed5/value-residual-tiny-s"
+    assert json.loads((path / "ivl.json").read_text())["seed"] == 5 and world_of(path).seed == 0
+    message = refused(home, "sample.py", "--value", path, "--base", "tiny-l")
+    assert "out/seed0/tiny-l: not there yet" in message and "--seed 0`" in message
+    shutil.rmtree(home / "out/seed5")
+
+
+def test_a_base_may_come_twice_in_a_curriculum(home, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "fit", lambda run, network, bases, batches, save_every: seen.append(bases) or run.begin())
+    status, _, errors = inside(home, "train.py", "--base", "tiny-s", "out/seed0/tiny-s", "tiny-s", "--value", "--no-full",
+                               "--steps", "3", "--out", "twice")
+    assert status == 0, errors
+    assert len(seen[0]) == 3 and seen[0][0] is seen[0][2]
+
+
 def test_a_folder_named_like_scratch_is_a_folder(checkpoint, chats, tmp_path):
     checkpoint.rename(tmp_path / "scratch-1")
     status, output, errors = inside(tmp_path, "train.py", "--base", "scratch-1", "--value", "scratch-1", "--data", chats,
