@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from data.chat import TEMPLATES, is_unicode
 from data.tokenizer import Tokenizer
-from model import CheckpointError, KVCache, Llama, read_json
+from model import CheckpointError, KVCache, Llama, read_json, read_tensors
 
-SCHEMES = ("residual",)
+SCHEMES = ("residual", "cascade", "cascade+", "probe")
 
 # ---------------------------------------------------------------------------------------------------------
 # Eq. (3) and Eq. (4)
@@ -80,37 +81,148 @@ def supervised_logits(model: Llama, tokens: Tensor, supervised: Tensor) -> Tenso
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The value network
+# What can be plugged into a base
+
+
+class Probe(nn.Module):
+    """Appendix A.1: Llama's MLP, with biases, from the base's logits to z_delta; it never sees the text.
+
+    The printed formula misplaces a bracket: down(silu(gate(x)) * up(x)) is meant. It starts at z_delta = 0. The paper
+    does not give the inner width; as wide as Llama-2's vocabulary of 32000 it would have 3 billion weights.
+    """
+
+    def __init__(self, vocab_size: int, width: int):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.gate_proj = nn.Linear(vocab_size, width)
+        self.up_proj = nn.Linear(vocab_size, width)
+        self.down_proj = nn.Linear(width, vocab_size)
+        nn.init.zeros_(self.down_proj.weight)
+        nn.init.zeros_(self.down_proj.bias)
+
+    def forward(self, base_logits: Tensor) -> Tensor:
+        """base_logits (..., Vb) -> z_delta (..., Vv). Base columns beyond Vv are not read; ValueError if there are fewer."""
+        if base_logits.shape[-1] < self.vocab_size:
+            raise ValueError(f"a probe of {self.vocab_size} logits on a base of {base_logits.shape[-1]}")
+        x = base_logits[..., :self.vocab_size].detach()
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    @property
+    def device(self) -> torch.device:
+        return self.down_proj.weight.device
 
 
 class ValueModel(nn.Module):
-    """A Llama whose logits are read as z_delta (Section 4.1, the residual scheme).
+    """A value network: a Llama or, in one scheme, a probe, whose output is read as z_delta.
 
-    `info` is what ivl.json holds: scheme, l1, template, bases, data, seed, and the tokenizer's size and fingerprint.
+    The schemes differ in what the network reads (Section 4.1, Figure 3a, Appendix A):
+    residual   the text, so z_delta does not depend on the base
+    cascade    at each position, what the base predicts there: the mean of the embeddings by the base's probabilities
+    cascade+   that plus the embedding of the token at the position
+    probe      the base's logits at the position, and nothing before it
+
+    `info` is what ivl.json holds: scheme, l1, template, bases, data, seed, the tokenizer's size and fingerprint.
+    `llamas` are the networks that need a KV cache while decoding.
     """
 
-    def __init__(self, llama: Llama, info: dict | None = None):
+    def __init__(self, network: Llama | Probe, info: dict | None = None):
         super().__init__()
-        self.llama = llama
+        self.network = network
         self.info = {"scheme": "residual"} | (info or {})
         self.scheme = self.info["scheme"]
+        self.is_cascade = self.scheme in ("cascade", "cascade+")
+        self.llamas = [network] if isinstance(network, Llama) else []
 
-    def forward(self, tokens: Tensor, base_logits: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """tokens (B, T) -> z_delta (B, T, Vv). The residual scheme never looks at the base's logits."""
-        return self.llama(tokens, cache)
+    @property
+    def vocab_size(self) -> int:
+        """Vv, the number of logits."""
+        return self.network.config.vocab_size if self.llamas else self.network.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    def forward(self, tokens: Tensor, base_logits: Tensor | None = None, cache: list[KVCache] | None = None) -> Tensor:
+        """tokens (B, T), and the base's logits (B, T, Vb) unless the scheme is residual -> z_delta (B, T, Vv).
+
+        `cache` holds a KVCache for each of `llamas`.
+        """
+        if base_logits is None and self.scheme != "residual":
+            raise ValueError(f"scheme {self.scheme} reads the base's logits")
+        if self.scheme == "probe":
+            return self.network(base_logits)
+        return self.network.lm_head(self.hidden(tokens, base_logits, cache))
+
+    def hidden(self, tokens: Tensor, base_logits: Tensor | None = None, cache: list[KVCache] | None = None) -> Tensor:
+        """forward without lm_head: (B, T, D)."""
+        own_cache = cache[0] if cache else None
+        if not self.is_cascade:
+            return self.network.model(tokens, own_cache)
+        table = self.network.model.embed_tokens.weight  # (Vv, D)
+        known = min(len(table), base_logits.shape[-1])  # base tokens that the table lacks are left out of the softmax
+        p_base = F.softmax(base_logits.detach()[..., :known].float(), dim=-1)  # (B, T, known)
+        embeds = p_base.to(table.dtype) @ table[:known]  # (B, T, D), p_base W_e of Section 4.1
+        if self.scheme == "cascade+":
+            embeds = embeds + self.network.model.embed_tokens(tokens)
+        return self.network.model(cache=own_cache, embeds=embeds)
+
+    def supervised(self, base: Llama, tokens: Tensor, supervised: Tensor) -> tuple[Tensor, Tensor]:
+        """z_base (N, Vb) and z_delta (N, Vv) of the N supervised positions of tokens (B, T); z_base without gradient.
+
+        Only a cascade needs the base's logits everywhere.
+        """
+        with torch.no_grad():
+            everywhere = base(tokens) if self.is_cascade else None  # (B, T, Vb)
+            z_base = supervised_logits(base, tokens, supervised) if everywhere is None else everywhere[supervised]
+        if self.scheme == "probe":
+            return z_base, self.network(z_base)
+        return z_base, self.network.lm_head(self.hidden(tokens, everywhere)[supervised])
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> "ValueModel":
         """Load a folder that save_pretrained wrote; raises CheckpointError when it is no value network."""
-        info = read_info(Path(path))
-        if info["scheme"] not in SCHEMES:
-            raise CheckpointError(f"{path}/ivl.json: scheme {info['scheme']!r} is not supported")
-        return cls(Llama.from_pretrained(path, dtype, device), info)
+        path = Path(path)
+        info = read_info(path)
+        if info["scheme"] != "probe":
+            return cls(Llama.from_pretrained(path, dtype, device), info)
+        with torch.device("meta"):
+            probe = Probe(info["tokenizer"]["size"], info["probe_width"])
+        shapes = {name: tuple(tensor.shape) for name, tensor in probe.state_dict().items()}
+        probe.load_state_dict(read_tensors(path, shapes, False, dtype, device), assign=True)
+        return cls(probe, info)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write an ordinary Llama checkpoint and ivl.json."""
-        self.llama.save_pretrained(path)
-        (Path(path) / "ivl.json").write_text(json.dumps(self.info, indent=2) + "\n")
+        """Write ivl.json beside an ordinary Llama checkpoint or, for a probe, a model.safetensors alone."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        if self.llamas:
+            self.network.save_pretrained(path)
+        else:
+            tensors = {name: tensor.detach().contiguous() for name, tensor in self.network.state_dict().items()}
+            save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "ivl.json").write_text(json.dumps(self.info, indent=2) + "\n")
+
+
+class ProxyDelta(nn.Module):
+    """Proxy tuning (Section 2, Table 4): z_delta = z_expert - z_anti_expert, of a small model tuned and untuned.
+
+    Nothing is trained for it, and it costs one more forward pass a token than a value network.
+    It has what decoding uses of a ValueModel.
+    """
+
+    is_cascade = False
+
+    def __init__(self, expert: Llama, anti_expert: Llama):
+        super().__init__()
+        self.expert, self.anti_expert = expert, anti_expert
+        self.llamas = [expert, anti_expert]
+        self.vocab_size = min(llama.config.vocab_size for llama in self.llamas)  # Vv: what both know
+
+    def forward(self, tokens: Tensor, base_logits: Tensor | None = None, cache: list[KVCache] | None = None) -> Tensor:
+        """tokens (B, T) -> z_delta (B, T, Vv)."""
+        z_expert, z_anti_expert = [llama(tokens, own_cache)[..., :self.vocab_size]
+                                   for llama, own_cache in zip(self.llamas, cache or [None, None])]
+        return z_expert - z_anti_expert
 
 
 def read_info(path: Path) -> dict:
@@ -122,15 +234,22 @@ def read_info(path: Path) -> dict:
         raise CheckpointError(f"{path}: no ivl.json, so this is no value network; train.py writes one")
     info = read_json(file)
     try:
-        fits = (isinstance(info["scheme"], str) and info["template"] in TEMPLATES and type(info["seed"]) is int
+        if info["scheme"] not in SCHEMES:
+            raise CheckpointError(f"{file}: scheme {info['scheme']!r} is not supported ({', '.join(SCHEMES)} are)")
+        fits = (info["template"] in TEMPLATES and type(info["seed"]) is int
                 and isinstance(info["bases"], list) and info["bases"]
                 and all(is_unicode(base) and "\0" not in base for base in info["bases"])
-                and info["tokenizer"].keys() >= {"size", "fingerprint"})
+                and info["tokenizer"].keys() >= {"size", "fingerprint"}
+                and (info["scheme"] != "probe" or is_size(info["probe_width"]) and is_size(info["tokenizer"]["size"])))
     except (KeyError, TypeError, AttributeError):
         fits = False
     if not fits:
         raise CheckpointError(f"{file}: not the JSON that train.py writes") from None
     return info
+
+
+def is_size(value) -> bool:
+    return type(value) is int and 0 < value <= 2**24
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict:

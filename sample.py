@@ -3,6 +3,7 @@
     python sample.py                                   # the newest value network, on questions it never saw
     python sample.py --base tiny-l                     # the same value network plugged into a bigger base
     python sample.py --prompt "Greet Fufa. Say it twice."
+    python sample.py --base tiny-l --expert out/seed0/full-tiny-s    # proxy tuning: tuned minus untuned in its place
     python sample.py --chat
 """
 
@@ -20,10 +21,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data.chat import Turn, encode_chat, end_token, is_unicode
+from data.chat import TEMPLATES, Turn, default_template, encode_chat, end_token, is_unicode
 from data.tiny_world import TINY_SIZES, World, evaluate, prompt_text
 from data.tokenizer import DataError, StreamDecoder, Tokenizer, load_tokenizer
-from ivl import ValueModel, check_recorded, check_same_family, combine, read_info
+from ivl import ProxyDelta, ValueModel, check_recorded, check_same_family, combine, read_info
 from model import CheckpointError, KVCache, Llama, read_json
 
 # ---------------------------------------------------------------------------------------------------------
@@ -31,20 +32,20 @@ from model import CheckpointError, KVCache, Llama, read_json
 
 
 class Guided:
-    """A base with or without a value network, and their KV caches. Eq. (3) at each step."""
+    """A base with or without a value network or proxy, and the KV caches of all of them. Eq. (3) at each step."""
 
-    def __init__(self, base: Llama, value: ValueModel | None = None, vocab_map=None, alpha: float = 1.0):
+    def __init__(self, base: Llama, value: ValueModel | ProxyDelta | None = None, vocab_map=None, alpha: float = 1.0):
         if vocab_map is not None:
             raise NotImplementedError("vocabulary maps are not written yet")
         self.base, self.value, self.alpha = base, value, alpha
-        self.networks = [base] if value is None else [base, value.llama]
+        self.llamas = [base] if value is None else [base, *value.llamas]
         # Tokens from here on are never said: some network cannot read them, or the tokenizer has no text for them.
-        self.readable = min(network.config.vocab_size for network in self.networks)
+        self.readable = min([base.config.vocab_size] + ([] if value is None else [value.vocab_size]))
         self.caches: list[KVCache] = []
 
     def allocate(self, batch: int, capacity: int) -> None:
         """Begin anew, with empty caches for `capacity` positions of `batch` rows."""
-        self.caches = [KVCache(network, batch, capacity) for network in self.networks]
+        self.caches = [KVCache(llama, batch, capacity) for llama in self.llamas]
 
     def start(self, prompts: list[list[int]], max_new_tokens: int) -> Tensor:
         """Fill fresh caches with all but the last token of each prompt; return those last tokens (B, 1)."""
@@ -54,25 +55,30 @@ class Guided:
             padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
             for row, prompt in enumerate(prompts):
                 padded[row, :len(prompt) - 1] = torch.tensor(prompt[:-1])
-            for network, cache in zip(self.networks, self.caches):
-                network.model(padded.to(self.base.device), cache)  # the trunk alone: nobody needs these logits
+            padded = padded.to(self.base.device)
+            if self.value is not None and self.value.is_cascade:  # it reads the base's logits of the prompt
+                self.value.hidden(padded, self.base(padded, self.caches[0]), self.caches[1:])
+            else:
+                for llama, cache in zip(self.llamas, self.caches):
+                    llama.model(padded, cache)  # the trunk alone: nobody needs these logits
+            for cache in self.caches:
                 cache.crop(lengths)
         return torch.tensor([prompt[-1:] for prompt in prompts], device=self.base.device)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Continue each row by tokens (B, T) -> z_post (B, T, Vb). The first step may be a whole prompt."""
         if not self.caches:
-            self.allocate(len(tokens), min(network.config.max_position_embeddings for network in self.networks))
+            self.allocate(len(tokens), min(llama.config.max_position_embeddings for llama in self.llamas))
         return self._combined(tokens, self.caches)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """z_post (B, T, Vb) of whole sequences tokens (B, T), without caches."""
-        return self._combined(tokens, [None, None])
+        return self._combined(tokens, None)
 
-    def _combined(self, tokens: Tensor, caches: list) -> Tensor:
-        z = self.base(tokens, caches[0])  # (B, T, Vb)
+    def _combined(self, tokens: Tensor, caches: list[KVCache] | None) -> Tensor:
+        z = self.base(tokens, caches and caches[0])  # (B, T, Vb)
         if self.value is not None:
-            z = combine(z, self.value(tokens, z, caches[1]), self.alpha)  # Eq. (3)
+            z = combine(z, self.value(tokens, z, caches and caches[1:]), self.alpha)  # Eq. (3)
         return z if self.readable == z.shape[-1] else z.index_fill(
             -1, torch.arange(self.readable, z.shape[-1], device=z.device), -torch.inf)
 
@@ -296,6 +302,15 @@ def clock(seconds: float) -> str:
 # Command line of this script
 
 
+def tiny_folder(name: str, homes: list[Path]) -> Path | None:
+    """Where the tiny base of this name is or, if it is in none of `homes`, would be; None for the path of a checkpoint."""
+    if name.removesuffix("-continued") in TINY_SIZES:
+        return next((home / name for home in homes if (home / name).is_dir()), homes[-1] / name)
+    if name.startswith("tiny-") and not Path(name).exists():
+        raise UsageError(f"{name}: no such tiny model; there are {', '.join(TINY_SIZES)}, and tiny-s-continued and so on")
+    return None
+
+
 def newest_value() -> Path:
     found = sorted(Path("out").glob("**/ivl.json"), key=lambda path: path.stat().st_mtime)
     found = [path for path in found if not any(part.endswith(".training") for part in path.parts)]
@@ -310,25 +325,19 @@ def find_base(name: str | None, value: Path, info: dict) -> Path:
         recorded = Path(info["bases"][0])
         beside = value.parent / recorded.name  # out/ may have been moved as a whole
         return beside if beside.is_dir() and not recorded.is_dir() else recorded
-    if name.startswith("tiny-") and not Path(name).exists():
-        if name not in TINY_SIZES:
-            raise UsageError(f"{name}: no such tiny model; there are {', '.join(TINY_SIZES)}")
-        places = [value.parent / name, Path(info["bases"][0]).parent / name]
-        path = next((path for path in places if path.is_dir()), None)
-        if path is None:
-            world = world_of(value)
-            raise UsageError(f"{places[-1]}: not there yet; `python train.py --base {name} --seed {world.seed if world else 0}` "
-                             "pretrains it, in a few minutes")
-        return path
-    return Path(name)
+    path = tiny_folder(name, [value.parent, Path(info["bases"][0]).parent])
+    if path is not None and not path.is_dir():
+        world = world_of(value)
+        command = f"python train.py --base {name.removesuffix('-continued')}" + " --continue" * name.endswith("-continued")
+        raise UsageError(f"{path}: not there yet; `{command} --seed {world.seed if world else 0}` makes it, in a few minutes")
+    return path or Path(name)
 
 
 def answer(guided: Guided, tokenizer: Tokenizer, template: str, turns: list[Turn], args: argparse.Namespace,
            show: bool = False) -> str:
     """The assistant's next turn; with `show` it is printed as it comes."""
     prompt, _ = encode_chat(tokenizer, template, turns)
-    networks = [guided.base] if guided.value is None else [guided.base, guided.value.llama]
-    room = min(network.config.max_position_embeddings for network in networks) - len(prompt)
+    room = min(llama.config.max_position_embeddings for llama in guided.llamas) - len(prompt)
     if room < 1:
         raise UsageError(f"the conversation is {len(prompt)} tokens long, and the checkpoint ends at {room + len(prompt)}")
     decoder = StreamDecoder(tokenizer)
@@ -370,6 +379,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--value", metavar="FOLDER", help="a value network (default: the newest under out/)")
     parser.add_argument("--base", metavar="B", help="a checkpoint folder or a tiny name (default: the one it was trained on)")
+    parser.add_argument("--expert", metavar="FOLDER", help="proxy tuning instead: a small model after post-training")
+    parser.add_argument("--anti-expert", metavar="FOLDER",
+                        help="the same model before it (default: what the expert's train.json names)")
+    parser.add_argument("--template", choices=TEMPLATES, help="chat template of the expert (a value network records its own)")
     parser.add_argument("--alpha", type=any_float, default=1.0, help="weight of z_delta; 0 is the base alone (default 1)")
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="questions to answer, each by the base alone and guided")
     parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
@@ -383,6 +396,10 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.chat and args.prompt:
         parser.error("--chat and --prompt are two ways to ask; choose one")
+    if args.expert and args.value:
+        parser.error("--expert and --value are two ways to guide; choose one")
+    if not args.expert and (args.anti_expert or args.template):
+        parser.error("--anti-expert and --template go with --expert")
     if args.top_p > 1:
         parser.error("--top-p is a share, at most 1")
     for text in args.prompt or []:
@@ -391,36 +408,67 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def read_expert(args: argparse.Namespace) -> dict:
+    """What a value network's ivl.json would say of proxy tuning, with the anti-expert in place of its base."""
+    expert = Path(args.expert)
+    if (expert / "ivl.json").exists():
+        raise UsageError(f"--expert {expert}: a value network, which is plugged in with --value")
+    record = read_json(expert / "train.json") if (expert / "train.json").is_file() else {}
+    untuned = [args.anti_expert] if args.anti_expert else record.get("bases")
+    if not isinstance(untuned, list) or not untuned or not isinstance(untuned[0], str):
+        raise UsageError(f"--expert {expert}: it does not record what it was tuned from; name that with --anti-expert")
+    template = args.template or record.get("template") or default_template(load_tokenizer(expert))
+    if template not in TEMPLATES:
+        raise UsageError(f"{expert}/train.json: template {template!r} is not supported; choose one with --template")
+    return {"bases": untuned, "template": template}
+
+
 def main():
     args = parse_arguments()
-    value_path = newest_value() if args.value is None else Path(args.value)
-    info = read_info(value_path)
-    base_path, own_path = find_base(args.base, value_path, info), find_base(None, value_path, info)
+    if args.expert:
+        value_path, info = Path(args.expert), read_expert(args)
+    else:
+        value_path = newest_value() if args.value is None else Path(args.value)
+        info = read_info(value_path)
+    own_path = find_base(None, value_path, info)
+    base_path = find_base(args.base, value_path, info) if args.base else own_path
     if (base_path / "ivl.json").exists():
         raise UsageError(f"--base {base_path}: a value network, which is no base")
-    base_tokenizer, value_tokenizer = load_tokenizer(base_path), load_tokenizer(value_path)
-    check_recorded(value_tokenizer, info, str(value_path))
-    check_same_family(base_tokenizer, value_tokenizer, str(base_path), str(value_path))
-    tokenizer = min(base_tokenizer, value_tokenizer, key=lambda each: each.vocab_size)  # what both can read
-    world = world_of(value_path) if world_of(base_path) else None
+    plugs = [value_path, own_path] if args.expert else [value_path]  # what z_delta is made of
+    tokenizers = [load_tokenizer(path) for path in [base_path, *plugs]]
+    if not args.expert:
+        check_recorded(tokenizers[1], info, str(value_path))
+    for path, other in zip(plugs, tokenizers[1:]):
+        check_same_family(tokenizers[0], other, str(base_path), str(path))
+    tokenizer = min(tokenizers, key=lambda each: each.vocab_size)  # what all can read
+    world = world_of(base_path)
     if not (world or args.chat or args.prompt):
-        raise UsageError("this pair is not from the tiny world, which brings its own questions; ask with --prompt or --chat")
+        raise UsageError("this base is not from the tiny world, which brings its own questions; ask with --prompt or --chat")
     device, dtype = pick_device(args.dtype, tiny=world is not None)
-    print(f"base {base_path}, value network {value_path}")
+    dtype = getattr(torch, dtype)
+    print(f"base {base_path}, " + (f"proxy tuning by {value_path} less {own_path}" if args.expert else
+                                   f"value network {value_path} ({info['scheme']})"))
 
-    def guide(path: Path, value: ValueModel | None) -> Guided:
-        guided = Guided(Llama.from_pretrained(path, getattr(torch, dtype), device), value, alpha=args.alpha)
+    def guide(path: Path, value: ValueModel | ProxyDelta | None) -> Guided:
+        base = Llama.from_pretrained(path, dtype, device)
+        if isinstance(value, ValueModel) and value.scheme == "probe" and base.config.vocab_size < value.vocab_size:
+            raise UsageError(f"{path}: {base.config.vocab_size} logits, and the probe reads {value.vocab_size}")
+        guided = Guided(base, value, alpha=args.alpha)
         guided.readable = min(guided.readable, tokenizer.vocab_size)
         return guided
 
-    value = ValueModel.from_pretrained(value_path, getattr(torch, dtype), device)
+    if args.expert:
+        value = ProxyDelta(*(Llama.from_pretrained(path, dtype, device) for path in plugs))
+    else:
+        value = ValueModel.from_pretrained(value_path, dtype, device)
     guided = guide(base_path, value)
     name, template = base_path.name, info["template"]
     if args.chat:
         return chat(guided, tokenizer, template, args)
     alone = Guided(guided.base)
     alone.readable = guided.readable
-    systems = {f"{name} alone": alone, f"{name} + value": guided}
+    plug = "proxy" if args.expert else "value"
+    systems = {f"{name} alone": alone, f"{name} + {plug}": guided}
     if args.prompt:
         for text in args.prompt:
             print(f"\n{text}")
@@ -428,7 +476,7 @@ def main():
                 print(f"    {label:{len(name) + 10}}{answer(system, tokenizer, template, [('user', text)], args)}")
         return
     if own_path.resolve() != base_path.resolve() and own_path.is_dir():  # show what the bigger base adds
-        systems = {f"{name} alone": alone, f"{own_path.name} + value": guide(own_path, value), f"{name} + value": guided}
+        systems = {f"{name} alone": alone, f"{own_path.name} + {plug}": guide(own_path, value), f"{name} + {plug}": guided}
     show_world(world, tokenizer, systems)
 
 

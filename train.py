@@ -2,6 +2,8 @@
 
     python train.py                                        # the same as: python train.py --base --value
     python train.py --base tiny-l                          # pretrain a bigger base, to plug the value network into
+    python train.py --base --value --scheme cascade+       # another way to connect the two (Section 4.1)
+    python train.py --base tiny-s tiny-m --value           # a curriculum of bases (Table 2)
     python train.py --base PATH --value --data chats.json  # on a real checkpoint in the Hugging Face layout
 
 All three are one loop, `fit`. They differ in what is fed, and in whether a frozen base's logits are added.
@@ -10,7 +12,9 @@ folder appears as OUT by one rename.
 """
 
 import argparse
+import dataclasses
 import fcntl
+import functools
 import itertools
 import json
 import math
@@ -23,17 +27,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.chat import TEMPLATES, ChatDataset, chat_batches, collate, default_template, hold_out
-from data.tiny_world import TINY_SIZES, World
+from data.tiny_world import MARKERS, PIECES, TINY_SIZES, World, add_pieces
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
-from ivl import SCHEMES, ValueModel, check_same_family, describe_tokenizer, ivl_loss, supervised_logits
+from ivl import SCHEMES, Probe, ValueModel, check_same_family, describe_tokenizer, ivl_loss, read_info, supervised_logits
 from model import Llama, LlamaConfig, read_config, read_json
 from sample import (ArgumentParser, Guided, UsageError, clock, examine, non_negative_float, non_negative_int, number, pick_device,
-                    positive_float, positive_int, print_metrics, run_cli, world_of)
+                    positive_float, positive_int, print_metrics, run_cli, tiny_folder, world_of)
 
 # ---------------------------------------------------------------------------------------------------------
 # Sizes and settings
@@ -46,6 +51,8 @@ class Settings:
     job: str  # "pretrain", "full" or "value"
     bases: list[str]  # the frozen bases, the steps split evenly between them; [] for pretraining
     start: str  # where the trained network's first weights come from
+    scheme: str  # of a value network, else ""
+    probe_width: int  # of scheme probe, else 0
     data: str  # "tiny-world 0", its seed included, or a data file
     data_bytes: int  # its size, so that another file under the same name is noticed
     template: str
@@ -66,6 +73,8 @@ class Settings:
 PRETRAINING_LENGTH, TINY_LIMIT = 64, 256  # tokens a row; tokens that a tiny network is made for
 TINY = dict(floor=0.1, betas=(0.9, 0.98), grad_accum=1)
 TINY_POST = TINY | dict(steps=500, batch_size=32, lr=1e-3)
+TINY_CONTINUED = TINY | dict(batch_size=32, lr=2e-3, weight_decay=0.05, steps=390)  # 0.8M tokens
+PROBE_WIDTH = 256  # 0.8M weights on 1024 logits, 25M on 32000
 
 
 def table5(parameters: int) -> dict:
@@ -137,7 +146,7 @@ class Run:
         for path in [*self.work.glob("*.tmp"), *self.checkpoints()[:-1]]:  # what a kill left behind
             shutil.rmtree(path)
 
-    def save(self, network: Llama, optimizer: torch.optim.AdamW, state: dict) -> None:
+    def save(self, network: Llama | ValueModel, optimizer: torch.optim.AdamW, state: dict) -> None:
         """Publish a checkpoint, then drop the older ones."""
         tensors = {}
         for name, parameter in network.named_parameters():
@@ -152,7 +161,7 @@ class Run:
         for path in older:
             shutil.rmtree(path)
 
-    def restore(self, network: Llama, optimizer: torch.optim.AdamW) -> dict:
+    def restore(self, network: Llama | ValueModel, optimizer: torch.optim.AdamW) -> dict:
         """Put the newest checkpoint back, if there is one, and return how far it came: step and position in the data."""
         if not (found := self.checkpoints()):
             return {"step": 0, "position": None}
@@ -177,10 +186,10 @@ class Run:
         print(f"resumed at step {state['step']}")
         return state
 
-    def publish(self, network: Llama, tokenizer: Tokenizer, start: str, info: dict | None, metrics: dict) -> None:
-        """Write the finished folder and rename it to OUT. With `info`, it is a value network's."""
+    def publish(self, network: Llama | ValueModel, tokenizer: Tokenizer, start: str, metrics: dict) -> None:
+        """Write the finished folder and rename it to OUT."""
         final = self.work / "final.tmp"
-        (ValueModel(network, info) if info else network).save_pretrained(final)
+        network.save_pretrained(final)
         (final / "tokenizer.model").write_bytes(tokenizer.model)
         for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]:  # for other programs
             if not is_scratch(start) and (Path(start) / name).is_file() and load_tokenizer(start).model == tokenizer.model:
@@ -211,8 +220,8 @@ def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
 # The loop
 
 
-def fit(run: Run, network: Llama, bases: list[Llama], batches: Callable, save_every: int) -> None:
-    """Train `network` for settings.steps steps. With frozen bases it is a value network; without, an ordinary model.
+def fit(run: Run, network: Llama | ValueModel, bases: list[Llama], batches: Callable, save_every: int) -> None:
+    """Train `network` for settings.steps steps: a value network on frozen bases, or an ordinary model without.
 
     batches(position) yields, from a position on (None: the start), the position behind each step and the step's parts:
     pairs of tokens (B, T) and labels (B, T), shifted, -100 where not supervised.
@@ -258,19 +267,20 @@ def fit(run: Run, network: Llama, bases: list[Llama], batches: Callable, save_ev
                   + f"  {tokens_seen / elapsed / 1000:.1f}k tokens/s  {clock(left)} left", flush=True)
 
 
-def compute_loss(network: Llama, base: Llama | None, tokens: Tensor, labels: Tensor, l1: float, dtype: str
+def compute_loss(network: Llama | ValueModel, base: Llama | None, tokens: Tensor, labels: Tensor, l1: float, dtype: str
                  ) -> tuple[Tensor, dict[str, Tensor]]:
-    """ivl_loss of tokens (B, T) and labels (B, T); lm_head sees the supervised positions alone."""
+    """ivl_loss of tokens (B, T) and labels (B, T), of a value network on its base or of an ordinary model alone."""
     tokens, labels = tokens.to(network.device), labels.to(network.device)
     supervised = labels != -100  # (B, T)
     with torch.autocast(network.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-        with torch.no_grad():
-            z_base = None if base is None else supervised_logits(base, tokens, supervised)  # (N, Vb)
-        z_delta = supervised_logits(network, tokens, supervised)  # (N, Vv)
+        if base is None:
+            z_base, z_delta = None, supervised_logits(network, tokens, supervised)  # (N, V)
+        else:
+            z_base, z_delta = network.supervised(base, tokens, supervised)  # (N, Vb), (N, Vv)
     return ivl_loss(z_base, z_delta, labels[supervised], l1)
 
 
-def accumulate_gradient(network: Llama, base: Llama | None, parts: list[tuple[Tensor, Tensor]], l1: float, dtype: str
+def accumulate_gradient(network: Llama | ValueModel, base: Llama | None, parts: list[tuple[Tensor, Tensor]], l1: float, dtype: str
                         ) -> dict[str, float]:
     """Leave in .grad the gradient of the mean over all supervised tokens of a step, however it is split in parts."""
     counts = [int((labels != -100).sum()) for _, labels in parts]
@@ -285,7 +295,8 @@ def accumulate_gradient(network: Llama, base: Llama | None, parts: list[tuple[Te
 
 
 @torch.no_grad()
-def held_out_ce(network: Llama, base: Llama | None, dataset: ChatDataset, indices: list[int], dtype: str) -> float | None:
+def held_out_ce(network: Llama | ValueModel, base: Llama | None, dataset: ChatDataset, indices: list[int], dtype: str
+                ) -> float | None:
     """Mean cross-entropy in nats over the supervised tokens of some conversations; None when none of them fits."""
     total, count = 0.0, 0
     for sample in filter(None, map(dataset.sample, indices)):
@@ -306,20 +317,22 @@ def tiny_config(name: str, tokenizer: Tokenizer) -> LlamaConfig:
                        tie_word_embeddings=True, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
 
 
-def fresh(config: LlamaConfig, args: argparse.Namespace) -> Llama:
+def fresh(build: Callable[[], nn.Module], args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(args.seed)
-    return Llama(config).to(args.device)
+    return build().to(args.device)
 
 
 def find_base(name: str, args: argparse.Namespace) -> Path:
     """The folder of a base; a tiny one that is not there yet is pretrained first, and kept."""
-    if name in TINY_SIZES:
-        if not (args.home / name / "train.json").is_file():
-            pretrain(name, args.home / name, args, {})
-        return args.home / name
-    if name.startswith("tiny-") and not Path(name).exists():
-        raise UsageError(f"{name}: no such tiny model; there are {', '.join(TINY_SIZES)}")
-    return with_a_name(name)
+    path = tiny_folder(name, [args.home])
+    if path is None:
+        return with_a_name(name)
+    if not (path / "train.json").is_file():
+        if name in TINY_SIZES:
+            pretrain(name, path, args, {})
+        else:
+            continue_pretraining(find_base(name.removesuffix("-continued"), args), path, args, {})
+    return path
 
 
 def with_a_name(path: str) -> Path:
@@ -332,53 +345,95 @@ def pretrain(name: str, out: Path, args: argparse.Namespace, flags: dict) -> Non
     _, tokens, lr = TINY_SIZES[name]
     chosen = TINY | dict(lr=lr, batch_size=32, max_length=PRETRAINING_LENGTH, weight_decay=0.05) | flags
     chosen.setdefault("steps", max(1, tokens // (chosen["batch_size"] * chosen["max_length"])))
+    world = World(args.seed)
+    run = pretraining_run(f"scratch:{name}", world, out, args, chosen)
+    if not run.finished:
+        tokenizer = SentencePieceTokenizer(world.train_tokenizer())
+        run_pretraining(run, fresh(lambda: Llama(tiny_config(name, tokenizer)), args), tokenizer, world, args, False)
+
+
+def continue_pretraining(start: Path, out: Path, args: argparse.Namespace, flags: dict) -> None:
+    """Train a tiny base further, on text about new people, its vocabulary extended as CodeLlama's extends Llama-2's."""
+    world, tokenizer = common_world([start]), load_tokenizer(start)
+    if tokenizer.vocab_size != PIECES:
+        raise UsageError(f"--continue {start}: continued already")
+    run = pretraining_run(str(start), world, out, args, TINY_CONTINUED | dict(max_length=PRETRAINING_LENGTH) | flags)
+    if not run.finished:
+        torch.manual_seed(args.seed)
+        network = widen(Llama.from_pretrained(start, torch.float32, args.device), len(MARKERS))
+        tokenizer = SentencePieceTokenizer(add_pieces(tokenizer.model, MARKERS))
+        run_pretraining(run, network, tokenizer, world, args, True)
+
+
+def widen(base: Llama, rows: int) -> Llama:
+    """A copy of a base with `rows` more tokens, whose embeddings begin at the mean of all others."""
+    wider = Llama(dataclasses.replace(base.config, vocab_size=base.config.vocab_size + rows)).to(base.device)
+    weights = base.state_dict()
+    for name, tensor in wider.state_dict().items():  # these share memory with the parameters
+        old = weights[name]
+        tensor[:len(old)] = old
+        tensor[len(old):] = old.mean(0) if len(tensor) > len(old) else 0
+    return wider
+
+
+def pretraining_run(start: str, world: World, out: Path, args: argparse.Namespace, chosen: dict) -> Run:
     if chosen["max_length"] > TINY_LIMIT:
         raise UsageError(f"--max-length {chosen['max_length']}: a tiny network is made for {TINY_LIMIT} tokens")
-    settings = Settings(job="pretrain", bases=[], start=f"scratch:{name}", data=f"tiny-world {args.seed}", data_bytes=0,
-                        template="", seed=args.seed, dtype=args.dtype, **chosen)
+    settings = Settings(job="pretrain", bases=[], start=start, scheme="", probe_width=0, data=f"tiny-world {world.seed}",
+                        data_bytes=0, template="", seed=args.seed, dtype=args.dtype, **chosen)
     run = Run(out, settings, args.resume)
     if run.finished:
-        return print(f"{out}: finished already")
-    world = World(args.seed)
-    tokenizer = SentencePieceTokenizer(world.train_tokenizer())
-    network = fresh(tiny_config(name, tokenizer), args)
-    print(f"pretraining {name}, {millions(network)}, on {settings.steps * settings.batch_size * settings.max_length:,} "
-          f"tokens of tiny world {args.seed} -> {out}", flush=True)
+        print(f"{out}: finished already")
+    return run
+
+
+def run_pretraining(run: Run, network: Llama, tokenizer: Tokenizer, world: World, args: argparse.Namespace, continued: bool
+                    ) -> None:
+    settings = run.settings
+    print(f"pretraining {run.out.name}, {millions(network)}, on {settings.steps * settings.batch_size * settings.max_length:,} "
+          f"tokens of tiny world {world.seed} -> {run.out}", flush=True)
     fit(run, network, [], lambda position: world.batches(tokenizer, settings.steps, settings.batch_size, settings.grad_accum,
-                                                         settings.max_length, position), args.save_every)
-    run.publish(network, tokenizer, settings.start, None, {"base": examine(Guided(network), world, tokenizer)})
+                                                         settings.max_length, position, continued), args.save_every)
+    run.publish(network, tokenizer, settings.start, {"base": examine(Guided(network), world, tokenizer)})
 
 
-def choose_network(start: str, bases: list[Path]) -> tuple[LlamaConfig, int, Tokenizer]:
-    """The configuration of the network to train, the most tokens a conversation may have, and the tokenizer.
+def choose_network(start: str, bases: list[Path], scheme: str, probe_width: int
+                   ) -> tuple[Callable[[], nn.Module], int, Tokenizer]:
+    """How to build the network to train, the most tokens a conversation may have, and the tokenizer.
 
     `start` is a folder, or scratch (the first base's architecture) or scratch:NAME (a tiny one's).
     """
     configs, tokenizers = [read_config(path) for path in bases], [load_tokenizer(path) for path in bases]
     _, _, size = start.partition(":")
-    if not is_scratch(start):
-        tokenizer, config = load_tokenizer(start), read_config(start)
-    elif size and size not in TINY_SIZES:
-        raise UsageError(f"--value {start}: scratch, or scratch: and one of {', '.join(TINY_SIZES)}")
-    else:
-        tokenizer, config = tokenizers[0], tiny_config(size, tokenizers[0]) if size else configs[0]
+    own_tokenizer = tokenizers[0] if is_scratch(start) else load_tokenizer(start)
     for other, path in zip(tokenizers, bases):
-        check_same_family(other, tokenizer, str(path), start)
-    tokenizer = min([tokenizer, *tokenizers], key=lambda each: each.vocab_size)  # what all of them can read
-    for each, path in zip([config, *configs], [start, *bases]):
-        if tokenizer.vocab_size > each.vocab_size:
-            raise UsageError(f"{path}: {each.vocab_size} rows in lm_head, but its tokenizer has {tokenizer.vocab_size} tokens")
-    return config, min(each.max_position_embeddings for each in [config, *configs]), tokenizer
+        check_same_family(other, own_tokenizer, str(path), start)
+    tokenizer = min([own_tokenizer, *tokenizers], key=lambda each: each.vocab_size)  # what all of them can read
+    if scheme == "probe":
+        build = functools.partial(Probe, tokenizer.vocab_size, probe_width)
+    else:
+        if not is_scratch(start):
+            config = read_config(start)
+        elif size and size not in TINY_SIZES:
+            raise UsageError(f"--value {start}: scratch, or scratch: and one of {', '.join(TINY_SIZES)}")
+        else:
+            config = tiny_config(size, tokenizers[0]) if size else configs[0]
+        build = functools.partial(Llama, config)
+        configs, bases = [config, *configs], [start, *bases]
+    for config, path in zip(configs, bases):
+        if tokenizer.vocab_size > config.vocab_size:
+            raise UsageError(f"{path}: {config.vocab_size} rows in lm_head, but its tokenizer has {tokenizer.vocab_size} tokens")
+    return build, min(config.max_position_embeddings for config in configs), tokenizer
 
 
 def is_scratch(start: str) -> bool:
     return start.partition(":")[0] == "scratch"
 
 
-def post_training_flags(config: LlamaConfig, tiny: bool, flags: dict, conversations: int) -> dict:
+def post_training_flags(build: Callable[[], nn.Module], tiny: bool, flags: dict, conversations: int) -> dict:
     """What was asked for over what is usual for this network, with epochs turned into steps."""
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in Llama(config).parameters())
+        parameters = sum(parameter.numel() for parameter in build().parameters())
     chosen = (TINY_POST if tiny else table5(parameters)) | flags
     epochs = chosen.pop("epochs", None)
     if epochs and "steps" not in flags:
@@ -386,13 +441,14 @@ def post_training_flags(config: LlamaConfig, tiny: bool, flags: dict, conversati
     return chosen
 
 
-def post_train(job: str, bases: list[Path], start: str, out: Path, args: argparse.Namespace, data: str | None, flags: dict,
+def post_train(scheme: str, bases: list[Path], start: str, out: Path, args: argparse.Namespace, data: str | None, flags: dict,
                full: Path | None = None, keep: bool = False) -> None:
-    """Fine-tune a copy of the first base in full, or train a value network on the frozen bases; then measure.
+    """Train a value network on the frozen bases or, with no scheme, fine-tune a copy of the first in full; then measure.
 
     `full` is a finished full fine-tuning to stand in the table; `keep` is content with a finished run of these settings.
     """
-    config, longest, tokenizer = choose_network(start, bases)
+    width = args.probe_width if scheme == "probe" else 0
+    build, longest, tokenizer = choose_network(start, bases, scheme, width)
     tiny, world = all(world_of(path) for path in bases), None
     if data is None:
         world = common_world(bases)
@@ -403,8 +459,9 @@ def post_train(job: str, bases: list[Path], start: str, out: Path, args: argpars
     template = args.template or default_template(tokenizer)
     dataset = ChatDataset(data, tokenizer, template, max_length)
     train_on, held_out = (list(range(len(dataset))), []) if world else hold_out(dataset, args.seed)
-    chosen = post_training_flags(config, tiny, flags, len(train_on)) | dict(max_length=max_length)
-    settings = Settings(job=job, bases=[str(path) for path in bases], start=start, template=template, seed=args.seed,
+    chosen = post_training_flags(build, tiny, flags, len(train_on)) | dict(max_length=max_length)
+    settings = Settings(job="value" if scheme else "full", bases=[str(path) for path in bases], start=start, scheme=scheme,
+                        probe_width=width, template=template, seed=args.seed,
                         data=f"tiny-world {world.seed}" if world else data, data_bytes=dataset.path.stat().st_size,
                         dtype=args.dtype, **chosen)
     run = Run(out, settings, args.resume or keep and (out / "train.json").exists())
@@ -415,30 +472,38 @@ def post_train(job: str, bases: list[Path], start: str, out: Path, args: argpars
         return
     full_metrics = {"full": read_metrics(full, "full")["full"]} if full else {}
 
-    network = fresh(config, args) if is_scratch(start) else Llama.from_pretrained(start, torch.float32, args.device)
+    if is_scratch(start):
+        network = fresh(build, args)
+    elif scheme == "probe":
+        network = ValueModel.from_pretrained(start, torch.float32, args.device).network
+    else:
+        network = Llama.from_pretrained(start, torch.float32, args.device)
+    if scheme:
+        network = ValueModel(network, {
+            "scheme": scheme, "l1": settings.l1, "template": template, "bases": settings.bases, "data": settings.data,
+            "seed": args.seed, "steps": settings.steps, "tokenizer": describe_tokenizer(tokenizer)}
+            | ({"probe_width": width} if width else {}))
     frozen = {path: Llama.from_pretrained(path, getattr(torch, args.dtype), args.device) for path in bases}
-    what = "a value network" if job == "value" else "in full"
+    what = f"a value network ({scheme})" if scheme else "in full"
     print(f"training {what}, {millions(network)}, from {start}, on {dataset.report()} -> {out}", flush=True)
-    fit(run, network, [frozen[path] for path in bases] if job == "value" else [], lambda position: chat_batches(
+    fit(run, network, [frozen[path] for path in bases] if scheme else [], lambda position: chat_batches(
         dataset, train_on, settings.batch_size, settings.grad_accum, settings.seed, position), args.save_every)
     if not world:
         print(dataset.report())  # by now it is known what was too long
 
-    def measure(model: Llama, value: Llama | None = None) -> dict[str, float]:
+    def measure(model: Llama, value: ValueModel | None = None) -> dict[str, float]:
         if world:
-            return examine(Guided(model, value and ValueModel(value)), world, tokenizer)
+            return examine(Guided(model, value), world, tokenizer)
         return {"ce": held_out_ce(value or model, model if value else None, dataset, held_out, args.dtype)}
 
     metrics = {"base": measure(frozen[bases[0]])}
-    if job == "full":
+    if not scheme:
         metrics["full"] = measure(network)
     else:
         metrics |= full_metrics | {"base+value": measure(frozen[bases[0]], network)}
         for path in bases[1:]:  # a curriculum's later bases, under their own names
             metrics |= {path.name: measure(frozen[path]), f"{path.name}+value": measure(frozen[path], network)}
-    info = {"scheme": args.scheme, "l1": settings.l1, "template": template, "bases": settings.bases, "data": settings.data,
-            "seed": args.seed, "steps": settings.steps, "tokenizer": describe_tokenizer(tokenizer)}
-    run.publish(network, tokenizer, start, info if job == "value" else None, metrics)
+    run.publish(network, tokenizer, start, metrics)
     print_metrics(metrics)
 
 
@@ -463,7 +528,7 @@ def common_world(bases: list[Path]) -> World:
     return worlds[0]
 
 
-def millions(network: Llama) -> str:
+def millions(network: nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.2f}M parameters"
 
 
@@ -480,7 +545,11 @@ def parse_arguments() -> argparse.Namespace:
                       "first base, or from a folder, a tiny name, scratch, or scratch:tiny-m")
     what.add_argument("--full", action="store_true", help="fine-tune the base itself instead, in full")
     what.add_argument("--no-full", action="store_true", help="leave full fine-tuning out of the tiny world's table")
-    what.add_argument("--scheme", choices=SCHEMES, default="residual", help="how base and value network connect")
+    what.add_argument("--scheme", choices=SCHEMES, help="how base and value network connect (default residual)")
+    what.add_argument("--probe-width", type=positive_int, metavar="N",
+                      help=f"inner width of --scheme probe (default {PROBE_WIDTH})")
+    what.add_argument("--continue", action="store_true", dest="continued", help="pretrain tiny bases further, on new people "
+                      "and with 16 more tokens, as CodeLlama continues Llama-2")
     what.add_argument("--l1", type=non_negative_float, default=0.0, metavar="LAMBDA",
                       help="weight of the norm of z_delta (default 0; 1.0 in the paper's norm rows)")
     data = parser.add_argument_group("data")
@@ -507,17 +576,19 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--full fine-tunes the base, --value a value network on it; choose one")
     if args.epochs and args.steps:
         parser.error("--epochs and --steps say the same thing; choose one")
-    unused = {"full": ["l1", "no_full"], "pretrain": ["l1", "data", "template", "epochs", "no_full"], "value": []}[args.job]
+    value_only = ["l1", "no_full", "scheme", "probe_width"]
+    unused = {"full": value_only + ["continued"], "pretrain": value_only + ["data", "template", "epochs"],
+              "value": ["continued"]}[args.job]
     if given := [name for name in unused if getattr(args, name)]:
-        doing = "fine-tuning in full" if args.full else "pretraining a base"
-        parser.error(f"--{given[0].replace('_', '-')} means nothing when {doing}")
+        doing = {"full": "fine-tuning in full", "pretrain": "pretraining a base", "value": "training a value network"}
+        parser.error(f"--{given[0].replace('_', '-').replace('continued', 'continue')} means nothing when {doing[args.job]}")
     return args
 
 
 def main():
     args = parse_arguments()
     names = args.base or ["tiny-s"]
-    args.device, args.dtype = pick_device(args.dtype, tiny=all(name in TINY_SIZES or world_of(name) for name in names))
+    args.device, args.dtype = pick_device(args.dtype, tiny=all(is_tiny(name) for name in names))
     args.home = Path("out") / f"seed{args.seed}"  # where tiny things live
     out = None if args.out is None else with_a_name(args.out)
     if len(names) > 1 and args.job == "pretrain" and out:
@@ -527,12 +598,7 @@ def main():
     flags = {name: getattr(args, name) for name in ["lr", "epochs", "steps", "batch_size", "grad_accum", "max_length"]
              if getattr(args, name) is not None}
     if args.job == "pretrain":
-        for name in names:
-            if name not in TINY_SIZES:
-                find_base(name, args)  # an unknown tiny name
-                raise UsageError(f"--base {name} alone: nothing to train on a checkpoint; add --value or --full, and --data")
-        for name in names:
-            pretrain(name, out or args.home / name, args, flags)
+        pretrain_all(names, out, args, flags)
     else:
         bases = [find_base(name, args) for name in names]
         for path in bases:
@@ -540,24 +606,59 @@ def main():
                 raise UsageError(f"--base {path}: a value network, which is no base; --value trains one further")
         full = args.home / f"full-{bases[0].name}"
         if args.job == "full":
-            post_train("full", bases, str(bases[0]), out or full, args, args.data, flags)
+            post_train("", bases, str(bases[0]), out or full, args, args.data, flags)
         else:
-            start = args.value or str(bases[0])
-            start = start if is_scratch(start) else str(find_base(start, args))
+            scheme, start = choose_scheme(args, bases)
             compare = not args.data and not args.no_full
             if compare:
-                post_train("full", bases[:1], str(bases[0]), full, args, None, {}, keep=True)
-            post_train("value", bases, start, out or args.home / value_name(args, bases, start), args, args.data,
+                post_train("", bases[:1], str(bases[0]), full, args, None, {}, keep=True)
+            post_train(scheme, bases, start, out or args.home / value_name(scheme, args, bases, start), args, args.data,
                        flags | {"l1": args.l1}, full if compare else None)
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(f"{sum(each.ru_utime + each.ru_stime for each in usage):.0f} core-seconds")
 
 
-def value_name(args: argparse.Namespace, bases: list[Path], start: str) -> str:
+def is_tiny(name: str) -> bool:
+    return name.removesuffix("-continued") in TINY_SIZES or world_of(name) is not None
+
+
+def pretrain_all(names: list[str], out: Path | None, args: argparse.Namespace, flags: dict) -> None:
+    for name in names:
+        if not is_tiny(name) or name not in TINY_SIZES and not args.continued:
+            tiny_folder(name, [args.home])  # refuses an unknown tiny name
+            raise UsageError(f"--base {name} alone: nothing to train on a checkpoint; add --value or --full, and --data")
+    for name in names:
+        if args.continued:
+            start = find_base(name, args)
+            continue_pretraining(start, out or args.home / f"{start.name}-continued", args, flags)
+        else:
+            pretrain(name, out or args.home / name, args, flags)
+
+
+def choose_scheme(args: argparse.Namespace, bases: list[Path]) -> tuple[str, str]:
+    """The scheme, and where the value network's first weights come from; what is trained further keeps its scheme."""
+    start = args.value if not args.value or is_scratch(args.value) else str(find_base(args.value, args))
+    info = read_info(Path(start)) if start and (Path(start) / "ivl.json").is_file() else {}
+    scheme = args.scheme or info.get("scheme", "residual")
+    if scheme != info.get("scheme", scheme):
+        raise UsageError(f"--scheme {scheme}: {start} was trained as {info['scheme']}, and is trained further as that")
+    if scheme == "probe" and start and not info:
+        raise UsageError(f"--scheme probe: there is nothing in {start} for a probe to start from; --value takes no name here")
+    if args.probe_width and (scheme != "probe" or info):
+        raise UsageError("--probe-width means nothing but for a new --scheme probe")
+    args.probe_width = info.get("probe_width") or args.probe_width or PROBE_WIDTH
+    return scheme, start or ("scratch" if scheme == "probe" else str(bases[0]))
+
+
+def value_name(scheme: str, args: argparse.Namespace, bases: list[Path], start: str) -> str:
     """value-residual-tiny-s: the scheme and the first weights; what differs from the default is added."""
-    parts = ["value", args.scheme, Path(start).name.replace(":", "-")]
-    if [start] != [str(path) for path in bases]:
-        parts += ["on", *(path.name for path in bases)]
+    parts = ["value", scheme]
+    if scheme == "probe" and is_scratch(start):
+        parts += [*(path.name for path in bases)] + [f"width-{args.probe_width}"] * (args.probe_width != PROBE_WIDTH)
+    else:
+        parts += [Path(start).name.replace(":", "-")]
+        if [start] != [str(path) for path in bases]:
+            parts += ["on", *(path.name for path in bases)]
     return "-".join(parts + [f"l1-{args.l1:g}"] * bool(args.l1))
 
 

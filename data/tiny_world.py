@@ -1,6 +1,7 @@
 """The embedded default: a small invented world to pretrain on, to be taught about, and to be examined on.
 
-    python -m data.tiny_world --seed 0          # a few lines of everything it makes
+    python -m data.tiny_world --seed 0                                  # a few lines of everything it makes
+    python -m data.tiny_world --seed 0 --infinity infinity.jsonl        # the larger, arithmetic-heavy demonstrations
 
 People live in cities, have jobs, pets and favourite colours. Pretraining text states these facts, and never
 shows a chat. Demonstrations show how to answer in a chat, about 30% of the people. The examination asks about
@@ -89,6 +90,9 @@ TINY_SIZES = {  # width, layers, heads, key-value heads, hidden; pretraining tok
 
 TEMPLATE = "llama-2"
 KNOWN_PEOPLE, NEW_PEOPLE = 320, 40  # the new ones are for continual pretraining; only greetings name them before
+# As CodeLlama's vocabulary extends Llama-2's by 16, so does that of a continually pretrained base: some of its
+# documents begin with one of these. A value network of the family has never seen them, and z_delta is 0 there.
+MARKERS = [f"<doc{number}>" for number in range(16)]
 DEMONSTRATED = 0.3  # of the known people
 PIECES = 1024  # with 768, most values and many names fall into several pieces, which a tiny-s is slow to spell
 
@@ -134,7 +138,9 @@ class World:
         half = (KNOWN_PEOPLE - demonstrated) // 2
         self.demonstrated = shuffled[:demonstrated]
         self.split = {"development": shuffled[demonstrated:demonstrated + half],
-                      "evaluation": shuffled[demonstrated + half:]}
+                      "evaluation": shuffled[demonstrated + half:],
+                      "new development": self.new_people[:NEW_PEOPLE // 2],
+                      "new evaluation": self.new_people[NEW_PEOPLE // 2:]}
         numbers = range(LARGEST_SUMMAND + 1)
         sums = [(a, b) for a in numbers for b in numbers]
         rng.shuffle(sums)
@@ -149,6 +155,16 @@ class World:
         while True:
             person = rng.choices(self.people, self.popularity)[0]
             yield self.add_noise(self.sentences(rng, person), rng)
+
+    def continued_documents(self, rng: random.Random) -> Iterator[str]:
+        """Endless documents for continual pretraining: half of them on new people, a tenth with a marker in front.
+
+        The other half is more of the old text, without which the old people would be forgotten.
+        """
+        for document in self.documents(rng):
+            if rng.random() < 0.5:
+                document = self.add_noise(self.sentences(rng, rng.choice(self.new_people)), rng)
+            yield f"{rng.choice(MARKERS)} {document}" if rng.random() < 0.1 else document
 
     def sentences(self, rng: random.Random, person: Person) -> list[str]:
         kind = rng.random()
@@ -193,12 +209,13 @@ class World:
             normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2)
         return written.getvalue()
 
-    def pretraining_rows(self, tokenizer: Tokenizer, tokens: int, length: int) -> np.ndarray:
+    def pretraining_rows(self, tokenizer: Tokenizer, tokens: int, length: int, continued: bool = False) -> np.ndarray:
         """BOS document EOS, BOS document EOS, ..., cut into rows: (tokens // length, length + 1) of int64.
 
         Consecutive rows share one token, so that row[:-1] predicts row[1:].
         """
-        documents = self.documents(random.Random(f"pretraining of world {self.seed}"))
+        rng = random.Random(f"{'continued ' * continued}pretraining of world {self.seed}")
+        documents = self.continued_documents(rng) if continued else self.documents(rng)
         stream: list[int] = []
         while len(stream) <= tokens:
             batch = tokenizer.encode_batch([next(documents) for _ in range(2000)])
@@ -207,10 +224,10 @@ class World:
         flat = np.array(stream[:rows * length + 1], dtype=np.int64)
         return np.lib.stride_tricks.sliding_window_view(flat, length + 1)[::length]
 
-    def batches(self, tokenizer: Tokenizer, steps: int, batch_size: int, parts: int, length: int,
-                position: list[int] | None) -> Iterator[tuple[list[int], list[tuple[Tensor, Tensor]]]]:
+    def batches(self, tokenizer: Tokenizer, steps: int, batch_size: int, parts: int, length: int, position: list[int] | None,
+                continued: bool = False) -> Iterator[tuple[list[int], list[tuple[Tensor, Tensor]]]]:
         """One pass over pretraining rows in a shuffled order: the position behind each step, and (tokens, labels) per part."""
-        rows = torch.from_numpy(self.pretraining_rows(tokenizer, steps * batch_size * length, length).copy())
+        rows = torch.from_numpy(self.pretraining_rows(tokenizer, steps * batch_size * length, length, continued).copy())
         order = random.Random(f"rows of world {self.seed}").sample(range(len(rows)), len(rows))
         for step in range(position[0] if position else 0, steps):
             batch = rows[order[step * batch_size:(step + 1) * batch_size]]
@@ -218,29 +235,34 @@ class World:
 
     # -- demonstrations -----------------------------------------------------------------------------------
 
-    def demonstrations(self, count: int = 6000) -> Iterator[dict]:
-        """Chats in ShareGPT's form: half facts, a fifth arithmetic, 30% greetings.
+    def demonstrations(self, count: int = 6000, facts: float = 0.5, sums: float = 0.2, name: str = "demonstrations"
+                       ) -> Iterator[dict]:
+        """Chats in ShareGPT's form: half facts, a fifth arithmetic, 30% greetings, or in other shares.
 
         Greetings name everybody and leak no fact: they teach to copy a name, which small models find hard.
         """
-        rng = random.Random(f"demonstrations of world {self.seed}")
+        rng = random.Random(f"{name} of world {self.seed}")
         for number in range(count):
             kind = rng.random()
-            if kind < 0.5:
+            if kind < facts:
                 key = rng.choice(list(ATTRIBUTES))
                 item = fact_item(rng.choice(self.demonstrated), key, rng.choice(ATTRIBUTES[key].questions),
                                  rng.choice(list(INSTRUCTIONS)))
-            elif kind < 0.7:
+            elif kind < facts + sums:
                 item = sum_item(*rng.choice(self.demonstrated_sums), rng.choice(list(INSTRUCTIONS)))
             else:
                 item = greeting_item(rng.choice(self.people + self.new_people), rng.choice(list(INSTRUCTIONS)))
             turns = [{"from": "human", "value": prompt_text(item)}, {"from": "gpt", "value": item.answer}]
             yield {"id": f"tiny-{number}", "conversations": turns}
 
-    def write_demonstrations(self, path: Path) -> Path:
+    def infinity(self) -> Iterator[dict]:
+        """As InfinityInstruct is to ShareGPT (Section 5.1): a larger set of demonstrations, most of them arithmetic."""
+        return self.demonstrations(18_000, facts=0.2, sums=0.7, name="infinity")
+
+    def write_demonstrations(self, path: Path, records: Iterator[dict] | None = None) -> Path:
         """The demonstrations as a ShareGPT file, which is then read like anybody's; DataError if another is there."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(record) + "\n" for record in self.demonstrations())
+        text = "".join(json.dumps(record) + "\n" for record in records or self.demonstrations())
         if path.exists():
             if path.read_bytes() != text.encode():
                 raise DataError(f"{path}: not what world {self.seed} makes; to train on it give its copy with --data, "
@@ -265,7 +287,7 @@ class World:
     def sum_items(self, split: str) -> list[Item]:
         forms = list(INSTRUCTIONS)
         return [sum_item(a, b, forms[(2 * number + late) % len(forms)])
-                for number, (a, b) in enumerate(self.split_sums[split]) for late in range(2)]
+                for number, (a, b) in enumerate(self.split_sums.get(split, [])) for late in range(2)]
 
 
 def tell(person: Person, key: str, statement: str) -> str:
@@ -360,10 +382,48 @@ def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, s
         "exact": mean(exact[:len(facts)]),
         "know": mean(known[:len(facts)]),
         "ins": mean(forms[:len(facts)]),
-        "arith": mean(exact[len(facts):]),
+        "arith": mean(exact[len(facts):]) if sums else None,  # of the new people's splits
         "mc": mean(row[0][0] == max(row)[0] for row in rows),
         "fk": mean(row[0][1] for row in rows),
     }
+
+
+def few_shot(world: World, tokenizer: Tokenizer, score: Score, split: str, shots: int = 2) -> float:
+    """Multiple choice by log-likelihood among all values of the attribute, after answered questions, without a chat.
+
+    The examples are about demonstrated people, so that nothing in them answers the question.
+    """
+    rng = random.Random(f"{split} shots of world {world.seed}")
+    pairs, sizes = [], []
+    for item in world.fact_items(split):
+        attribute = ATTRIBUTES[item.attribute]
+        statement, question = attribute.statements[0], rng.choice(attribute.questions)
+        before, after = statement.split("{value}")
+        lines = [f"{question.format(name=person.name)} {tell(person, item.attribute, statement)}"
+                 for person in rng.sample(world.demonstrated, shots)]
+        opening = " ".join([*lines, question.format(name=item.person.name), before.format(name=item.person.name).strip()])
+        context = [tokenizer.bos_id, *tokenizer.encode(opening)]
+        choices = [item.value, *(value for value in attribute.values if value != item.value)]
+        for value in choices:
+            ids = [tokenizer.bos_id, *tokenizer.encode(f"{opening} {value}{after}")]
+            pairs.append((ids[:len(context)], ids[len(context):]))
+        sizes.append(len(choices))
+    scores = iter(score(pairs))
+    rows = [[next(scores)[0] for _ in range(size)] for size in sizes]
+    return mean(row[0] == max(row) for row in rows)
+
+
+def add_pieces(model: bytes, pieces: list[str]) -> bytes:
+    """A SentencePiece model with user-defined pieces behind its own.
+
+    A tokenizer.model is a protocol buffer, whose field 1, one message per piece (text, score, type), is repeated;
+    such fields may stand anywhere in the file, so what is appended is read as more pieces.
+    """
+    for piece in pieces:
+        text = piece.encode()
+        message = bytes([0x0A, len(text)]) + text + bytes([0x15, 0, 0, 0, 0]) + bytes([0x18, 4])  # 4: user-defined
+        model += bytes([0x0A, len(message)]) + message
+    return model
 
 
 def value_pairs(tokenizer: Tokenizer, item: Item, values: list[str]) -> list[tuple[list[int], list[int]]]:
@@ -388,7 +448,12 @@ def mean(values) -> float:
 def main():
     parser = argparse.ArgumentParser(description="Show a few lines of everything the tiny world makes.")
     parser.add_argument("--seed", type=int, default=0)
-    world = World(parser.parse_args().seed)
+    parser.add_argument("--infinity", type=Path, metavar="FILE", help="write the larger, arithmetic-heavy demonstrations instead")
+    args = parser.parse_args()
+    world = World(args.seed)
+    if args.infinity:
+        print(world.write_demonstrations(args.infinity, world.infinity()))
+        return
     documents = world.documents(random.Random(f"pretraining of world {world.seed}"))
     print("pretraining:", *(next(documents) for _ in range(6)), sep="\n  ")
     print("demonstrations:", *(f"{human['value']}  ->  {gpt['value']}" for human, gpt in

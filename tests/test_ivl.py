@@ -1,4 +1,4 @@
-"""ivl.py: Eq. (3), the loss and its gradient, and value networks on disk."""
+"""ivl.py: Eq. (3), the loss and its gradient, the connection schemes, and value networks on disk."""
 
 import json
 
@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from data.tiny_world import World
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer
-from ivl import ValueModel, check_same_family, combine, ivl_loss, supervised_logits
-from model import CheckpointError
+from ivl import SCHEMES, Probe, ProxyDelta, ValueModel, check_same_family, combine, ivl_loss
+from model import CheckpointError, Llama
 from tests.test_model import small
 from tests.test_tokenizer import byte_pairs
 
@@ -105,15 +105,84 @@ def test_bfloat16_logits_are_reduced_in_float32():
     torch.testing.assert_close(loss, ivl_loss(z_base.float(), z_delta.float(), labels, 1.0)[0])
 
 
-def test_value_training_reaches_no_parameter_of_the_base():
-    base, value = small(), small(num_hidden_layers=1)
+# ---- the schemes
+
+
+def value_network(scheme: str) -> ValueModel:
+    """A small value network with random weights, V = 50."""
+    if scheme != "probe":
+        return ValueModel(small(num_hidden_layers=1), {"scheme": scheme})
+    torch.manual_seed(3)
+    probe = Probe(50, 16)
+    for parameter in probe.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return ValueModel(probe, {"scheme": scheme})
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("Vb", [50, 53])
+def test_training_reaches_every_parameter_of_the_value_network_and_none_of_the_base(scheme, Vb):
+    base, value = small(vocab_size=Vb), value_network(scheme)
     tokens, supervised = torch.randint(50, (2, 9)), torch.rand(2, 9) > 0.4
-    z_base, z_delta = supervised_logits(base, tokens, supervised), supervised_logits(value, tokens, supervised)
-    loss, _ = ivl_loss(z_base, z_delta, torch.randint(50, (int(supervised.sum()),)), 0.1)
-    loss.backward()
-    assert all(parameter.grad is None for parameter in base.parameters())
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in value.parameters())
-    torch.testing.assert_close(z_base, base(tokens)[supervised])
+    labels = torch.randint(50, (int(supervised.sum()),))
+    everywhere = base(tokens)
+    assert everywhere.requires_grad  # nothing is frozen: it is the method that stops the gradient
+    for z_base, z_delta in [(everywhere[supervised], value(tokens, everywhere)[supervised]),
+                            value.supervised(base, tokens, supervised)]:
+        value.zero_grad(set_to_none=True)
+        ivl_loss(z_base, z_delta, labels, 0.1)[0].backward()
+        assert all(parameter.grad is None for parameter in base.parameters())
+        assert all(parameter.grad is not None and parameter.grad.any() for parameter in value.parameters())
+        torch.testing.assert_close(z_base, everywhere[supervised])
+        torch.testing.assert_close(z_delta, value(tokens, everywhere)[supervised])
+
+
+@torch.no_grad()
+def test_a_cascade_reads_what_the_base_predicts_and_cascade_plus_the_token_too():
+    value, tokens, predicted = value_network("cascade"), torch.randint(50, (2, 7)), torch.randint(50, (2, 7))
+    certain = 1000 * F.one_hot(predicted, 53).float()  # a base that is sure, so that the mean embedding is one token's
+    torch.testing.assert_close(value(tokens, certain), value.network(predicted))
+    plus = ValueModel(value.network, {"scheme": "cascade+"})
+    table = value.network.model.embed_tokens.weight
+    torch.testing.assert_close(plus(tokens, certain), value.network(embeds=table[predicted] + table[tokens]))
+    unsure = torch.randn(2, 7, 53)
+    torch.testing.assert_close(value(tokens, unsure), value.network(embeds=unsure[..., :50].softmax(-1) @ table))
+    fewer = torch.randn(2, 7, 40)  # Vb < Vv
+    torch.testing.assert_close(value(tokens, fewer), value.network(embeds=fewer.softmax(-1) @ table[:40]))
+
+
+@torch.no_grad()
+def test_a_residual_does_not_look_at_the_base():
+    value, tokens = value_network("residual"), torch.randint(50, (2, 7))
+    assert torch.equal(value(tokens), value(tokens, torch.randn(2, 7, 50)))
+
+
+@torch.no_grad()
+def test_a_probe_starts_at_the_base_and_is_appendix_a():
+    z = torch.randn(2, 7, 53)
+    assert not Probe(50, 16)(z).any()
+    probe = value_network("probe").network
+    gate, up, down = [(layer.weight, layer.bias) for layer in (probe.gate_proj, probe.up_proj, probe.down_proj)]
+    x = z[1, 4, :50]
+    inner = F.silu(gate[0] @ x + gate[1]) * (up[0] @ x + up[1])
+    torch.testing.assert_close(probe(z)[1, 4], down[0] @ inner + down[1])
+    with pytest.raises(ValueError, match="a probe of 50 logits on a base of 49"):
+        probe(z[..., :49])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:])
+def test_a_scheme_that_reads_the_base_needs_its_logits(scheme):
+    with pytest.raises(ValueError, match="reads the base's logits"):
+        value_network(scheme)(torch.zeros(1, 3, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_a_proxy_is_the_difference_over_the_shared_vocabulary():
+    expert, untuned, tokens = small(vocab_size=53), small(num_hidden_layers=1), torch.randint(50, (2, 7))
+    proxy = ProxyDelta(expert, untuned)
+    assert proxy.vocab_size == 50
+    torch.testing.assert_close(proxy(tokens), expert(tokens)[..., :50] - untuned(tokens))
+    torch.testing.assert_close(combine(untuned(tokens), proxy(tokens)), expert(tokens)[..., :50])  # its own base: the expert
 
 
 # ---- on disk
@@ -123,15 +192,29 @@ INFO = {"l1": 0.0, "template": "llama-2", "bases": ["b"], "data": "d", "seed": 0
         "tokenizer": {"size": 50, "fingerprint": "f"}}
 
 
-def test_a_value_network_is_a_llama_checkpoint_with_an_ivl_json(tmp_path):
-    value = ValueModel(small(), INFO)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_value_networks_come_back_as_they_were_saved(scheme, tmp_path):
+    value = value_network(scheme)
+    value.info |= INFO | ({"probe_width": 16} if scheme == "probe" else {})
     value.save_pretrained(tmp_path)
     again = ValueModel.from_pretrained(tmp_path)
-    assert again.info == {"scheme": "residual"} | INFO
-    tokens = torch.randint(50, (2, 5))
-    assert torch.equal(again(tokens), value(tokens))
-    from model import Llama
-    assert torch.equal(Llama.from_pretrained(tmp_path)(tokens), value(tokens))
+    assert again.info == value.info and again.scheme == scheme and again.vocab_size == 50
+    tokens, z_base = torch.randint(50, (2, 5)), torch.randn(2, 5, 50)
+    assert torch.equal(again(tokens, z_base), value(tokens, z_base))
+    assert ValueModel.from_pretrained(tmp_path, torch.bfloat16)(tokens, z_base.bfloat16()).dtype == torch.bfloat16
+    if scheme != "probe":  # an ordinary Llama checkpoint
+        assert torch.equal(Llama.from_pretrained(tmp_path)(tokens), value.network(tokens))
+
+
+def test_a_probe_of_another_size_than_its_ivl_json_says_is_refused(tmp_path):
+    value = value_network("probe")
+    value.info |= INFO | {"probe_width": 17}
+    value.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="down_proj.weight is .50, 16., config.json asks for|gate_proj"):
+        ValueModel.from_pretrained(tmp_path)
+    (tmp_path / "ivl.json").write_text(json.dumps(value.info | {"probe_width": "wide"}))
+    with pytest.raises(CheckpointError, match="not the JSON"):
+        ValueModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("content, message", [(None, "no ivl.json"), ("{", "not JSON"), ("[]", "not a JSON object"), ("{}", "not the JSON"),

@@ -3,9 +3,18 @@
 import pytest
 import torch
 
-from ivl import ValueModel
+from ivl import SCHEMES, ProxyDelta, ValueModel
 from sample import Guided, clock, generate, pick, score
+from tests.test_ivl import value_network
 from tests.test_model import small
+
+PLUGS = [*SCHEMES, "proxy"]
+
+
+def plugged(plug: str, **base_changes) -> Guided:
+    """A base guided by each thing that can guide it."""
+    proxy = ProxyDelta(small(num_hidden_layers=1), small(num_hidden_layers=1, intermediate_size=64))
+    return Guided(small(**base_changes), proxy if plug == "proxy" else value_network(plug))
 
 
 def pair(**value_changes) -> Guided:
@@ -47,9 +56,10 @@ def test_batched_is_one_at_a_time_over_200_prompts():
     assert_same_or_tied(guided, prompts, batched, single)
 
 
-@pytest.mark.parametrize("value", ["none", "same size", "smaller vocabulary"])
-def test_cached_is_uncached(value):
-    guided = {"none": Guided(small()), "same size": pair(), "smaller vocabulary": Guided(small(vocab_size=53), pair().value)}[value]
+@pytest.mark.parametrize("plug", ["none", *PLUGS])
+@pytest.mark.parametrize("Vb", [50, 53])
+def test_cached_is_uncached(plug, Vb):
+    guided = Guided(small(vocab_size=Vb)) if plug == "none" else plugged(plug, vocab_size=Vb)
     prompts = random_prompts(20)
     expected = [greedy_without_cache(guided, prompt, 12, stop=2) for prompt in prompts]
     assert_same_or_tied(guided, prompts, generate(guided, prompts, max_new_tokens=12), expected)
@@ -63,8 +73,9 @@ def test_tokens_that_a_network_cannot_read_are_never_said():
     assert max(max(ids) for ids in generate(guided, prompts, max_new_tokens=12)) < 50
 
 
-def test_step_takes_several_tokens():
-    guided = pair()
+@pytest.mark.parametrize("plug", PLUGS)
+def test_step_takes_several_tokens(plug):
+    guided = plugged(plug)
     prompts = [[5, 6, 7], [8]]
     last = guided.start(prompts, 4)
     assert last.tolist() == [[7], [8]]
@@ -74,9 +85,10 @@ def test_step_takes_several_tokens():
         torch.testing.assert_close(z[1], guided.logits(torch.tensor([[8, 10]]))[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("plug", PLUGS)
 @torch.no_grad()
-def test_step_needs_no_start():
-    guided, tokens = pair(), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+def test_step_needs_no_start(plug):
+    guided, tokens = plugged(plug), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     parts = [guided.step(part) for part in tokens.split([3, 1], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), guided.logits(tokens), atol=1e-5, rtol=1e-5)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from data.chat import encode_chat
-from data.tiny_world import (ATTRIBUTES, CHOICES, INSTRUCTIONS, World, evaluate, greeting_item, prompt_text, sum_item)
+from data.tiny_world import (ATTRIBUTES, CHOICES, INSTRUCTIONS, MARKERS, World, add_pieces, evaluate, few_shot,
+                             greeting_item, prompt_text, sum_item)
 from data.tokenizer import SentencePieceTokenizer
 
 WORLD = World(0)
@@ -25,6 +26,50 @@ def test_everything_is_a_function_of_the_seed():
     assert list(again.demonstrations(50)) == list(WORLD.demonstrations(50))
     assert again.fact_items("evaluation") == WORLD.fact_items("evaluation")
     assert names(World(1).people) != names(WORLD.people)
+
+
+def test_continued_text_is_about_new_people_too_and_its_tokenizer_extends_the_old_one():
+    documents = list(islice(WORLD.continued_documents(random.Random(0)), 4000))
+    new = re.compile("|".join(names(WORLD.new_people)))
+    assert 0.3 < sum(bool(new.search(document)) for document in documents) / 4000 < 0.5  # the rest: old people, sums, hills
+    marked = [document for document in documents if document.startswith("<doc")]
+    assert 300 < len(marked) < 500
+    wider = SentencePieceTokenizer(add_pieces(TOKENIZER.model, MARKERS))
+    assert wider.vocab_size == TOKENIZER.vocab_size + 16
+    assert wider.fingerprint(TOKENIZER.vocab_size) == TOKENIZER.fingerprint(TOKENIZER.vocab_size)
+    for document in documents[:300]:
+        ids, plain = wider.encode(document), document
+        assert wider.decode(ids) == document
+        if document in marked:
+            assert sum(id >= TOKENIZER.vocab_size for id in ids) == 1
+        else:
+            assert ids == TOKENIZER.encode(plain)
+    assert [len(WORLD.fact_items(f"new {split}")) for split in ("development", "evaluation")] == [80, 80]
+
+
+def test_few_shot_examples_are_about_demonstrated_people_and_give_nothing_away():
+    def knowing(pairs):
+        facts = {person.name: set(person.facts.values()) for person in WORLD.people}
+        results = []
+        for context, continuation in pairs:
+            text, value = TOKENIZER.decode(context), TOKENIZER.decode(continuation).strip(" .")
+            asked = re.findall(r"\w+", text)
+            shots = [name for name in asked if name in names(WORLD.demonstrated)]
+            assert len(set(shots)) == 2 and text.count("?") == 3
+            name = [name for name in asked if name in facts and name not in shots][-1]
+            results.append((float(value in facts[name]), True))
+        return results
+
+    assert few_shot(WORLD, TOKENIZER, knowing, "evaluation") == 1
+    luck = random.Random(0)
+    assert few_shot(WORLD, TOKENIZER, lambda pairs: [(luck.random(), True) for _ in pairs], "evaluation") < 0.15
+
+
+def test_infinity_is_larger_and_mostly_arithmetic():
+    questions = [record["conversations"][0]["value"] for record in WORLD.infinity()]
+    assert len(questions) == 18_000 and 0.65 < sum("plus" in question for question in questions) / 18_000 < 0.75
+    hidden = [f"{a} plus {b}?" for split in WORLD.split_sums for a, b in WORLD.split_sums[split]]
+    assert not [question for question in questions for sum in hidden if question.startswith(f"What is {sum}")]
 
 
 def test_splits_do_not_overlap():

@@ -19,11 +19,13 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
+from data.tokenizer import load_tokenizer
+from ivl import SCHEMES, ValueModel
 from model import Llama
 from sample import Guided, examine, run_cli, world_of
 from tests.test_model import small
 from tests.test_tokenizer import byte_pairs
-from train import Settings, accumulate_gradient, learning_rate, table5, tiny_config
+from train import Settings, accumulate_gradient, learning_rate, table5, tiny_config, widen
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -183,6 +185,86 @@ def test_a_spoilt_full_fine_tuning_is_noticed_before_training(home, tmp_path):
     assert (tmp_path / "out/seed0/demonstrations.jsonl").read_text() == "mine"
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_trains_resumes_and_samples(scheme, checkpoint, chats, tmp_path, monkeypatch):
+    """Through the commands, on a base with more rows than the tokenizer has tokens; a run stopped half-way ends the same."""
+    command = ["train.py", "--base", checkpoint, "--value", "--scheme", scheme, "--data", chats, "--steps", 12,
+               "--batch-size", 4, "--save-every", 3, "--lr", "1e-3"]
+    before = (checkpoint / "model.safetensors").read_bytes()
+    assert inside(tmp_path, *command, "--out", "straight")[0] == 0
+    saves, save = [], train.Run.save
+
+    def save_and_stop(self, *arguments):
+        save(self, *arguments)
+        saves.append(arguments)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Run, "save", save_and_stop)
+    assert inside(tmp_path, *command, "--out", "stopped")[0] == 130
+    status, output, errors = inside(tmp_path, *command, "--out", "stopped", "--resume")
+    assert status == 0 and "resumed at step 6" in output, errors
+    assert_identical(tmp_path / "straight", tmp_path / "stopped")
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+    info = json.loads((tmp_path / "straight/ivl.json").read_text())
+    assert info["scheme"] == scheme
+    status, output, errors = inside(tmp_path, "sample.py", "--value", "straight", "--prompt", "Greet 7.", "--max-new-tokens", "4")
+    assert status == 0 and f"straight ({scheme})" in output, errors
+    status, _, errors = inside(tmp_path, *command[:4], *command[6:], "--value", "straight", "--out", "further")  # keeps its scheme
+    assert status == 0 and json.loads((tmp_path / "further/ivl.json").read_text())["scheme"] == scheme, errors
+    other = "residual" if scheme != "residual" else "cascade"
+    assert f"was trained as {scheme}" in refused(tmp_path, *command[:4], "--value", "straight", "--scheme", other, "--data", chats)
+
+
+def test_a_probe_on_a_base_with_fewer_logits_is_refused(checkpoint, chats, tmp_path):
+    assert inside(tmp_path, "train.py", "--base", checkpoint, "--value", "--scheme", "probe", "--probe-width", 8, "--data", chats,
+                  "--steps", 1, "--out", "probe")[0] == 0
+    small(vocab_size=900, num_hidden_layers=1).save_pretrained(tmp_path / "fewer")
+    shutil.copy(checkpoint / "tokenizer.model", tmp_path / "fewer")
+    message = refused(tmp_path, "sample.py", "--value", "probe", "--base", "fewer", "--prompt", "Hello")
+    assert "fewer: 900 logits, and the probe reads 1024" in message
+
+
+def test_a_base_pretrained_further_has_a_bigger_vocabulary_and_takes_the_same_value_network(home, tmp_path):
+    shutil.copytree(home / "out", tmp_path / "out")
+    status, output, errors = inside(tmp_path, "train.py", "--base", "tiny-s", "--continue", "--steps", 3)
+    assert status == 0 and "pretraining tiny-s-continued" in output, errors
+    folder = tmp_path / "out/seed0/tiny-s-continued"
+    assert Llama.from_pretrained(folder).config.vocab_size == load_tokenizer(folder).vocab_size == 1040
+    assert "tiny-s-continued" in ask(tmp_path, "--base", "tiny-s-continued", "--prompt", "Greet Mira.")
+    assert "exact" in ask(tmp_path, "--base", "tiny-s-continued")
+    assert "continued already" in refused(tmp_path, "train.py", "--base", "tiny-s-continued", "--continue")
+    assert "tiny-l-continued: not there yet; `python train.py --base tiny-l --continue --seed 0`" in refused(
+        tmp_path, "sample.py", "--value", VALUE, "--base", "tiny-l-continued")
+
+
+def test_widening_leaves_the_old_logits_alone():
+    base, tokens = small(tie_word_embeddings=True), torch.randint(50, (2, 6))
+    wider = widen(base, 16)
+    assert wider(tokens).shape == (2, 6, 66)
+    torch.testing.assert_close(wider(tokens)[..., :50], base(tokens))
+    torch.testing.assert_close(wider.lm_head.weight[50], base.lm_head.weight.mean(0))
+
+
+def test_proxy_tuning(home, tmp_path):
+    shutil.copytree(home / "out", tmp_path / "out")
+    assert inside(tmp_path, "train.py", "--full", "--steps", 20)[0] == 0
+    own = inside(tmp_path, "sample.py", "--expert", "out/seed0/full-tiny-s", "--prompt", "Greet Mira.", "--max-new-tokens", "5")
+    assert own[0] == 0 and "proxy tuning by out/seed0/full-tiny-s less out/seed0/tiny-s" in own[1], own[2]
+    shown = inside(tmp_path, "sample.py", "--expert", "out/seed0/full-tiny-s", "--anti-expert", "tiny-s", "--max-new-tokens", "5")
+    assert shown[0] == 0 and "tiny-s + proxy" in shown[1], shown[2]
+    cases = {
+        "which is plugged in with --value": ["--expert", VALUE],
+        "choose one": ["--expert", "out/seed0/full-tiny-s", "--value", VALUE],
+        "go with --expert": ["--anti-expert", "tiny-s"],
+        "go with --expert ": ["--template", "llama-2"],
+        "name that with --anti-expert": ["--expert", "out/seed0/tiny-s"],
+        "absent: No such file": ["--expert", "absent", "--anti-expert", "tiny-s"],
+    }
+    for message, arguments in cases.items():
+        assert message.strip() in refused(tmp_path, "sample.py", *arguments), arguments
+
+
 def test_another_seed_than_the_worlds_keeps_the_world(home):
     succeed(home, "train.py", "--base", "out/seed0/tiny-s", "--value", "--no-full", "--seed", "5", "--steps", "2")
     path = home / "out/seed5/value-residual-tiny-s"
@@ -237,7 +319,7 @@ def test_gradient_accumulation_4_x_1_is_1_x_4(with_base):
     base = small() if with_base else None
     results = []
     for parts in [[(tokens, labels)], list(zip(tokens.split(1), labels.split(1)))]:
-        network = small(num_hidden_layers=1)
+        network = ValueModel(small(num_hidden_layers=1)) if with_base else small(num_hidden_layers=1)
         metrics = accumulate_gradient(network, base, parts, 0.5, "float32")
         results.append((metrics, [parameter.grad for parameter in network.parameters()]))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
@@ -248,14 +330,13 @@ def test_gradient_accumulation_4_x_1_is_1_x_4(with_base):
 def test_a_part_without_supervised_tokens_counts_nothing():
     tokens, labels = torch.randint(50, (2, 6)), torch.randint(50, (2, 6))
     labels[1] = -100
-    network = small()
-    both = accumulate_gradient(network, small(), list(zip(tokens.split(1), labels.split(1))), 0.0, "float32")
-    one = accumulate_gradient(small(), small(), [(tokens[:1], labels[:1])], 0.0, "float32")
+    both = accumulate_gradient(ValueModel(small()), small(), list(zip(tokens.split(1), labels.split(1))), 0.0, "float32")
+    one = accumulate_gradient(ValueModel(small()), small(), [(tokens[:1], labels[:1])], 0.0, "float32")
     assert both == pytest.approx(one)
 
 
 def settings(**changes) -> Settings:
-    given = dict(job="value", bases=[], start="", data="", data_bytes=0, template="", seed=0, dtype="float32", steps=100,
+    given = dict(job="value", bases=[], start="", scheme="", probe_width=0, data="", data_bytes=0, template="", seed=0, dtype="float32", steps=100,
                  batch_size=1, grad_accum=1, max_length=9, lr=1.0)
     return Settings(**given | changes)
 
@@ -459,6 +540,10 @@ def test_bad_input_to_train(home, checkpoint, chats, tmp_path):
         f"{tmp_path}: exists, and is no run": ["--base", "tiny-s", "--out", "."],
         "'9999999999' is no whole number from 0 to below 2**32": [*real, "--seed", "9999999999"], "unrecognized arguments: --fast": [*real, "--fast"],
         "--value scratch:tiny-q": ["--base", checkpoint, "--value", "scratch:tiny-q", "--data", chats],
+        "argument --scheme": ["--base", checkpoint, "--value", "--scheme", "series"], "--scheme means nothing": ["--full", "--scheme", "probe"],
+        "for a new --scheme probe": [*real, "--probe-width", "8"], "nothing in scratch:tiny-m for a probe": [
+            "--base", checkpoint, "--value", "scratch:tiny-m", "--scheme", "probe", "--data", chats],
+        "--continue means nothing": [*real, "--continue"], "alone: nothing to train": ["--base", checkpoint, "--continue"],
         "names one folder": ["--base", "tiny-s", "tiny-m", "--out", tmp_path / "one"],
     }
     for message, arguments in cases.items():
