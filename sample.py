@@ -143,21 +143,28 @@ def pick(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> Ten
 @torch.inference_mode()
 def score(guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: int = 256
           ) -> list[tuple[float, bool]]:
-    """For each (context, continuation): its log-likelihood in nats, and whether greedy decoding would say it."""
+    """For each (context, continuation): its log-likelihood in nats, and whether greedy decoding would say it.
+
+    A context that comes several times in a batch, as in multiple choice, is computed once.
+    """
     results = []
     for first in range(0, len(pairs), batch_size):
         batch = pairs[first:first + batch_size]
-        length = max(len(context) + len(continuation) for context, continuation in batch) - 1
-        tokens = torch.zeros(len(batch), length, dtype=torch.long)
-        for row, (context, continuation) in enumerate(batch):
-            ids = (context + continuation)[:-1]
-            tokens[row, :len(ids)] = torch.tensor(ids)
-        logits = guided.logits(tokens.to(guided.base.device)).float()  # (B, T, Vb)
-        for row, (context, continuation) in enumerate(batch):
-            rows = logits[row, len(context) - 1:len(context) + len(continuation) - 1]  # (len(continuation), Vb)
-            wanted = torch.tensor(continuation, device=rows.device)
-            log_p = F.log_softmax(rows, dim=-1).gather(-1, wanted[:, None])
-            results.append((log_p.sum().item(), bool((rows.argmax(-1) == wanted).all())))
+        contexts = list(dict.fromkeys(tuple(context) for context, _ in batch))
+        longest = max(len(continuation) for _, continuation in batch)
+        last = guided.start([list(context) for context in contexts], longest)  # (contexts, 1)
+        rows = torch.tensor([contexts.index(tuple(context)) for context, _ in batch], device=last.device)  # (B,)
+        guided.select(rows)
+        padded = torch.zeros(len(batch), longest, dtype=torch.long)  # the last token of a continuation predicts nothing
+        for row, (_, continuation) in enumerate(batch):
+            padded[row, 1:len(continuation)] = torch.tensor(continuation[:-1])
+        padded = padded.to(last.device)
+        padded[:, :1] = last[rows]
+        log_p = F.log_softmax(guided.step(padded).float(), dim=-1)  # (B, longest, Vb)
+        for row, (_, continuation) in enumerate(batch):
+            wanted = torch.tensor(continuation, device=last.device)[:, None]
+            here = log_p[row, :len(continuation)]
+            results.append((here.gather(-1, wanted).sum().item(), bool((here.argmax(-1) == wanted[:, 0]).all())))
     return results
 
 

@@ -1,0 +1,89 @@
+"""Every figure and table of the paper, in miniature: train, measure, and write RESULTS.md.
+
+    python -m paper                     # three seeds, as committed in paper/RESULTS.md
+    python -m paper --seeds 1 --results out/paper
+"""
+
+from pathlib import Path
+
+from paper import fig2, fig3, norm, table1, table2, table4
+from paper.networks import NETWORKS, Kept
+from paper.report import OURS, STAND_INS, Results, draw, machine, parse_arguments, results_of, section_text, table, today, verdict
+from sample import run_cli
+
+SCRIPTS = [fig2, fig3, norm, table1, table2, table4]  # in the paper's order
+
+METRICS = {  # what each is, and how its stand-in differs
+    "exact": ("the whole answer right, in the form asked for, and ended", "answers are short, and checked rather than judged"),
+    "ins": ("the form asked for, six kinds, whatever the answer says", ""),
+    "arith": ("`exact` on sums that no demonstration shows", "one step of addition"),
+    "new exact": ("`exact` on people whom only continual pretraining names",
+                  "other bases know some code, but nothing of these people"),
+    "2-shot": ("two answered questions, then a choice of all 12 to 16 values, by log-likelihood, without a chat",
+               "one metric for four columns"),
+    "mc": ("a choice of 8 values by log-likelihood, in the chat", "zero-shot choices too, but between plain facts"),
+    "know": ("the right value somewhere in the answer", ""),
+    "fk": ("the right value is the likeliest continuation, without choices", ""),
+}
+
+
+def overview(results: Results) -> str:
+    """All verdicts at a glance."""
+    rows, counts = [], {}
+    for script in SCRIPTS:
+        for claim in script.CLAIMS:
+            if claim.section != OURS:
+                ours = verdict(claim.gap(results))
+                counts[ours] = counts.get(ours, 0) + 1
+                rows.append([script.TITLE.partition(":")[0], claim.section, claim.says, ours])
+    plural = {"holds": "hold", "partly": "hold partly", "does not hold": "do not hold"}
+    tally = ", ".join(f"{counts[name]} {plural.get(name, name)}" for name in sorted(counts, reverse=True))
+    return f"{table(['', '', 'the paper concludes', 'here'], rows)}\n\nOf {len(rows)} claims {tally}."
+
+
+def document(results: Results, seeds: int) -> str:
+    costs = [Kept(seed).ledger[network]["core_seconds"] for seed in range(seeds) for network in NETWORKS]
+    stands_for = {metric: ", ".join(column for column, ours in STAND_INS.items() if ours == metric) for metric in METRICS}
+    metrics = [[stands_for[name] or "-", f"`{name}`", what, but] for name, (what, but) in METRICS.items()]
+    metrics.append(["ToxiGen", "no stand-in", "nothing toxic can be said in this world", ""])
+    sections = "\n".join(section_text(script, results, seeds) for script in SCRIPTS)
+    return f"""# The paper in miniature
+
+`python -m paper --seeds {seeds}`
+
+Made on {today()}, on {machine()}. {len(costs)} networks were trained,
+one thread each, in {sum(costs) / 60:.0f} core-minutes. Seeds: {", ".join(map(str, range(seeds)))}; a seed changes
+the whole world: names, facts, tokenizer, first weights and the order of the data. Numbers are percentages: mean and
+standard deviation over the seeds, on evaluation people, by whom nothing was chosen. On each seed they are asked 288
+questions about facts and 72 sums, so a single seed's number has a sampling error of about 3 points for facts and 6 for
+sums.
+
+tiny-s stands for TinyLlama-1.1B, tiny-m for Llama-2-7B, tiny-l for Llama-2-13B or 70B, and tiny-m pretrained further for
+CodeLlama-7B. Bigger bases have also read somewhat more text here. What stands for the paper's columns:
+
+{table(["the paper's column", "here", "what it is", "how it differs"], metrics)}
+
+The rule for verdicts is the same for all claims: a claim *holds* if the sign of its gap is right on every seed and the
+mean exceeds two standard errors; it *does not hold* if the sign is wrong on most seeds; otherwise it holds *partly*.
+Each claim is printed with its gap on each seed, in points.
+
+{overview(results)}
+
+Not here yet: Table 3 (inference costs) and Figure 4 (another vocabulary).
+
+{sections}"""
+
+
+def main():
+    args = parse_arguments(__doc__.split("\n\n")[0], Path(__file__).parent)
+    results = results_of(SCRIPTS, args.seeds, args.processes)
+    args.results.mkdir(parents=True, exist_ok=True)
+    for script in SCRIPTS:
+        draw(script, results, args.results)
+    (args.results / "RESULTS.md").write_text(document(results, args.seeds), encoding="utf-8")
+    print(overview(results))
+    print(f"saved {args.results / 'RESULTS.md'}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

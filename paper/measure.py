@@ -1,0 +1,69 @@
+"""Measure systems on the evaluation people, one after the other, and keep the metrics.
+
+    python -m paper.measure --seed 0 tiny-l "tiny-l + value-residual-tiny-s" "tiny-l + proxy-tiny-s"
+"""
+
+import argparse
+
+import torch
+
+from data.tiny_world import evaluate, few_shot
+from data.tokenizer import load_tokenizer
+from ivl import ProxyDelta, ValueModel
+from model import Llama
+from paper.networks import Kept, networks_of, parts_of
+from sample import Guided, UsageError, examine, generate, non_negative_int, pick_device, run_cli, score, world_of
+
+
+def load(system: str, kept: Kept, device: str) -> tuple[Guided, object]:
+    """The system, and the tokenizer that all its networks can read."""
+    base, plug, alpha = parts_of(system)
+    folders = [kept.home / network for network in networks_of(system)]
+    networks = [Llama.from_pretrained(folders[0], torch.float32, device)]
+    if plug.startswith("proxy-"):
+        networks.append(ProxyDelta(*(Llama.from_pretrained(folder, torch.float32, device) for folder in folders[1:])))
+    elif plug:
+        networks.append(ValueModel.from_pretrained(folders[1], torch.float32, device))
+    tokenizer = min(map(load_tokenizer, folders), key=lambda each: each.vocab_size)
+    guided = Guided(*networks, alpha=alpha)
+    guided.readable = min(guided.readable, tokenizer.vocab_size)
+    return guided, tokenizer
+
+
+def measure(system: str, kept: Kept, device: str) -> dict[str, float]:
+    """data/tiny_world.py's metrics, the same on people whom only continual pretraining names, and 2-shot choices."""
+    guided, tokenizer = load(system, kept, device)
+    world = world_of(kept.home / networks_of(system)[0])
+
+    def answer(prompts):
+        return generate(guided, prompts, max_new_tokens=48)
+
+    def likelihood(pairs):
+        return score(guided, pairs)
+
+    metrics = examine(guided, world, tokenizer, "evaluation")
+    new = evaluate(world, tokenizer, answer, likelihood, "new evaluation")
+    return metrics | {
+        "2-shot": few_shot(world, tokenizer, likelihood, "evaluation"),
+        "new exact": new["exact"], "new 2-shot": few_shot(world, tokenizer, likelihood, "new evaluation"),
+        "passes": len(guided.llamas)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("systems", nargs="+", metavar="SYSTEM")
+    args = parser.parse_args()
+    device, _ = pick_device(None, tiny=True)
+    kept = Kept(args.seed)
+    for system in args.systems:
+        for network in networks_of(system):
+            if not kept.made(network):
+                raise UsageError(f"{system}: {kept.home / network} is not there")
+        if (metrics := kept.measured(system)) is None:
+            kept.keep(system, metrics := measure(system, kept, device))
+        print(f"{system}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()), flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,223 @@
+"""What paper/ trains and measures, made when it is not there and kept under out/seedN.
+
+Every network is trained by a command of train.py that anybody can type, in a process of its own with one thread;
+every system, a base alone or with something plugged in, is measured once on the evaluation people. A system has a
+name such as "tiny-l", "tiny-l + value-residual-tiny-s", "tiny-l + value-residual-tiny-s x 0.5" (alpha) or
+"tiny-l + proxy-tiny-s" (proxy tuning).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.tiny_world import World
+from model import read_json
+from sample import UsageError, clock
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+
+
+@dataclass(frozen=True)
+class Network:
+    """How a folder of this name under out/seedN comes about."""
+
+    flags: str  # of train.py
+    needs: tuple[str, ...] = ()  # networks that must be there before
+    seconds: int = 25  # about, on one core; for the ETA alone
+
+
+VALUE, S, M, L = "value-residual-tiny-s", "tiny-s", "tiny-m", "tiny-l"
+CONTINUED, INFINITY, CURRICULUM = "tiny-m-continued", "value-infinity-tiny-s", f"{VALUE}-on-tiny-s-tiny-m"
+NORMS = [0.03, 0.1, 0.3, 1.0]  # lambda; 1.0 is Table 5's, and the "norm" of every table
+NORM = f"{VALUE}-l1-1"
+
+ON_S = "--base tiny-s --value --no-full"
+ON_INFINITY = "--base tiny-s --value --data {home}/infinity.jsonl --steps 1500 --out {home}/"
+NETWORKS = {  # the longest first, so that two processes end at about the same time
+    L: Network("--base tiny-l", (), 210),
+    M: Network("--base tiny-m", (), 130),
+    S: Network("--base tiny-s", (), 80),
+    CONTINUED: Network("--base tiny-m --continue", (M,), 45),
+    INFINITY: Network(ON_INFINITY + INFINITY, (S,), 65),
+    f"{INFINITY}-l1-1": Network(ON_INFINITY + f"{INFINITY}-l1-1 --l1 1", (S,), 65),
+    "full-tiny-l": Network("--base tiny-l --full", (L,), 45),
+    "full-tiny-m": Network("--base tiny-m --full", (M,)),
+    "full-tiny-m-continued": Network("--base tiny-m-continued --full", (CONTINUED,)),
+    "full-tiny-s": Network("--base tiny-s --full", (S,), 18),
+    VALUE: Network(ON_S, (S,)),
+    **{f"{VALUE}-l1-{l1:g}": Network(f"{ON_S} --l1 {l1:g}", (S,)) for l1 in NORMS},
+    CURRICULUM: Network("--base tiny-s tiny-m --value --no-full", (S, M), 28),
+    "value-residual-tiny-m": Network("--base tiny-m --value --no-full", (M,), 35),
+    "value-residual-tiny-m-l1-1": Network("--base tiny-m --value --no-full --l1 1", (M,), 35),
+    "value-residual-tiny-m-on-tiny-s": Network("--base tiny-s --value tiny-m --no-full", (S, M), 30),
+    "value-residual-scratch-on-tiny-s": Network("--base tiny-s --value scratch --no-full", (S,)),
+    "value-residual-scratch-tiny-m-on-tiny-s": Network("--base tiny-s --value scratch:tiny-m --no-full", (S,), 30),
+    "value-cascade-tiny-s": Network(f"{ON_S} --scheme cascade", (S,)),
+    "value-cascade+-tiny-s": Network(f"{ON_S} --scheme cascade+", (S,)),
+    **{f"value-probe-{base}": Network(f"--base {base} --value --no-full --scheme probe", (base,)) for base in (S, M, L)},
+}
+
+
+def parts_of(system: str) -> tuple[str, str, float]:
+    """Base, what is plugged in ("" for nothing), and alpha."""
+    base, _, rest = system.partition(" + ")
+    plug, _, alpha = rest.partition(" x ")
+    return base, plug, float(alpha or 1)
+
+
+def networks_of(system: str) -> list[str]:
+    """The folders that a system is made of."""
+    base, plug, _ = parts_of(system)
+    if plug.startswith("proxy-"):
+        small = plug.removeprefix("proxy-")
+        return [base, f"full-{small}", small]
+    return [base, plug] if plug else [base]
+
+
+def with_needs(networks: Iterable[str]) -> list[str]:
+    """These networks and all that they need, in the order of NETWORKS."""
+    wanted, unseen = set(), list(networks)
+    while unseen:
+        name = unseen.pop()
+        wanted.add(name)
+        unseen += NETWORKS[name].needs
+    return [name for name in NETWORKS if name in wanted]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is kept
+
+
+class Kept:
+    """out/seedN/measured: a file for each system measured, and networks.json with what train.py has vouched for.
+
+    Both know the time of the train.json of their networks, so a network trained anew is measured anew.
+    """
+
+    def __init__(self, seed: int):
+        self.seed, self.home = seed, Path("out") / f"seed{seed}"
+        self.folder = self.home / "measured"
+        self.ledger = read_json(self.folder / "networks.json") if (self.folder / "networks.json").is_file() else {}
+
+    def made(self, network: str) -> int | None:
+        """When a network was finished, in nanoseconds; None if it is not there."""
+        file = self.home / network / "train.json"
+        return file.stat().st_mtime_ns if file.is_file() else None
+
+    def has(self, network: str) -> bool:
+        return network in self.ledger and self.ledger[network]["made"] == self.made(network)
+
+    def vouch(self, network: str, core_seconds: float) -> None:
+        self.ledger[network] = {"made": self.made(network), "core_seconds": round(core_seconds, 1)}
+        write(self.folder / "networks.json", self.ledger)
+
+    def measured(self, system: str) -> dict[str, float] | None:
+        """The metrics of a system; None if they are not there, or of networks that have changed since."""
+        file = self.folder / f"{system}.json"
+        record = read_json(file) if file.is_file() else {}
+        current = {network: self.made(network) for network in networks_of(system)}
+        return record["metrics"] if record.get("networks") == current else None
+
+    def keep(self, system: str, metrics: dict[str, float]) -> None:
+        networks = {network: self.made(network) for network in networks_of(system)}
+        write(self.folder / f"{system}.json", {"networks": networks, "metrics": metrics})
+
+
+def write(file: Path, record: dict) -> None:
+    """Whole or not at all, however this process ends."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.rename(file)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Making what is not there
+
+
+@dataclass
+class Job:
+    """One process: a network to train, or the systems of one base to measure."""
+
+    what: str
+    seed: int
+    command: list[str]
+    seconds: float  # expected, on one core
+    needs: list[str]
+    prepare: Callable[[], object] = lambda: None
+    finish: Callable[[float], object] = lambda core_seconds: None
+    log: Path = field(default_factory=Path)
+
+
+def jobs_for(systems: Iterable[str], seed: int) -> list[Job]:
+    """What is still to be done before every system is measured."""
+    kept = Kept(seed)
+    missing = [system for system in systems if kept.measured(system) is None]
+    needed = with_needs(network for system in missing for network in networks_of(system))
+    todo = [name for name in needed if not kept.has(name)]
+    jobs = []
+    for name in todo:
+        flags = NETWORKS[name].flags.format(home=kept.home).split()
+        command = [sys.executable, str(TRAIN), *flags, "--seed", str(seed), "--resume"]
+        job = Job(name, seed, command, 4 if kept.made(name) else NETWORKS[name].seconds,
+                  [need for need in NETWORKS[name].needs if need in todo],
+                  finish=lambda core_seconds, name=name: kept.vouch(name, core_seconds))
+        if name.startswith(INFINITY):
+            world = World(seed)
+            job.prepare = lambda: world.write_demonstrations(kept.home / "infinity.jsonl", world.infinity())
+        jobs.append(job)
+    for base in dict.fromkeys(parts_of(system)[0] for system in missing):
+        here = [system for system in missing if parts_of(system)[0] == base]
+        needs = {network for system in here for network in networks_of(system) if network in todo}
+        jobs.append(Job(f"measuring {base}", seed, [sys.executable, "-m", "paper.measure", "--seed", str(seed), *here],
+                        4 + 3 * len(here), list(needs)))
+    for job in jobs:
+        job.log = kept.folder / "logs" / f"{job.what}.log"
+    return jobs
+
+
+def make(jobs: list[Job], processes: int) -> None:
+    """Run the jobs, so many at a time, each when its needs are there; UsageError with the reason if one fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TRAIN.parent)}
+    waiting, running = list(jobs), {}
+    started, cores, expected, done = time.monotonic(), 0.0, 0.0, 0
+    try:
+        while waiting or running:
+            unmade = {(job.seed, job.what) for job in [*waiting, *(job for job, _ in running.values())]}
+            for job in list(waiting):
+                if len(running) < processes and not any((job.seed, need) in unmade for need in job.needs):
+                    waiting.remove(job)
+                    job.prepare()
+                    job.log.parent.mkdir(parents=True, exist_ok=True)
+                    with open(job.log, "w") as log:
+                        process = subprocess.Popen(job.command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                    running[process.pid] = job, process
+            pid, status, usage = os.wait4(-1, 0)
+            if pid not in running:
+                continue
+            job, process = running.pop(pid)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            said = job.log.read_text(errors="replace").strip().splitlines()[-1:] or ["no word"]
+            if process.returncode and "another process is training there" in said[0]:
+                time.sleep(2)  # left over from a run of ours that was killed, most likely: wait for it
+                waiting.insert(0, job)
+                continue
+            if process.returncode:
+                raise UsageError(f"seed {job.seed}, {job.what}: {said[0]} (all of it in {job.log})")
+            spent = usage.ru_utime + usage.ru_stime
+            job.finish(spent)
+            cores, expected, done = cores + spent, expected + job.seconds, done + 1
+            left = [other.seconds for other in [*waiting, *(other for other, _ in running.values())]]
+            pace = (time.monotonic() - started) * processes / expected  # how long a second of ours takes here
+            eta = max(sum(left) / processes, max(left, default=0)) * pace if done > 2 else sum(left) / processes
+            print(f"[{done}/{len(jobs)}] seed {job.seed}: {job.what}, {spent:.0f} core-seconds; {clock(eta)} left", flush=True)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+    if jobs:
+        print(f"{clock(time.monotonic() - started)} with {processes} processes, {cores / 60:.1f} core-minutes\n", flush=True)

@@ -1,0 +1,150 @@
+"""How paper/ speaks: tables, claims, the one rule for verdicts, and what every script of it does when it is run."""
+
+import argparse
+import datetime
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from paper.networks import Kept, jobs_for, make
+from sample import ArgumentParser, UsageError, number, positive_int
+
+Results = Callable[[str, str], np.ndarray]  # system, metric -> its value on each seed
+OURS = "not in the paper"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A conclusion of the paper, and the difference that would have to be above 0 for it to show here."""
+
+    section: str  # where the paper says so; OURS if it does not
+    says: str
+    measured: str  # the difference in words
+    gap: Callable[[Results], np.ndarray]  # (seeds,)
+    note: str = ""  # what is to be said when it does not show
+
+
+def between(better: str, worse: str, metric: str) -> Callable[[Results], np.ndarray]:
+    """The gap of one system to another in a metric."""
+    return lambda results: results(better, metric) - results(worse, metric)
+
+
+# Which tiny metric stands in for which column of the paper.
+STAND_INS = {"MT-Bench": "exact", "IFEval": "ins", "GSM8K": "arith", "ToxiGen": "", "MBPP": "new exact", "HumanEval": "new exact",
+             "ARC": "2-shot", "Hellaswag": "2-shot", "MMLU": "2-shot", "TruthfulQA": "mc", "Winogrande": "2-shot"}
+
+
+def verdict(gaps: np.ndarray) -> str:
+    """The rule. "holds": the sign is right on every seed, and the mean is beyond two standard errors of the mean.
+    "does not hold": the sign is wrong on most seeds. "partly": anything else. One seed has no spread, so no verdict.
+    """
+    if len(gaps) < 2:
+        return "no verdict on one seed"
+    standard_error = gaps.std(ddof=1) / len(gaps) ** 0.5
+    if (gaps > 0).all() and gaps.mean() > 2 * standard_error:
+        return "holds"
+    return "does not hold" if (gaps <= 0).sum() > len(gaps) / 2 else "partly"
+
+
+def percent(values: np.ndarray) -> str:
+    """Mean and, over several seeds, standard deviation, in percent as in the paper."""
+    spread = f" ±{100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{100 * values.mean():.1f}{spread}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table that can also be read as it is."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+
+
+def metric_table(results: Results, label: str, rows: dict[str, str], metrics: list[str]) -> str:
+    """Rows of label -> system, with a column for each metric."""
+    return table([label, *(f"`{metric}`" for metric in metrics)],
+                 [[name, *(percent(results(system, metric)) for metric in metrics)] for name, system in rows.items()])
+
+
+def claims_text(claims: list[Claim], results: Results) -> str:
+    lines = []
+    for claim in claims:
+        gaps = claim.gap(results)
+        ours = verdict(gaps)
+        numbers = ", ".join(f"{100 * gap:+.1f}" for gap in gaps)
+        lines.append(f"- **{ours[0].upper() + ours[1:]}**: {claim.says} ({claim.section})  \n  {claim.measured}: {numbers}; "
+                     f"mean {100 * gaps.mean():+.1f}." + f" {claim.note}" * bool(claim.note and ours != "holds"))
+    return "\n".join(lines)
+
+
+def section_text(script: ModuleType, results: Results, seeds: int) -> str:
+    name = script.__name__.rpartition(".")[2] if script.__name__ != "__main__" else Path(script.__file__).stem
+    return (f"## {script.TITLE}\n\n`python -m paper.{name} --seeds {seeds}`\n\n{script.text(results).strip()}\n\n"
+            f"What the paper concludes, and whether it shows here:\n\n{claims_text(script.CLAIMS, results)}\n")
+
+
+def draw(script: ModuleType, results: Results, folder: Path) -> None:
+    """A script's picture, where matplotlib is installed."""
+    if not hasattr(script, "draw"):
+        return
+    try:
+        import matplotlib
+    except ImportError:
+        return print(f"{script.PICTURE} is not drawn: matplotlib is not installed")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure = script.draw(pyplot, results)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / script.PICTURE, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    pyplot.close(figure)
+    print(f"saved {folder / script.PICTURE}")
+
+
+def results_of(scripts: list[ModuleType], seeds: int, processes: int) -> Results:
+    """Make what is not there yet, then look results up."""
+    systems = list(dict.fromkeys(system for script in scripts for system in script.SYSTEMS))
+    make([job for seed in range(seeds) for job in jobs_for(systems, seed)], processes)
+    kept = [Kept(seed) for seed in range(seeds)]
+    found = {system: [each.measured(system) for each in kept] for system in systems}
+    return lambda system, metric: np.array([metrics[metric] for metrics in found[system]], dtype=float)
+
+
+def parse_arguments(description: str, results: Path) -> argparse.Namespace:
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--seeds", type=number(int, 0, "whole number from 1 to 100", 101), default=3, metavar="N",
+                        help="worlds 0 to N-1 (default 3)")
+    parser.add_argument("--processes", type=positive_int, default=os.cpu_count() or 1, metavar="N",
+                        help="networks to train at a time, one thread each (default: one for each core)")
+    parser.add_argument("--results", type=Path, default=results, metavar="FOLDER",
+                        help=f"where pictures go, and the results of all scripts together (default {results.name})")
+    args = parser.parse_args()
+    if args.results.exists() and not args.results.is_dir():
+        raise UsageError(f"--results {args.results}: not a folder")
+    return args
+
+
+def run(script: ModuleType) -> None:
+    """What one script does: make what it needs, print its section, save its picture."""
+    args = parse_arguments(script.__doc__.split("\n\n")[0], Path("out"))
+    results = results_of([script], args.seeds, args.processes)
+    print(section_text(script, results, args.seeds))
+    draw(script, results, args.results)
+
+
+def machine() -> str:
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = f"{os.cpu_count()} cores of {names[0]}" if names else processor
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
+    return f"{device}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
