@@ -14,6 +14,7 @@ Everything is a function of the seed: names, facts, splits, text and tokenizer.
 import argparse
 import io
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -268,7 +269,7 @@ class World:
                 raise DataError(f"{path}: not what world {self.seed} makes; to train on it give its copy with --data, "
                                 "else delete it")
         else:
-            temporary = path.with_name(path.name + ".tmp")
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may do this at once
             temporary.write_text(text, encoding="utf-8")
             temporary.rename(path)
         return path

@@ -112,9 +112,14 @@ def run_script(folder: Path, script, *arguments) -> tuple[int, str, str]:
     return status, output.getvalue(), errors.getvalue()
 
 
-def test_a_script_makes_what_it_needs_is_stopped_goes_on_and_keeps_everything(tmp_path, monkeypatch):
+@pytest.fixture
+def hardly_trained(monkeypatch):
+    """Every network of paper/, after two steps of training."""
     hardly = {name: networks.Network(f"{each.flags} --steps 2 --batch-size 2", each.needs, 1) for name, each in NETWORKS.items()}
     monkeypatch.setattr(networks, "NETWORKS", hardly)
+
+
+def test_a_script_makes_what_it_needs_is_stopped_goes_on_and_keeps_everything(tmp_path, monkeypatch, hardly_trained):
     vouch, vouched = Kept.vouch, []
 
     def vouch_and_stop(self, network, core_seconds):
@@ -139,7 +144,7 @@ def test_a_script_makes_what_it_needs_is_stopped_goes_on_and_keeps_everything(tm
     assert metrics["passes"] == 3 and {"exact", "ins", "arith", "2-shot", "new exact", "new 2-shot"} <= metrics.keys()
 
 
-def test_networks_with_other_settings_are_not_taken(tmp_path):
+def test_networks_with_other_settings_are_not_taken(tmp_path, hardly_trained):
     folder = tmp_path / "out/seed0/tiny-m"
     folder.mkdir(parents=True)
     settings = dict(job="pretrain", bases=[], start="scratch:tiny-m", steps=5)

@@ -1,5 +1,7 @@
 """data/tiny_world.py: what is known to whom, and an examination that cannot be passed by luck."""
 
+import multiprocessing
+import os
 import random
 import re
 from itertools import islice
@@ -78,6 +80,25 @@ def test_splits_do_not_overlap():
     assert len(set.union(*map(names, groups))) == 360
     sums = [WORLD.demonstrated_sums, WORLD.split_sums["development"], WORLD.split_sums["evaluation"]]
     assert [len(group) for group in sums] == [72, 36, 36] and len({pair for group in sums for pair in group}) == 144
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("attempt", range(8))
+def test_processes_that_write_the_demonstrations_at_once_never_meet_half_a_file(attempt, tmp_path):
+    world, file = World(0), tmp_path / "demonstrations.jsonl"
+    records = list(world.demonstrations())
+    start, children = multiprocessing.get_context("fork").Barrier(6), []
+    for _ in range(6):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                start.wait()
+                world.write_demonstrations(file, records)  # reads it over if it is there
+                os._exit(file.read_text().count("\n") != len(records))
+            finally:
+                os._exit(1)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 6
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_demonstrations_leak_no_examined_fact():
