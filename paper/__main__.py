@@ -36,7 +36,8 @@ def overview(results: Results) -> str:
                 ours = verdict(claim.gap(results))
                 counts[ours] = counts.get(ours, 0) + 1
                 rows.append([script.TITLE.partition(":")[0], claim.section, claim.says, ours])
-    plural = {"holds": "hold", "partly": "hold partly", "does not hold": "do not hold", "no verdict on one seed": "have no verdict"}
+    plural = {"holds": "hold", "partly": "hold partly", "does not hold": "do not hold",
+              "no verdict on one seed": "have no verdict"}
     tally = ", ".join(f"{counts[name]} {several}" for name, several in plural.items() if name in counts)
     return f"{table(['', '', 'the paper concludes', 'here'], rows)}\n\nOf {len(rows)} claims {tally}."
 
