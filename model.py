@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class CheckpointError(ValueError):
@@ -240,6 +241,7 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # A plain attribute, not a buffer: Module.to(bfloat16) would round a buffer, and far positions with it.
         self.frequencies = rope_frequencies(config)
+        self.gradient_checkpointing = False  # True: layers forget what they computed, and compute it again for gradients
 
     def forward(self, tokens: Tensor | None = None, cache: "KVCache | None" = None, embeds: Tensor | None = None
                 ) -> Tensor:
@@ -253,8 +255,10 @@ class Trunk(nn.Module):
         angles = positions[:, None, :, None] * self.frequencies  # (1 or B, 1, T, F/2)
         angles = torch.cat((angles, angles), dim=-1)  # (1 or B, 1, T, F)
         cos, sin = angles.cos(), angles.sin()
+        forgetful = self.gradient_checkpointing and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask, cache, index)
+            arguments = x, cos, sin, mask, cache, index
+            x = checkpoint(layer, *arguments, use_reentrant=False) if forgetful else layer(*arguments)
         if cache is not None:
             cache.advance(T)
         return self.norm(x)
@@ -286,6 +290,10 @@ class Llama(nn.Module):
         With a cache the tokens continue each row at its own length, and the cache grows by T.
         """
         return self.lm_head(self.model(tokens, cache, embeds))
+
+    def hidden_and_head(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens (B, T) -> hidden states (B, T, D) and lm_head's weight (V, D), for a loss that makes the logits itself."""
+        return self.model(tokens), self.lm_head.weight
 
     @property
     def dtype(self) -> torch.dtype:

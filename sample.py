@@ -258,6 +258,8 @@ def run_cli(main: Callable[[], None]) -> None:
         message = "the device is out of memory; --grad-accum, --max-length and --dtype save some"
     except KeyboardInterrupt:
         message, status = "stopped", 130
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(5)  # most likely the first process says the same, and torchrun ends the others when one has ended
     print(f"{Path(sys.argv[0]).name}: {message}".replace("\n", "\\n"), file=sys.stderr)
     sys.exit(status)
 

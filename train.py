@@ -5,6 +5,7 @@
     python train.py --base --value --scheme cascade+       # another way to connect the two (Section 4.1)
     python train.py --base tiny-s tiny-m --value           # a curriculum of bases (Table 2)
     python train.py --base PATH --value --data chats.json  # on a real checkpoint in the Hugging Face layout
+    torchrun --nproc_per_node=8 train.py --base PATH --value --data chats.json  # on eight GPUs; --shard divides the weights
 
 All three are one loop, `fit`. They differ in what is fed, and in whether a frozen base's logits are added.
 A run works in OUT.training, which holds its settings and its newest checkpoint; when it has ended, the finished
@@ -12,30 +13,38 @@ folder appears as OUT by one rename.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import datetime
 import fcntl
 import functools
 import itertools
 import json
 import math
+import os
 import re
 import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from data.chat import TEMPLATES, ChatDataset, chat_batches, collate, default_template, hold_out
 from data.tiny_world import MARKERS, PIECES, TINY_SIZES, World, add_pieces
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
-from ivl import SCHEMES, Probe, ValueModel, check_same_family, describe_tokenizer, ivl_loss, read_info, supervised_logits
+from ivl import SCHEMES, Probe, ValueModel, check_same_family, describe_tokenizer, ivl_loss_from_hidden, read_info
 from model import Llama, LlamaConfig, read_config, read_json
 from sample import (ArgumentParser, Guided, UsageError, clock, examine, non_negative_float, non_negative_int, number, pick_device,
                     positive_float, positive_int, print_metrics, run_cli, tiny_folder, world_of)
@@ -134,6 +143,9 @@ class Run:
 
     def begin(self) -> None:
         """Take the folder, once everything else is known to be in order; a start that fails leaves nothing behind."""
+        first_does(self.take)
+
+    def take(self) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.work / "lock", "w")  # held until this process ends, however it ends
         try:
@@ -150,9 +162,12 @@ class Run:
         """Publish a checkpoint, then drop the older ones."""
         tensors = {}
         for name, parameter in network.named_parameters():
-            tensors[f"weight.{name}"] = parameter.detach()
+            tensors[f"weight.{name}"] = whole(parameter)
             for moment in ("exp_avg", "exp_avg_sq") if parameter in optimizer.state else ():
-                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+                tensors[f"{moment}.{name}"] = whole(optimizer.state[parameter][moment])
+        first_does(lambda: self.write_checkpoint(tensors, state))
+
+    def write_checkpoint(self, tensors: dict[str, Tensor], state: dict) -> None:
         temporary, older = self.work / "step.tmp", self.checkpoints()
         temporary.mkdir()
         save_file(tensors, temporary / "state.safetensors")
@@ -167,7 +182,7 @@ class Run:
             return {"step": 0, "position": None}
         try:
             state = read_json(found[-1] / "state.json")
-            tensors = load_file(found[-1] / "state.safetensors", device=str(network.device))
+            tensors = load_file(found[-1] / "state.safetensors", device="cpu" if is_sharded(network) else str(network.device))
             if not 0 < state["step"] < self.settings.steps or not all(type(each) is int for each in state["position"]):
                 raise ValueError("not of this run")
             for name, parameter in network.named_parameters():
@@ -178,16 +193,19 @@ class Run:
             raise UsageError(f"{found[-1]}: unreadable ({error}); delete it to start over") from None
         with torch.no_grad():
             for name, parameter in network.named_parameters():
-                parameter.copy_(tensors[f"weight.{name}"])
+                parameter.copy_(divided_like(tensors[f"weight.{name}"], parameter))
                 if f"exp_avg.{name}" in tensors:
-                    moments = {moment: tensors[f"{moment}.{name}"] for moment in ("exp_avg", "exp_avg_sq")}
-                    steps = torch.tensor(float(state["step"]), device=parameter.device)
-                    optimizer.state[parameter] = {"step": steps} | moments
+                    optimizer.state[parameter] = {"step": torch.tensor(float(state["step"]), device=parameter.device)} | {
+                        moment: divided_like(tensors[f"{moment}.{name}"], parameter) for moment in ("exp_avg", "exp_avg_sq")}
         print(f"resumed at step {state['step']}")
         return state
 
     def publish(self, network: Llama | ValueModel, tokenizer: Tokenizer, start: str, metrics: dict) -> None:
         """Write the finished folder and rename it to OUT."""
+        first_does(lambda: self.write_final(network, tokenizer, start, metrics))
+        print(f"saved {self.out}")
+
+    def write_final(self, network: Llama | ValueModel, tokenizer: Tokenizer, start: str, metrics: dict) -> None:
         final = self.work / "final.tmp"
         network.save_pretrained(final)
         (final / "tokenizer.model").write_bytes(tokenizer.model)
@@ -198,7 +216,6 @@ class Run:
         (final / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         final.rename(self.out)
         shutil.rmtree(self.work)
-        print(f"saved {self.out}")
 
 
 def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
@@ -217,18 +234,129 @@ def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Several processes, one for each GPU
+#
+# Every process reads the same batches and computes its own share of their parts. With DistributedDataParallel each
+# holds the whole network, and gradients are averaged; with --shard (fully_shard, FSDP2) each holds a slice of every
+# weight, gradient and moment, and of the frozen base's weights, and a layer is put together just before it computes.
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes() -> None:
+    """Under torchrun: meet the other processes, take a GPU of one's own, and leave the talking to the first."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=12))
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+def first_does(action: Callable[[], None]) -> None:
+    """The first process acts, the others wait; if it fails, all fail."""
+    if processes() == 1:
+        return action()
+    dist.barrier()  # nobody is still looking at the files
+    failure = [None]
+    if rank() == 0:
+        try:
+            action()
+        except (UsageError, OSError) as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure)
+    if failure[0]:
+        raise UsageError(failure[0])
+
+
+def share_out(network: Llama | ValueModel, l1: float, shard: bool, dtype: str) -> nn.Module:
+    """The Objective of a network, set up for as many processes as there are."""
+    objective = Objective(network, l1)
+    if shard:
+        halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        return divide(objective, mp_policy=halved if dtype == "bfloat16" else MixedPrecisionPolicy())
+    if processes() > 1:
+        return DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    return objective
+
+
+def divide(module: nn.Module, **policy) -> nn.Module:
+    """Shard a module in place, layer by layer; the embedding, the head and the rest belong to the module itself."""
+    for layers in [each for each in module.modules() if isinstance(each, nn.ModuleList)]:
+        for layer in layers:
+            fully_shard(layer, **policy)
+    fully_shard(module, reshard_after_forward=False, **policy)  # the loss reads lm_head's weight after the forward pass
+    if isinstance(module, Llama):
+        register_fsdp_forward_method(module, "hidden_and_head")
+    return module
+
+
+def is_sharded(network: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in network.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from the slices of all processes; all of them have to ask."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def divided_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """This process's slice of a whole tensor, if the parameter is sharded."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def undivided(network: Llama | ValueModel) -> Llama | ValueModel:
+    """The network as a single process has it: itself, or put together in every process from all slices."""
+    if not is_sharded(network):
+        return network
+    inner = network.network if isinstance(network, ValueModel) else network
+    with torch.device("meta"):
+        plain = Llama(inner.config) if isinstance(inner, Llama) else Probe(inner.vocab_size, inner.gate_proj.out_features)
+    plain.load_state_dict({name: whole(tensor) for name, tensor in inner.state_dict().items()}, assign=True)
+    if isinstance(plain, Llama):
+        plain.tie()
+    return ValueModel(plain, network.info) if isinstance(network, ValueModel) else plain
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The loop
 
 
-def fit(run: Run, network: Llama | ValueModel, bases: list[Llama], batches: Callable, save_every: int) -> None:
+class Objective(nn.Module):
+    """The loss of a network as a module's forward pass, which is where both ways to use several processes step in."""
+
+    def __init__(self, network: Llama | ValueModel, l1: float):
+        super().__init__()
+        self.network, self.l1 = network, l1
+
+    def forward(self, base: Llama | None, tokens: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What ivl_loss returns, of a value network on a base or of an ordinary model alone; tokens and labels (B, T)."""
+        if isinstance(self.network, ValueModel):
+            return self.network.loss(base, tokens, labels, self.l1)
+        return ivl_loss_from_hidden(None, None, *self.network.hidden_and_head(tokens), labels)
+
+
+def fit(run: Run, network: Llama | ValueModel, bases: list[Llama], batches: Callable, args: argparse.Namespace) -> nn.Module:
     """Train `network` for settings.steps steps: a value network on frozen bases, or an ordinary model without.
 
-    batches(position) yields, from a position on (None: the start), the position behind each step and the step's parts:
-    pairs of tokens (B, T) and labels (B, T), shifted, -100 where not supervised.
+    batches(position, parts) yields, from a position on (None: the start), the position behind each step and the step's
+    parts: pairs of tokens (B, T) and labels (B, T), shifted, -100 where not supervised. Returns the Objective.
     """
     settings = run.settings
     for base in bases:
         base.requires_grad_(False)
+    for llama in network.llamas if isinstance(network, ValueModel) else [network]:
+        llama.model.gradient_checkpointing = args.gradient_checkpointing
+    objective = share_out(network, settings.l1, args.shard, settings.dtype)
     matrices = [parameter for parameter in network.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in network.parameters() if parameter.dim() < 2]  # norms are not decayed
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": settings.weight_decay},
@@ -236,7 +364,7 @@ def fit(run: Run, network: Llama | ValueModel, bases: list[Llama], batches: Call
     if run.has_settings:
         run.begin()  # before a checkpoint is read that another process may be replacing
     state = run.restore(network, optimizer)
-    stream = batches(state["position"])
+    stream = batches(state["position"], settings.grad_accum * processes())
     stream = itertools.chain([next(stream)], stream)  # the first batch shows that the data can be used
     if not run.has_settings:
         run.begin()
@@ -245,8 +373,8 @@ def fit(run: Run, network: Llama | ValueModel, bases: list[Llama], batches: Call
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         base = bases[step * len(bases) // settings.steps] if bases else None  # several: a curriculum
-        metrics = accumulate_gradient(network, base, parts, settings.l1, settings.dtype)
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        metrics = accumulate_gradient(objective, base, parts, settings.dtype)
+        norm = whole(torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0))
         if not (math.isfinite(metrics["loss"]) and torch.isfinite(norm)):
             kept = run.checkpoints()
             raise UsageError(f"step {step + 1}: the loss is {metrics['loss']}, its gradient's norm {norm.item()}; stopped. "
@@ -256,7 +384,7 @@ def fit(run: Run, network: Llama | ValueModel, bases: list[Llama], batches: Call
         optimizer.zero_grad(set_to_none=True)
         tokens_seen += sum(tokens.numel() for tokens, _ in parts)  # padding included
         last = step + 1 == settings.steps
-        if (step + 1) % save_every == 0 and not last:
+        if (step + 1) % args.save_every == 0 and not last:
             run.save(network, optimizer, {"step": step + 1, "position": position})
         elapsed = time.monotonic() - started
         if elapsed - reported > 2 or last or step == first:
@@ -265,44 +393,50 @@ def fit(run: Run, network: Llama | ValueModel, bases: list[Llama], batches: Call
             shown = {"loss": "loss"} | ({"ce": "ce", "l1": "|z_delta|", "base_ce": "base ce"} if bases else {})
             print(f"step {step + 1:5d}/{settings.steps}  " + "  ".join(f"{shown[key]} {metrics[key]:.3f}" for key in shown)
                   + f"  {tokens_seen / elapsed / 1000:.1f}k tokens/s  {clock(left)} left", flush=True)
+    return objective
 
 
-def compute_loss(network: Llama | ValueModel, base: Llama | None, tokens: Tensor, labels: Tensor, l1: float, dtype: str
+def compute_loss(objective: nn.Module, base: Llama | None, tokens: Tensor, labels: Tensor, dtype: str
                  ) -> tuple[Tensor, dict[str, Tensor]]:
-    """ivl_loss of tokens (B, T) and labels (B, T), of a value network on its base or of an ordinary model alone."""
-    tokens, labels = tokens.to(network.device), labels.to(network.device)
-    supervised = labels != -100  # (B, T)
-    with torch.autocast(network.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-        if base is None:
-            z_base, z_delta = None, supervised_logits(network, tokens, supervised)  # (N, V)
-        else:
-            z_base, z_delta = network.supervised(base, tokens, supervised)  # (N, Vb), (N, Vv)
-    return ivl_loss(z_base, z_delta, labels[supervised], l1)
+    """The Objective of tokens (B, T) and labels (B, T), moved to the device and computed in dtype."""
+    device = next(objective.parameters()).device
+    with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+        return objective(base, tokens.to(device), labels.to(device))
 
 
-def accumulate_gradient(network: Llama | ValueModel, base: Llama | None, parts: list[tuple[Tensor, Tensor]], l1: float, dtype: str
+def accumulate_gradient(objective: nn.Module, base: Llama | None, parts: list[tuple[Tensor, Tensor]], dtype: str
                         ) -> dict[str, float]:
-    """Leave in .grad the gradient of the mean over all supervised tokens of a step, however it is split in parts."""
-    counts = [int((labels != -100).sum()) for _, labels in parts]
+    """Leave in .grad the gradient of the mean over all supervised tokens of a step, however it is split in parts.
+
+    Process r of K takes parts r, r + K, r + 2K, ..., made up with parts of no supervised token so that all have the same number.
+    """
+    total = sum(int((labels != -100).sum()) for _, labels in parts)
+    blank = parts[0][0], torch.full_like(parts[0][1], -100)
+    mine = (parts + [blank] * (-len(parts) % processes()))[rank()::processes()]
     sums: dict[str, float] = {}
-    for (tokens, labels), count in zip(parts, counts):
-        share = count / sum(counts)
-        loss, metrics = compute_loss(network, base, tokens, labels, l1, dtype)
-        (loss * share).backward()
+    for done, (tokens, labels) in enumerate(mine, 1):
+        share = int((labels != -100).sum()) / total
+        unfinished = done < len(mine) and isinstance(objective, DistributedDataParallel)
+        with objective.no_sync() if unfinished else contextlib.nullcontext():  # gradients are averaged once a step
+            loss, metrics = compute_loss(objective, base, tokens, labels, dtype)
+            (loss * (share * processes())).backward()  # the others' mean over all processes takes processes() back
         for name, value in (metrics | {"loss": loss}).items():
             sums[name] = sums.get(name, 0.0) + value.item() * share
+    if processes() > 1:
+        summed = torch.tensor(list(sums.values()), dtype=torch.float64, device=loss.device)
+        dist.all_reduce(summed)
+        sums = dict(zip(sums, summed.tolist()))
     return sums
 
 
 @torch.no_grad()
-def held_out_ce(network: Llama | ValueModel, base: Llama | None, dataset: ChatDataset, indices: list[int], dtype: str
-                ) -> float | None:
+def held_out_ce(objective: nn.Module, base: Llama | None, dataset: ChatDataset, indices: list[int], dtype: str) -> float | None:
     """Mean cross-entropy in nats over the supervised tokens of some conversations; None when none of them fits."""
     total, count = 0.0, 0
     for sample in filter(None, map(dataset.sample, indices)):
         tokens, labels = collate([sample])
         here = int((labels != -100).sum())
-        total += compute_loss(network, base, tokens, labels, 0.0, dtype)[1]["ce"].item() * here
+        total += compute_loss(objective, base, tokens, labels, dtype)[1]["ce"].item() * here
         count += here
     return total / count if count else None
 
@@ -392,9 +526,11 @@ def run_pretraining(run: Run, network: Llama, tokenizer: Tokenizer, world: World
     settings = run.settings
     print(f"pretraining {run.out.name}, {millions(network)}, on {settings.steps * settings.batch_size * settings.max_length:,} "
           f"tokens of tiny world {world.seed} -> {run.out}", flush=True)
-    fit(run, network, [], lambda position: world.batches(tokenizer, settings.steps, settings.batch_size, settings.grad_accum,
-                                                         settings.max_length, position, continued), args.save_every)
-    run.publish(network, tokenizer, settings.start, {"base": examine(Guided(network), world, tokenizer)})
+    fit(run, network, [], lambda position, parts: world.batches(tokenizer, settings.steps, settings.batch_size, parts,
+                                                                settings.max_length, position, continued), args)
+    network = undivided(network)
+    metrics = {"base": examine(Guided(network), world, tokenizer)} if rank() == 0 else {}
+    run.publish(network, tokenizer, settings.start, metrics)
 
 
 def choose_network(start: str, bases: list[Path], scheme: str, probe_width: int
@@ -483,28 +619,40 @@ def post_train(scheme: str, bases: list[Path], start: str, out: Path, args: argp
             "scheme": scheme, "l1": settings.l1, "template": template, "bases": settings.bases, "data": settings.data,
             "seed": args.seed, "steps": settings.steps, "tokenizer": describe_tokenizer(tokenizer)}
             | ({"probe_width": width} if width else {}))
-    frozen = {path: Llama.from_pretrained(path, getattr(torch, args.dtype), args.device) for path in bases}
+    frozen = {path: load_frozen(path, args) for path in bases}
     what = f"a value network ({scheme})" if scheme else "in full"
     print(f"training {what}, {millions(network)}, from {start}, on {dataset.report()} -> {out}", flush=True)
-    fit(run, network, [frozen[path] for path in bases] if scheme else [], lambda position: chat_batches(
-        dataset, train_on, settings.batch_size, settings.grad_accum, settings.seed, position), args.save_every)
+    objective = fit(run, network, [frozen[path] for path in bases] if scheme else [], lambda position, parts: chat_batches(
+        dataset, train_on, settings.batch_size, parts, settings.seed, position), args)
+    network = undivided(network)
     if not world:
         print(dataset.report())  # by now it is known what was too long
 
-    def measure(model: Llama, value: ValueModel | None = None) -> dict[str, float]:
+    def measure(path: Path | None, trained: bool) -> dict[str, float | None]:
+        """Of the base in `path` with or without the value network, or of the fine-tuned model alone (no path)."""
         if world:
-            return examine(Guided(model, value), world, tokenizer)
-        return {"ce": held_out_ce(value or model, model if value else None, dataset, held_out, args.dtype)}
+            base = undivided(frozen[path]) if path else network
+            guided = Guided(base, network if path and trained else None)
+            return examine(guided, world, tokenizer) if rank() == 0 else {}
+        what, base = (objective, frozen.get(path)) if trained else (Objective(frozen[path], 0.0), None)
+        return {"ce": held_out_ce(what, base, dataset, held_out, args.dtype)}
 
-    metrics = {"base": measure(frozen[bases[0]])}
+    metrics = {"base": measure(bases[0], False)}
     if not scheme:
-        metrics["full"] = measure(network)
+        metrics["full"] = measure(None, True)
     else:
-        metrics |= full_metrics | {"base+value": measure(frozen[bases[0]], network)}
+        metrics |= full_metrics | {"base+value": measure(bases[0], True)}
         for path in bases[1:]:  # a curriculum's later bases, under their own names
-            metrics |= {path.name: measure(frozen[path]), f"{path.name}+value": measure(frozen[path], network)}
+            metrics |= {path.name: measure(path, False), f"{path.name}+value": measure(path, True)}
     run.publish(network, tokenizer, start, metrics)
-    print_metrics(metrics)
+    if rank() == 0:
+        print_metrics(metrics)
+
+
+def load_frozen(path: Path, args: argparse.Namespace) -> Llama:
+    """A base; with --shard it goes from the file into the slices layer by layer, and is never whole on a GPU."""
+    base = Llama.from_pretrained(path, getattr(torch, args.dtype), "cpu" if args.shard else args.device)
+    return divide(base.requires_grad_(False)) if args.shard else base
 
 
 def read_metrics(folder: Path, system: str = "base") -> dict[str, dict[str, float | None]]:
@@ -564,6 +712,10 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--grad-accum", type=positive_int, metavar="N", help="split a step's batch into N parts to save memory")
     how.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the computation; trained weights stay float32")
     how.add_argument("--seed", type=non_negative_int, default=0, help="of everything random (default 0)")
+    how.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="compute layers twice instead of "
+                     "keeping what they computed: less memory, a third more time (default: for checkpoints yes, tiny ones no)")
+    how.add_argument("--shard", action="store_true", help="with torchrun: divide weights, gradients and moments, also the "
+                     "bases', between the processes (FSDP2), instead of keeping them whole in each (DDP)")
     where = parser.add_argument_group("where it goes")
     where.add_argument("--out", metavar="FOLDER", help="the finished folder (default under out/seedN)")
     where.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the same run")
@@ -588,7 +740,13 @@ def parse_arguments() -> argparse.Namespace:
 def main():
     args = parse_arguments()
     names = args.base or ["tiny-s"]
-    args.device, args.dtype = pick_device(args.dtype, tiny=all(is_tiny(name) for name in names))
+    join_processes()
+    tiny = all(is_tiny(name) for name in names)
+    args.device, args.dtype = pick_device(args.dtype, tiny)
+    if args.gradient_checkpointing is None:
+        args.gradient_checkpointing = not tiny
+    if args.shard and not dist.is_initialized():
+        raise UsageError("--shard divides the weights between processes; start them with torchrun --nproc_per_node=N")
     args.home = Path("out") / f"seed{args.seed}"  # where tiny things live
     out = None if args.out is None else with_a_name(args.out)
     if len(names) > 1 and args.job == "pretrain" and out:
@@ -616,6 +774,10 @@ def main():
                        flags | {"l1": args.l1}, full if compare else None)
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(f"{sum(each.ru_utime + each.ru_stime for each in usage):.0f} core-seconds")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # DTensor's caches keep gloo's threads, and one that is still busy when Python ends would abort it
 
 
 def is_tiny(name: str) -> bool:

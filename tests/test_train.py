@@ -25,7 +25,7 @@ from model import Llama
 from sample import Guided, examine, run_cli, world_of
 from tests.test_model import small
 from tests.test_tokenizer import byte_pairs
-from train import Settings, accumulate_gradient, learning_rate, table5, tiny_config, widen
+from train import Objective, Settings, accumulate_gradient, learning_rate, table5, tiny_config, widen
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -69,33 +69,6 @@ def refused(folder: Path, script: str, *arguments) -> str:
 
 
 SHORT = ["--steps", "60", "--batch-size", "16"]
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory) -> Path:
-    """A folder with an under-trained tiny-s and a value network on it, made by the commands themselves."""
-    folder = tmp_path_factory.mktemp("home")
-    succeed(folder, "train.py", "--base", "tiny-s", *SHORT)
-    succeed(folder, "train.py", "--base", "--value", "--no-full", *SHORT)
-    return folder
-
-
-@pytest.fixture
-def chats(tmp_path) -> Path:
-    path = tmp_path / "chats.jsonl"
-    records = [{"messages": [{"role": "user", "content": f"Greet number {n}."}, {"role": "assistant", "content": f"Hello {n}!"}]}
-               for n in range(60)]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-@pytest.fixture
-def checkpoint(tmp_path, home) -> Path:
-    """A checkpoint in the Hugging Face layout that is not of the tiny world: 16 rows more than its tokenizer."""
-    folder = tmp_path / "checkpoint"
-    small(vocab_size=1040, num_hidden_layers=1, num_key_value_heads=1, max_position_embeddings=128).save_pretrained(folder)
-    shutil.copy(home / "out/seed0/tiny-s/tokenizer.model", folder)
-    return folder
 
 
 VALUE = Path("out/seed0/value-residual-tiny-s")
@@ -320,7 +293,7 @@ def test_gradient_accumulation_4_x_1_is_1_x_4(with_base):
     results = []
     for parts in [[(tokens, labels)], list(zip(tokens.split(1), labels.split(1)))]:
         network = ValueModel(small(num_hidden_layers=1)) if with_base else small(num_hidden_layers=1)
-        metrics = accumulate_gradient(network, base, parts, 0.5, "float32")
+        metrics = accumulate_gradient(Objective(network, 0.5), base, parts, "float32")
         results.append((metrics, [parameter.grad for parameter in network.parameters()]))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     for whole, split in zip(results[0][1], results[1][1]):
@@ -330,8 +303,9 @@ def test_gradient_accumulation_4_x_1_is_1_x_4(with_base):
 def test_a_part_without_supervised_tokens_counts_nothing():
     tokens, labels = torch.randint(50, (2, 6)), torch.randint(50, (2, 6))
     labels[1] = -100
-    both = accumulate_gradient(ValueModel(small()), small(), list(zip(tokens.split(1), labels.split(1))), 0.0, "float32")
-    one = accumulate_gradient(ValueModel(small()), small(), [(tokens[:1], labels[:1])], 0.0, "float32")
+    objective = Objective(ValueModel(small()), 0.0)
+    both = accumulate_gradient(objective, small(), list(zip(tokens.split(1), labels.split(1))), "float32")
+    one = accumulate_gradient(objective, small(), [(tokens[:1], labels[:1])], "float32")
     assert both == pytest.approx(one)
 
 

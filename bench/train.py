@@ -1,0 +1,104 @@
+"""A whole step of value training, tokens per second and peak memory, against the same step with all logits in fp32.
+
+    python -m bench.train
+
+Shapes are the true ones of TinyLlama and Llama-2-7B on a GPU, and small ones on a CPU; weights are random. A step is one
+part of 4096 tokens (on a CPU 1024), every one supervised: the frozen base, the value network forward and back, gradient
+clipping and AdamW. On a GPU bases are bfloat16, the value network computes in it, and its weights are float32.
+"""
+
+import argparse
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.measure import Result, compare, describe, ratio, table, times
+from ivl import ValueModel
+from model import Llama, LlamaConfig
+from sample import ArgumentParser, positive_int, run_cli
+from train import Objective, accumulate_gradient
+
+SHAPES = {  # as in the checkpoints' config.json: V, D, the MLP's width, layers, heads, heads of keys and values
+    "TinyLlama": LlamaConfig(32000, 2048, 5632, 22, 32, 4, max_position_embeddings=2048),
+    "Llama-2-7B": LlamaConfig(32000, 4096, 11008, 32, 32, 32, max_position_embeddings=4096),
+    "20M": LlamaConfig(32000, 256, 688, 4, 4, 4, max_position_embeddings=1024),  # D = 256, most of it embedding and head
+}
+
+
+class Plain(nn.Module):
+    """The loss as one writes it down: all logits of both networks, in fp32."""
+
+    def __init__(self, value: ValueModel, l1: float):
+        super().__init__()
+        self.value, self.l1 = value, l1
+
+    def forward(self, base: Llama, tokens: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            z_base = base(tokens).float()  # (B, T, Vb)
+        z_delta = self.value(tokens).float()  # (B, T, Vv)
+        ce = F.cross_entropy((z_base + z_delta).flatten(0, 1), labels.flatten())
+        return ce + self.l1 * z_delta.abs().mean(), {"ce": ce.detach()}
+
+
+def training(objective: Callable, value: str, base: str, checkpointing: bool, tokens: int, dtype: str) -> Callable[[], None]:
+    """A step of training a value network of one shape on a base of another."""
+    network = ValueModel(Llama(SHAPES[value]))
+    network.network.model.gradient_checkpointing = checkpointing
+    torch.set_default_dtype(getattr(torch, dtype))
+    frozen = Llama(SHAPES[base]).requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    objective = objective(network, 1.0)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    T = min(tokens, *(SHAPES[name].max_position_embeddings for name in (value, base)))
+    text = torch.randint(32000, (tokens // T, T + 1), device="cpu")  # as the loader gives them
+    part = text[:, :-1], text[:, 1:]
+
+    def step():
+        accumulate_gradient(objective, frozen, [part], dtype)
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def show(results: dict[str, Result], tokens: int) -> str:
+    rows = [["", "tokens/s", "ms (range)", "times faster than plain", "GB at the peak", "of it before the first step"]]
+    plain = next(iter(results.values()))
+    for name, result in results.items():
+        if result.failure:
+            rows.append([name, result.failure, "", "", "", ""])
+        else:
+            rows.append([name, f"{tokens / result.median:.0f}", times(result), "" if plain.failure else ratio(result, plain),
+                         f"{result.peak / 1e9:.2f}", f"{(result.peak - result.growth) / 1e9:.2f}"])
+    return table(rows)
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--tokens", type=positive_int, help="in a step; None: 4096, on a CPU 1024")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="steps of each, in turn")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens, dtype = args.tokens or (4096 if device == "cuda" else 1024), "bfloat16" if device == "cuda" else "float32"
+    print(f"{describe(device)}, {dtype}, {tokens} tokens a step\n")
+    numbers = {"device": describe(device), "tokens": tokens, "pairs": {}}
+    for value, base in [("TinyLlama", "TinyLlama"), ("TinyLlama", "Llama-2-7B")] if device == "cuda" else [("20M", "20M")]:
+        step = functools.partial(functools.partial, training, value=value, base=base, tokens=tokens, dtype=dtype)
+        results = compare({"plain, all logits in fp32": step(objective=Plain, checkpointing=True),
+                           "ours": step(objective=Objective, checkpointing=True),
+                           "ours, no gradient checkpointing": step(objective=Objective, checkpointing=False)}, device, args.rounds, 1)
+        print(f"A {value} value network on a {base} base\n\n{show(results, tokens)}\n", flush=True)
+        numbers["pairs"][f"{value} on {base}"] = {name: vars(result) for name, result in results.items()}
+    if args.json:
+        args.json.write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,37 @@
+"""Folders that several test files train in."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.test_model import small
+from tests.test_train import SHORT, succeed
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    """A folder with an under-trained tiny-s and a value network on it, made by the commands themselves."""
+    folder = tmp_path_factory.mktemp("home")
+    succeed(folder, "train.py", "--base", "tiny-s", *SHORT)
+    succeed(folder, "train.py", "--base", "--value", "--no-full", *SHORT)
+    return folder
+
+
+@pytest.fixture
+def chats(tmp_path) -> Path:
+    path = tmp_path / "chats.jsonl"
+    records = [{"messages": [{"role": "user", "content": f"Greet number {n}."}, {"role": "assistant", "content": f"Hello {n}!"}]}
+               for n in range(60)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path, home) -> Path:
+    """A checkpoint in the Hugging Face layout that is not of the tiny world: 16 rows more than its tokenizer."""
+    folder = tmp_path / "checkpoint"
+    small(vocab_size=1040, num_hidden_layers=1, num_key_value_heads=1, max_position_embeddings=128).save_pretrained(folder)
+    shutil.copy(home / "out/seed0/tiny-s/tokenizer.model", folder)
+    return folder

@@ -1,0 +1,193 @@
+"""The Triton kernel of ivl.py, run on the CPU by Triton's interpreter, against the plain formulas in float64.
+
+    TRITON_INTERPRET=1 python -m pytest tests/interpreted_kernel.py
+
+Whether kernels are interpreted is fixed when Triton is imported, so test_loss.py runs this file in a process of its own.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from ivl import SCHEMES, ivl_loss, ivl_loss_from_hidden, kernel_runs_on, run_loss_kernel
+from model import Llama
+from tests.test_ivl import value_network
+from tests.test_model import small
+
+# Half a unit in the last place, and for bfloat16 a whole one: the interpreter cuts bits off where a GPU rounds.
+ROUNDING = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}
+SMALLEST = {torch.float32: 1e-37, torch.float16: 2**-25, torch.bfloat16: 1e-37}  # below it nothing is left
+
+
+def assert_exact(z_base: Tensor | None, z_delta: Tensor, labels: Tensor, l1: float) -> None:
+    """ivl_loss by the kernel: loss, metrics and gradient are those of float64, but for the rounding of one number."""
+    assert kernel_runs_on(z_base, z_delta)
+    before = [z.clone() for z in (z_base, z_delta) if z is not None]
+    ours, exact = z_delta.detach().requires_grad_(), z_delta.detach().double().requires_grad_()
+    loss, metrics = ivl_loss(z_base, ours, labels, l1)
+    exact_base = None if z_base is None else z_base.double()
+    assert not kernel_runs_on(exact_base, exact)
+    exact_loss, exact_metrics = ivl_loss(exact_base, exact, labels, l1)
+    (3 * loss).backward(), (3 * exact_loss).backward()
+    assert loss.dtype == torch.float32 and ours.grad.dtype == z_delta.dtype
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=2e-6, atol=1e-6)
+    assert metrics.keys() == exact_metrics.keys()
+    for name in metrics:
+        torch.testing.assert_close(metrics[name].double(), exact_metrics[name].double(), rtol=2e-6, atol=1e-6, msg=name)
+    # Rounded when it is written and again when it is scaled by 3; each of its two terms has been rounded before they may cancel.
+    dtype, terms = z_delta.dtype, exact.grad.abs() + 3 * l1 / (max(1, int((labels != -100).sum())) * z_delta.shape[1])
+    allowed = 2 * ROUNDING[dtype] * terms + 4 * SMALLEST[dtype]
+    known = (0 <= labels) & (labels < z_delta.shape[1])
+    allowed[known, labels[known]] += 1e-6  # p - 1 has only the digits that p has
+    assert ((ours.grad.double() - exact.grad).abs() <= allowed).all()
+    assert all(torch.equal(a, b) for a, b in zip(before, [z for z in (z_base, z_delta) if z is not None]))  # pure
+
+
+def logits(N: int, V: int, dtype: torch.dtype, seed: int, size: float = 3.0) -> Tensor:
+    return (size * torch.randn(N, V, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def targets(N: int, V: int) -> Tensor:
+    """Random labels with an ignored row; the last column and the first are among them."""
+    labels = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2))
+    labels[:3] = torch.tensor([V - 1, -100, 0])
+    return labels
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("Vb, Vv", [(2, 2), (7, 7), (1024, 1024), (2048, 2048), (5000, 5000), (32016, 32000), (32000, 32016),
+                                    (300, 5000), (5000, 300), (128256, 128256)])
+def test_random_rows(Vb, Vv, dtype):
+    assert_exact(logits(5, Vb, dtype, 0), logits(5, Vv, dtype, 1), targets(5, min(Vb, Vv)), 0.7)
+    if Vb == Vv < 128256:
+        assert_exact(None, logits(5, Vv, dtype, 1), targets(5, Vv), 0.7)
+
+
+def test_a_label_that_only_the_base_knows():
+    assert_exact(logits(4, 32016, torch.float32, 0), logits(4, 32000, torch.float32, 1), torch.tensor([32015, 32000, 31999, -100]), 0.5)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("labels", [[-100, -100, -100, -100], [-100, -100, 2500, -100]])
+def test_all_rows_ignored_and_one_supervised(labels, dtype):
+    assert_exact(logits(4, 3000, dtype, 0), logits(4, 3000, dtype, 1), torch.tensor(labels), 1.0)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_no_effect_at_all_has_the_norms_gradient_0(dtype):
+    z_delta = torch.zeros(4, 3000, dtype=dtype)
+    assert_exact(logits(4, 3000, dtype, 0), z_delta, targets(4, 3000), 1.0)
+    z_delta[:, ::2] = -0.0
+    assert_exact(logits(4, 3000, dtype, 0), z_delta, targets(4, 3000), 1.0)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("label, right", [(3, True), (4, False), (2500, False), (2, False)])
+def test_of_equal_logits_the_first_is_the_arg_max(label, right, dtype):
+    z_base, z_delta = torch.zeros(1, 3000, dtype=dtype), torch.zeros(1, 3000, dtype=dtype)
+    z_base[0, [3, 4, 2500]] = 8.0
+    z_delta[0, 7] = 8.0
+    assert_exact(z_base, z_delta, torch.tensor([label]), 0.1)
+    _, metrics = ivl_loss(z_base, z_delta, torch.tensor([label]))
+    assert metrics["acc"].item() == metrics["base_acc"].item() == right
+
+
+@pytest.mark.parametrize("dtype, huge", [(torch.float32, 1e30), (torch.bfloat16, 1e30), (torch.float16, 6e4)])
+def test_huge_logits(dtype, huge):
+    """Sums that overflow in a naive exp, a label far below and one far above everything, and logits of -inf (masked tokens)."""
+    z_base, z_delta = [(logits(4, 3000, torch.float32, seed) * 64).round().div(64).to(dtype) for seed in (0, 1)]  # fp32 adds them exactly
+    z_base[0, 2100], z_base[1, 9], z_delta[2] = huge, -huge, z_delta[2] - 500
+    z_base[3, 1500:1600] = -torch.inf
+    assert_exact(z_base, z_delta, torch.tensor([2100, 8, 7, 1400]), 0.1)
+    loss, metrics = ivl_loss(z_base[:1], z_delta[:1], torch.tensor([5]))
+    assert loss.item() == pytest.approx(huge, rel=0.01) and metrics["base_ce"].item() == pytest.approx(huge, rel=0.01)
+
+
+def test_the_norms_gradient_survives_where_fp16_cannot_hold_it_alone():
+    """lambda / (N V) is about 1e-9 here, nothing in fp16; beside the softmax's own gradient it is rounded once."""
+    z_base, z_delta = torch.zeros(2, 32000, dtype=torch.float16), logits(2, 32000, torch.float16, 1)
+    assert_exact(z_base, z_delta, torch.tensor([5, 6]), 1e-4)
+
+
+def test_rows_that_lie_apart_in_memory_and_columns_that_do():
+    wide = logits(4, 2 * 700, torch.float32, 0)
+    assert_exact(wide[:, :700], wide[:, 700:], targets(4, 700), 0.3)
+    assert_exact(wide[:, ::2], wide[:, 1::2], targets(4, 700), 0.3)  # no unit stride: taken as a copy
+    assert_exact(wide[:1, :700].expand(4, 700), wide[:, 700:], targets(4, 700), 0.3)  # a stride of 0
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_rows_more_than_2_to_the_31_numbers_apart(with_gradient):
+    """The memory between the rows is never touched, so it is only address space."""
+    V, stride = 300, 2**30 + 16
+    z_base, z_delta, gradient = [torch.empty_strided((3, V), (stride, 1), dtype=torch.float16) for _ in range(3)]
+    z_base.copy_(logits(3, V, torch.float16, 0)), z_delta.copy_(logits(3, V, torch.float16, 1))
+    labels = torch.tensor([3, -100, 7])
+    loss, stats = run_loss_kernel(z_base, z_delta, labels, 2, 0.5, gradient if with_gradient else None)
+    near = torch.empty(3, V, dtype=torch.float16)
+    near_loss, near_stats = run_loss_kernel(z_base.contiguous(), z_delta.contiguous(), labels, 2, 0.5, near)
+    assert torch.equal(loss, near_loss) and torch.equal(stats, near_stats)
+    assert not with_gradient or torch.equal(gradient, near)
+
+
+def test_the_gradient_may_be_written_over_the_logits():
+    z_base, z_delta, labels = logits(5, 5000, torch.float32, 0), logits(5, 5000, torch.float32, 1), targets(5, 5000)
+    apart = torch.empty_like(z_delta)
+    one = run_loss_kernel(z_base, z_delta, labels, 4, 0.5, apart)
+    two = run_loss_kernel(z_base, z_delta, labels, 4, 0.5, z_delta)
+    assert torch.equal(z_delta, apart) and all(map(torch.equal, one, two))
+
+
+def test_one_backward_pass_per_loss():
+    z_delta = logits(2, 50, torch.float32, 1).requires_grad_()
+    loss, _ = ivl_loss(logits(2, 50, torch.float32, 0), z_delta, torch.tensor([3, 4]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        loss.backward()
+
+
+def test_without_a_gradient_nothing_is_kept():
+    with torch.no_grad():
+        loss, metrics = ivl_loss(logits(2, 50, torch.float32, 0), logits(2, 50, torch.float32, 1).requires_grad_(), torch.tensor([3, 4]))
+    assert not loss.requires_grad and not any(value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.parametrize("l1", [0.0, 0.3])
+@pytest.mark.parametrize("with_base", [True, False])
+def test_chunked_through_the_kernel(with_base, l1):
+    generator = torch.Generator().manual_seed(0)
+    h_base, h_value = [torch.randn(2, 7, 16, generator=generator) for _ in range(2)]
+    W_base, W_value = torch.randn(303, 16, generator=generator), torch.randn(300, 16, generator=generator)
+    labels = torch.randint(300, (2, 7), generator=generator)
+    labels[0, :3] = -100
+    results = []
+    for dtype in (torch.float32, torch.float64):  # by the kernel, and by the formulas without chunks
+        h, W = h_value.detach().to(dtype).requires_grad_(), W_value.detach().to(dtype).requires_grad_()
+        if dtype == torch.float32:
+            base = (h_base, W_base) if with_base else (None, None)
+            loss, metrics = ivl_loss_from_hidden(*base, h, W, labels, l1, chunk=4)
+        else:
+            loss, metrics = ivl_loss(h_base.double() @ W_base.double().T if with_base else None, h @ W.T, labels, l1)
+        loss.backward()
+        results.append([each.detach().double() for each in (loss, h.grad, W.grad, *metrics.values())])
+    for ours, exact in zip(*results):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_training_every_scheme_through_the_kernel(scheme):
+    tokens = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    labels = tokens.roll(-1, 1).masked_fill(torch.arange(9) < 3, -100)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        base, value = [in_dtype(each, dtype) for each in (small(vocab_size=53), value_network(scheme))]
+        value.loss(base, tokens, labels, 0.1)[0].backward()
+        results.append([parameter.grad.double() for parameter in value.parameters()])
+    for ours, exact in zip(*results):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-6)
+
+
+def in_dtype(network: Llama, dtype: torch.dtype) -> Llama:
+    return copy.deepcopy(network).to(dtype)
