@@ -743,6 +743,8 @@ def main():
     join_processes()
     tiny = all(is_tiny(name) for name in names)
     args.device, args.dtype = pick_device(args.dtype, tiny)
+    if args.device == "cuda" and dist.is_initialized():
+        args.device = f"cuda:{torch.cuda.current_device()}"  # safetensors takes plain "cuda" for the first one
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = not tiny
     if args.shard and not dist.is_initialized():
