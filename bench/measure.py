@@ -57,7 +57,8 @@ def compare(contenders: dict[str, Callable], device: str, rounds: int, calls: in
         progress(f"round {number + 1} of {rounds}")
     for name, (pipe, process) in workers.items():
         if not results[name].failure:
-            results[name].failure, (results[name].peak, results[name].growth) = ask(pipe, 0)
+            results[name].failure, answer = ask(pipe, 0)
+            results[name].peak, results[name].growth = answer or (0, 0)
         pipe.close()
         process.join()
     progress("")

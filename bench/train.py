@@ -91,9 +91,10 @@ def main():
     numbers = {"device": describe(device), "tokens": tokens, "pairs": {}}
     for value, base in [("TinyLlama", "TinyLlama"), ("TinyLlama", "Llama-2-7B")] if device == "cuda" else [("20M", "20M")]:
         step = functools.partial(functools.partial, training, value=value, base=base, tokens=tokens, dtype=dtype)
-        results = compare({"plain, all logits in fp32": step(objective=Plain, checkpointing=True),
-                           "ours": step(objective=Objective, checkpointing=True),
-                           "ours, no gradient checkpointing": step(objective=Objective, checkpointing=False)}, device, args.rounds, 1)
+        contenders = {"plain, all logits in fp32": step(objective=Plain, checkpointing=True),
+                      "ours": step(objective=Objective, checkpointing=True),
+                      "ours, no gradient checkpointing": step(objective=Objective, checkpointing=False)}
+        results = compare(contenders, device, args.rounds, 1)
         print(f"A {value} value network on a {base} base\n\n{show(results, tokens)}\n", flush=True)
         numbers["pairs"][f"{value} on {base}"] = {name: vars(result) for name, result in results.items()}
     if args.json:
