@@ -545,4 +545,4 @@ def check_same_family(base_tokenizer: Tokenizer, value_tokenizer: Tokenizer, bas
     if base_tokenizer.fingerprint(n) != value_tokenizer.fingerprint(n):
         raise CheckpointError(f"{base} and {value} have unrelated vocabularies ({base_tokenizer.vocab_size} and "
                               f"{value_tokenizer.vocab_size} tokens, different within the first {n}); plugging one into "
-                              "the other takes a vocabulary map (vocab_map.py, not written yet)")
+                              "the other takes a vocabulary map, which cannot be decoded through yet")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
+import vocab_map
 from data.tokenizer import load_tokenizer
 from ivl import SCHEMES, ValueModel
 from model import Llama
@@ -52,7 +53,7 @@ def inside(folder: Path, script: str, *arguments, input: str = "") -> tuple[int,
     sys.argv, sys.stdin = [script, *map(str, arguments)], io.StringIO(input)
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
-            run_cli({"train.py": train.main, "sample.py": sample.main}[script])
+            run_cli({"train.py": train.main, "sample.py": sample.main, "vocab_map.py": vocab_map.main}[script])
     except SystemExit as ended:
         status = ended.code
     finally:
