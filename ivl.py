@@ -539,10 +539,15 @@ def check_recorded(tokenizer: Tokenizer, info: dict, value: str) -> None:
         raise CheckpointError(f"{value}: its tokenizer.model is not the one that its ivl.json records")
 
 
+def is_same_family(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether one vocabulary extends the other, as CodeLlama's 32016 extends Llama-2's 32000."""
+    n = min(one.vocab_size, other.vocab_size)
+    return one.fingerprint(n) == other.fingerprint(n)
+
+
 def check_same_family(base_tokenizer: Tokenizer, value_tokenizer: Tokenizer, base: str, value: str) -> None:
-    """Raise CheckpointError unless one vocabulary extends the other, as CodeLlama's 32016 extends Llama-2's 32000."""
-    n = min(base_tokenizer.vocab_size, value_tokenizer.vocab_size)
-    if base_tokenizer.fingerprint(n) != value_tokenizer.fingerprint(n):
+    """Raise CheckpointError unless one vocabulary extends the other."""
+    if not is_same_family(base_tokenizer, value_tokenizer):
         raise CheckpointError(f"{base} and {value} have unrelated vocabularies ({base_tokenizer.vocab_size} and "
-                              f"{value_tokenizer.vocab_size} tokens, different within the first {n}); plugging one into "
-                              "the other takes a vocabulary map, which cannot be decoded through yet")
+                              f"{value_tokenizer.vocab_size} tokens), so they cannot be trained together; plugging one into "
+                              "the other while decoding takes a vocabulary map, which sample.py makes")

@@ -22,10 +22,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from data.chat import TEMPLATES, Turn, default_template, encode_chat, end_token, is_unicode
-from data.tiny_world import TINY_SIZES, World, evaluate, prompt_text
+from data.tiny_world import TEMPLATE, TINY_SIZES, World, evaluate, prompt_text
 from data.tokenizer import DataError, StreamDecoder, Tokenizer, load_tokenizer
-from ivl import ProxyDelta, ValueModel, check_recorded, check_same_family, combine, read_info
+from ivl import ProxyDelta, ValueModel, check_recorded, check_same_family, combine, is_same_family, read_info
 from model import CheckpointError, KVCache, Llama, read_json
+from vocab_map import MARGIN, Mapped, VocabMap, build
 
 # ---------------------------------------------------------------------------------------------------------
 # Guided decoding
@@ -35,20 +36,27 @@ class Guided:
     """A base with or without a value network or proxy, and the KV caches of all of them. Eq. (3) at each step."""
 
     def __init__(self, base: Llama, value: ValueModel | ProxyDelta | None = None, vocab_map=None, alpha: float = 1.0):
-        if vocab_map is not None:
-            raise NotImplementedError("vocabulary maps are not written yet")
         self.base, self.value, self.alpha = base, value, alpha
         self.llamas = [base] if value is None else [base, *value.llamas]
         # Tokens from here on are never said: some network cannot read them, or the tokenizer has no text for them.
         self.readable = min([base.config.vocab_size] + ([] if value is None else [value.vocab_size]))
+        self.mapped = None
+        if vocab_map is not None:  # all tokens here are the value network's, and the base has its own inside `mapped`
+            if isinstance(value, ValueModel) and value.scheme != "residual":
+                raise ValueError(f"scheme {value.scheme} reads the base's logits over its own vocabulary, and here are others")
+            self.mapped, self.llamas = Mapped(base, vocab_map), value.llamas
+            self.readable = min(value.vocab_size, vocab_map.value_tokenizer.vocab_size)
         self.caches: list[KVCache] = []
 
     def allocate(self, batch: int, capacity: int) -> None:
         """Begin anew, with empty caches for `capacity` positions of `batch` rows."""
         self.caches = [KVCache(llama, batch, capacity) for llama in self.llamas]
 
-    def start(self, prompts: list[list[int]], max_new_tokens: int) -> Tensor:
+    def start(self, prompts: list[list[int]], max_new_tokens: int, greedy: bool = True) -> Tensor:
         """Fill fresh caches with all but the last token of each prompt; return those last tokens (B, 1)."""
+        if self.mapped:
+            self.mapped.start(prompts)
+            self.margin, self.begun = 0.0 if greedy else MARGIN, False
         lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.base.device)  # (B,)
         self.allocate(len(prompts), int(lengths.max()) + max_new_tokens)
         if lengths.any():
@@ -69,11 +77,23 @@ class Guided:
         """Continue each row by tokens (B, T) -> z_post (B, T, Vb). The first step may be a whole prompt."""
         if not self.caches:
             self.allocate(len(tokens), min(llama.config.max_position_embeddings for llama in self.llamas))
+        if self.mapped:
+            return self._mapped_step(tokens)
         return self._combined(tokens, self.caches)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """z_post (B, T, Vb) of whole sequences tokens (B, T), without caches."""
         return self._combined(tokens, None)
+
+    def _mapped_step(self, tokens: Tensor) -> Tensor:
+        """step with a vocabulary map: tokens (B, 1) and z_post (B, 1, Vv) are the value network's."""
+        if self.begun:  # the base has read the whole prompt before
+            self.mapped.push(tokens[:, 0].tolist())
+        self.begun = True
+        z_delta = self.alpha * self.value(tokens, None, self.caches)[:, -1].float()  # (B, Vv)
+        z = self.mapped.log_p(z_delta, self.margin) + z_delta
+        z[:, self.readable:] = -torch.inf
+        return z[:, None]
 
     def _combined(self, tokens: Tensor, caches: list[KVCache] | None) -> Tensor:
         z = self.base(tokens, caches and caches[0])  # (B, T, Vb)
@@ -85,6 +105,8 @@ class Guided:
     def select(self, rows: Tensor) -> None:
         for cache in self.caches:
             cache.select(rows)
+        if self.mapped:
+            self.mapped.select(rows)
 
 
 @torch.inference_mode()
@@ -99,14 +121,14 @@ def generate(guided: Guided, prompts: list[list[int]], *, max_new_tokens: int, t
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and at least one token in each")
     if stop_ids is None:
-        eos = guided.base.config.eos_token_id
+        eos = guided.mapped.map.value_tokenizer.eos_id if guided.mapped else guided.base.config.eos_token_id
         stop_ids = set(eos) if isinstance(eos, list) else {eos}
     noise = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
                          for number in range(len(prompts))]).to(guided.base.device)  # (B, max_new_tokens)
     outputs: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))  # which prompt each row of the batch belongs to
     alive = [True] * len(prompts)
-    tokens = guided.start(prompts, max_new_tokens)  # (B, 1)
+    tokens = guided.start(prompts, max_new_tokens, greedy=temperature == 0)  # (B, 1)
     for index in range(max_new_tokens):
         logits = guided.step(tokens)[:, -1]  # (B, Vb)
         tokens = pick(logits, noise[:, index], temperature, top_p)[:, None]  # (B, 1)
@@ -160,7 +182,11 @@ def score(guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: 
             padded[row, 1:len(continuation)] = torch.tensor(continuation[:-1])
         padded = padded.to(last.device)
         padded[:, :1] = last[rows]
-        log_p = F.log_softmax(guided.step(padded).float(), dim=-1)  # (B, longest, Vb)
+        if guided.mapped:  # it takes one token at a time; what stands behind a short continuation counts nowhere
+            z = torch.cat([guided.step(column) for column in padded.split(1, dim=1)], dim=1)
+        else:
+            z = guided.step(padded)
+        log_p = F.log_softmax(z.float(), dim=-1)  # (B, longest, Vb)
         for row, (_, continuation) in enumerate(batch):
             wanted = torch.tensor(continuation, device=last.device)[:, None]
             here = log_p[row, :len(continuation)]
@@ -198,15 +224,16 @@ def print_metrics(systems: dict[str, dict[str, float]]) -> None:
         print(f"{system:{width}}" + "".join(f"{text:>8}" for text in shown))
 
 
-def show_world(world: World, tokenizer: Tokenizer, systems: dict[str, Guided], count: int = 6) -> None:
+def show_world(world: World, systems: dict[str, tuple[Guided, Tokenizer]], count: int = 6) -> None:
     """Questions of the development split with every system's answer, then the metrics of all of them.
 
     Of two systems, the first questions as they come; of three, such as only the last answers rightly.
     """
     items = world.fact_items("development")
-    prompts = [encode_chat(tokenizer, "llama-2", [("user", prompt_text(item))])[0] for item in items]
-    answers = {name: [tokenizer.decode(ids).strip() for ids in generate(guided, prompts, max_new_tokens=48)]
-               for name, guided in systems.items()}
+    answers = {}
+    for name, (guided, tokenizer) in systems.items():
+        prompts = [encode_chat(tokenizer, TEMPLATE, [("user", prompt_text(item))])[0] for item in items]
+        answers[name] = [tokenizer.decode(ids).strip() for ids in generate(guided, prompts, max_new_tokens=48)]
     shown = range(len(items))
     if len(systems) > 2:
         *others, last = systems
@@ -221,7 +248,7 @@ def show_world(world: World, tokenizer: Tokenizer, systems: dict[str, Guided], c
             print(f"    {name:{width}}{answers[name][index]}")
         print(f"    {'truth':{width}}{items[index].answer}\n")
     print("On development people, whom no demonstration mentions (288 questions: about +-.03):")
-    print_metrics({name: examine(guided, world, tokenizer) for name, guided in systems.items()})
+    print_metrics({name: examine(guided, world, tokenizer) for name, (guided, tokenizer) in systems.items()})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -346,7 +373,7 @@ def answer(guided: Guided, tokenizer: Tokenizer, template: str, turns: list[Turn
            show: bool = False) -> str:
     """The assistant's next turn; with `show` it is printed as it comes."""
     prompt, _ = encode_chat(tokenizer, template, turns)
-    room = min(llama.config.max_position_embeddings for llama in guided.llamas) - len(prompt)
+    room = min(llama.config.max_position_embeddings for llama in [guided.base, *guided.llamas]) - len(prompt)
     if room < 1:
         raise UsageError(f"the conversation is {len(prompt)} tokens long, and the checkpoint ends at {room + len(prompt)}")
     decoder = StreamDecoder(tokenizer)
@@ -393,6 +420,8 @@ def parse_arguments() -> argparse.Namespace:
                         help="the same model before it (default: what the expert's train.json names)")
     parser.add_argument("--template", choices=TEMPLATES, help="chat template of the expert (a value network records its own)")
     parser.add_argument("--alpha", type=any_float, default=1.0, help="weight of z_delta; 0 is the base alone (default 1)")
+    parser.add_argument("--vocab-map", metavar="FILE", help="a map between base and value network of different tokenizers, by "
+                        "vocab_map.py (default: made on the spot, from the tokenizers alone)")
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="questions to answer, each by the base alone and guided")
     parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     parser.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="per answer (default 256)")
@@ -432,6 +461,20 @@ def read_expert(args: argparse.Namespace) -> dict:
     return {"bases": untuned, "template": template}
 
 
+def choose_map(args: argparse.Namespace, base: Tokenizer, value: Tokenizer, info: dict) -> VocabMap | None:
+    """The vocabulary map that was asked for, or one made from the tokenizers where they are unrelated."""
+    if not args.vocab_map and is_same_family(base, value):
+        return None
+    scheme = info.get("scheme", "residual")
+    if scheme != "residual":
+        raise UsageError(f"a value network of scheme {scheme} reads the base's logits over its own vocabulary, so it has no use "
+                         "for a base with another tokenizer; a residual one has")
+    if args.vocab_map:
+        return VocabMap.load(args.vocab_map, base, value)
+    print("the base has another tokenizer than the value network: made a vocabulary map from the two (vocab_map.py)", flush=True)
+    return build(base, value)
+
+
 def main():
     args = parse_arguments()
     if args.expert:
@@ -448,8 +491,11 @@ def main():
     if not args.expert:
         check_recorded(tokenizers[1], info, str(value_path))
     for path, other in zip(plugs, tokenizers[1:]):
-        check_same_family(tokenizers[0], other, str(base_path), str(path))
-    tokenizer = min(tokenizers, key=lambda each: each.vocab_size)  # what all can read
+        check_same_family(tokenizers[1], other, str(value_path), str(path))
+    tokenizer = min(tokenizers[1:], key=lambda each: each.vocab_size)  # what all can read
+    vocab_map = choose_map(args, tokenizers[0], tokenizer, info)
+    if vocab_map is None:
+        tokenizer = min(tokenizer, tokenizers[0], key=lambda each: each.vocab_size)
     world = world_of(base_path)
     if not (world or args.chat or args.prompt):
         raise UsageError("this base is not from the tiny world, which brings its own questions; ask with --prompt or --chat")
@@ -458,11 +504,11 @@ def main():
     print(f"base {base_path}, " + (f"proxy tuning by {value_path} less {own_path}" if args.expert else
                                    f"value network {value_path} ({info['scheme']})"))
 
-    def guide(path: Path, value: ValueModel | ProxyDelta | None) -> Guided:
+    def guide(path: Path, value: ValueModel | ProxyDelta, vocab_map: VocabMap | None = None) -> Guided:
         base = Llama.from_pretrained(path, dtype, device)
         if isinstance(value, ValueModel) and value.scheme == "probe" and base.config.vocab_size < value.vocab_size:
             raise UsageError(f"{path}: {base.config.vocab_size} logits, and the probe reads {value.vocab_size}")
-        guided = Guided(base, value, alpha=args.alpha)
+        guided = Guided(base, value, vocab_map, args.alpha)
         guided.readable = min(guided.readable, tokenizer.vocab_size)
         return guided
 
@@ -470,23 +516,25 @@ def main():
         value = ProxyDelta(*(Llama.from_pretrained(path, dtype, device) for path in plugs))
     else:
         value = ValueModel.from_pretrained(value_path, dtype, device)
-    guided = guide(base_path, value)
+    guided = guide(base_path, value, vocab_map)
     name, template = base_path.name, info["template"]
     if args.chat:
         return chat(guided, tokenizer, template, args)
-    alone = Guided(guided.base)
-    alone.readable = guided.readable
+    alone, own = Guided(guided.base), tokenizers[0] if vocab_map else tokenizer
+    alone.readable = min(alone.readable, own.vocab_size) if vocab_map else guided.readable
     plug = "proxy" if args.expert else "value"
-    systems = {f"{name} alone": alone, f"{name} + {plug}": guided}
+    systems = {f"{name} alone": (alone, own), f"{name} + {plug}": (guided, tokenizer)}
     if args.prompt:
         for text in args.prompt:
             print(f"\n{text}")
-            for label, system in systems.items():
-                print(f"    {label:{len(name) + 10}}{answer(system, tokenizer, template, [('user', text)], args)}")
+            for label, (system, reads) in systems.items():
+                fitting = template if template == "llama-2" or reads.kind == "tiktoken" else default_template(reads)
+                print(f"    {label:{len(name) + 10}}{answer(system, reads, fitting, [('user', text)], args)}")
         return
     if own_path.resolve() != base_path.resolve() and own_path.is_dir():  # show what the bigger base adds
-        systems = {f"{name} alone": alone, f"{own_path.name} + {plug}": guide(own_path, value), f"{name} + {plug}": guided}
-    show_world(world, tokenizer, systems)
+        systems = {f"{name} alone": (alone, own), f"{own_path.name} + {plug}": (guide(own_path, value), tokenizer),
+                   f"{name} + {plug}": (guided, tokenizer)}
+    show_world(world, systems)
 
 
 if __name__ == "__main__":

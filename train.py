@@ -42,7 +42,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data.chat import TEMPLATES, ChatDataset, chat_batches, collate, default_template, hold_out
-from data.tiny_world import MARKERS, PIECES, TINY_SIZES, World, add_pieces
+from data.tiny_world import MARKERS, PIECES, TEMPLATE, TINY_SIZES, World, add_pieces
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from ivl import SCHEMES, Probe, ValueModel, check_same_family, describe_tokenizer, ivl_loss_from_hidden, read_info
 from model import Llama, LlamaConfig, read_config, read_json
@@ -482,7 +482,7 @@ def pretrain(name: str, out: Path, args: argparse.Namespace, flags: dict) -> Non
     world = World(args.seed)
     run = pretraining_run(f"scratch:{name}", world, out, args, chosen)
     if not run.finished:
-        tokenizer = SentencePieceTokenizer(world.train_tokenizer())
+        tokenizer = world.tokenizer_for(name)
         run_pretraining(run, fresh(lambda: Llama(tiny_config(name, tokenizer)), args), tokenizer, world, args, False)
 
 
@@ -592,7 +592,7 @@ def post_train(scheme: str, bases: list[Path], start: str, out: Path, args: argp
     max_length = flags.get("max_length", min(4096, longest))  # Table 5
     if max_length > longest:
         raise UsageError(f"--max-length {max_length}: the checkpoint was made for {longest} tokens")
-    template = args.template or default_template(tokenizer)
+    template = args.template or (TEMPLATE if world else default_template(tokenizer))
     dataset = ChatDataset(data, tokenizer, template, max_length)
     train_on, held_out = (list(range(len(dataset))), []) if world else hold_out(dataset, args.seed)
     chosen = post_training_flags(build, tiny, flags, len(train_on)) | dict(max_length=max_length)

@@ -8,12 +8,15 @@
 3. Decoding with either.
 """
 
+import codecs
+import dataclasses
 import functools
 import json
 import os
 import re
 import sys
 import time
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +25,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from data.chat import is_unicode, read_turns
 from data.tokenizer import DataError, Tokenizer, load_tokenizer
 from ivl import describe_tokenizer
-from model import CheckpointError
+from model import CheckpointError, KVCache, Llama
 
 # ---------------------------------------------------------------------------------------------------------
 # 1. Algorithm 1, line by line
@@ -406,6 +410,8 @@ class VocabMap:
     pieces: list[tuple[int, ...]]
     weight: np.ndarray  # (Vb,)
     paths: list[tuple[int, ...]]
+    base_tokenizer: Tokenizer
+    value_tokenizer: Tokenizer
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that load reads, in its place all at once."""
@@ -424,7 +430,7 @@ class VocabMap:
             with safe_open(path, framework="pt") as file:
                 about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
             found = cls(about["how"], json.loads(about["base"]), json.loads(about["value"]),
-                        unpack(tensors, "pieces"), tensors["weight"].numpy(), unpack(tensors, "paths"))
+                        unpack(tensors, "pieces"), tensors["weight"].numpy(), unpack(tensors, "paths"), base, value)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file") from None
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -441,7 +447,7 @@ class VocabMap:
         return found
 
 
-def unpack(tensors: dict[str, torch.Tensor], name: str) -> list[tuple[int, ...]]:
+def unpack(tensors: dict[str, Tensor], name: str) -> list[tuple[int, ...]]:
     tokens, ends = tensors[f"{name}.tokens"].tolist(), tensors[f"{name}.lengths"].cumsum(0).tolist()
     if (ends[-1] if ends else 0) != len(tokens):
         raise ValueError(f"{name} of other lengths than recorded")
@@ -453,7 +459,7 @@ def build(base: Tokenizer, value: Tokenizer, how: str = "pieces", texts: list[st
     about = how, describe_tokenizer(base), describe_tokenizer(value)
     if how == "pieces":
         pieces = spell_out(base, value)
-        return VocabMap(*about, pieces, np.ones(base.vocab_size, dtype=np.float32), spell_out(value, base))
+        return VocabMap(*about, pieces, np.ones(base.vocab_size, dtype=np.float32), spell_out(value, base), base, value)
     if not texts:
         raise DataError(f"--how {how} counts in texts, and there are none")
     pairs, counts = count_pairs(texts, base, value, how)
@@ -461,7 +467,7 @@ def build(base: Tokenizer, value: Tokenizer, how: str = "pieces", texts: list[st
     target, weight = strongest(pairs, weights, base.vocab_size)
     if how != "paper":
         weight = (target >= 0).astype(np.float32)
-    return VocabMap(*about, [(token,) if token >= 0 else () for token in target.tolist()], weight, [])
+    return VocabMap(*about, [(token,) if token >= 0 else () for token in target.tolist()], weight, [], base, value)
 
 
 def read_texts(file: Path) -> list[str]:
@@ -501,6 +507,276 @@ def record_text(line: str, where: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# 3. Decoding: what a base says of the next VALUE token
+#
+# The value network's tokens are what is written. Follow one: Mapped.log_p tells how likely the base finds each to come
+# next, Guided adds z_delta, generate picks one, and Mapped.push takes it into the contexts. With P(v) for that:
+#
+# * A base token may be several value tokens long. So a context may be behind what was written: `pending` are the value
+#   tokens since then. The base tokens that begin with them are one range once tokens are sorted by their pieces;
+#   their mass, by the piece that follows, is P(v). When the pending ones are a whole base token, the base can also have
+#   read it; both ways are kept, as hypotheses.
+# * A value token may be several base tokens long, a path. No mass would ever reach it, so its path is spelled out, base
+#   token by base token, wherever z_delta leaves it a chance to win.
+
+FLOOR = 1e-12  # the least P(v): what the base rules out can still be said if z_delta outbids log(1e-12) = -27.6
+HYPOTHESES, EXPANSIONS = 3, 8  # contexts of one text; base tokens read for paths in one step
+MARGIN = 5.0  # nats below the best within which a path is worth reading when sampling; 0 when greedy
+
+
+@dataclass
+class Context:
+    """Base tokens that were read, their keys and values (layers, K, L, F), and what the base says comes next."""
+
+    tokens: list[int]
+    keys: Tensor
+    values: Tensor
+    logits: Tensor  # (Vb,)
+    log_p: Tensor  # (Vb,) over the tokens that have pieces
+    weight: float = 0.0  # log of how likely the text was cut in this way, up to a constant
+    pending: tuple[int, ...] = ()  # value tokens written since
+
+
+class Mapped:
+    """A frozen base behind a vocabulary map, reading one text for each row of a batch."""
+
+    def __init__(self, base: Llama, vocab_map: VocabMap):
+        self.base, self.map = base, vocab_map
+        self.passes = self.steps = 0  # base tokens read behind prompts; value tokens asked for
+        device, pieces = base.device, vocab_map.pieces
+        order = sorted((each, token) for token, each in enumerate(pieces) if each)
+        self.sorted_pieces = [each for each, _ in order]
+        self.sorted_tokens = torch.tensor([token for _, token in order], device=device)
+        self.lengths = torch.tensor([len(each) for each, _ in order], device=device)
+        self.flat = torch.tensor([piece for each, _ in order for piece in each], device=device)
+        self.weights = torch.from_numpy(vocab_map.weight).to(device)[self.sorted_tokens]
+        self.starts = self.lengths.cumsum(0) - self.lengths
+        self.silent = torch.ones(base.config.vocab_size, dtype=torch.bool, device=device)
+        self.silent[self.sorted_tokens] = False  # special tokens, and rows beyond the tokenizer's
+        value = vocab_map.value_tokenizer
+        known = {value.bos_id, value.eos_id, value.end_of_turn_id}
+        self.never = torch.tensor([id for id in range(value.vocab_size) if not value.token_bytes(id) and id not in known],
+                                  dtype=torch.long, device=device)  # special tokens that no base has
+        spelled = [(value, path) for value, path in enumerate(vocab_map.paths) if len(path) > 1]
+        self.path_value = torch.tensor([value for value, _ in spelled], dtype=torch.long, device=device)  # (n,)
+        self.path_length = torch.tensor([len(path) for _, path in spelled], device=device)
+        longest = max((len(path) for _, path in spelled), default=1)
+        self.paths = torch.tensor([path + (-1,) * (longest - len(path)) for _, path in spelled], device=device).view(-1, longest)
+        self.texts: list[list[Context]] = []  # the hypotheses of each text, those likeliest so far first
+        # Of each text: base tokens up to its last special one, and the value tokens since.
+        self.written: list[tuple[list[int], list[int]]] = []
+        self.found: list[dict[tuple[int, ...], Context]] = []  # of each text: contexts read along paths in this step
+        self.path_log_p: dict[tuple[int, int], float] = {}  # of (text, value token): what its path weighs in this step
+
+    # -- the base
+
+    def read(self, parents: list[Context], tokens: list[list[int]]) -> list[Context]:
+        """One base pass: each parent continued by some tokens."""
+        N, T, longest = len(parents), max(map(len, tokens)), max(len(parent.tokens) for parent in parents)
+        cache = KVCache(self.base, N, longest + T)
+        padded = torch.zeros(N, T, dtype=torch.long)
+        for row, (parent, more) in enumerate(zip(parents, tokens)):
+            cache.keys[:, row, :, :len(parent.tokens)], cache.values[:, row, :, :len(parent.tokens)] = parent.keys, parent.values
+            padded[row, :len(more)] = torch.tensor(more)
+        cache.lengths = torch.tensor([len(parent.tokens) for parent in parents], device=self.base.device)
+        cache.used = longest
+        last = torch.tensor([len(more) - 1 for more in tokens], device=self.base.device)
+        hidden = self.base.model(padded.to(self.base.device), cache)  # (N, T, D)
+        logits = self.base.lm_head(hidden[torch.arange(N, device=last.device), last]).float()  # (N, Vb)
+        log_p = logits.masked_fill(self.silent, -torch.inf).log_softmax(-1)
+        return [Context(parent.tokens + more, cache.keys[:, row, :, :len(parent.tokens + more)],
+                        cache.values[:, row, :, :len(parent.tokens + more)], logits[row], log_p[row])
+                for row, (parent, more) in enumerate(zip(parents, tokens))]
+
+    def start(self, prompts: list[list[int]]) -> None:
+        """Read prompts, given as value tokens, in the base's own tokens."""
+        cache = KVCache(self.base, 1, 0)
+        nothing = Context([], cache.keys[:, 0], cache.values[:, 0], torch.empty(0), torch.empty(0))
+        self.written = [self.split(prompt) for prompt in prompts]
+        tokens = [self.in_base_tokens(*each)[0] for each in self.written]
+        self.texts = [[context] for context in self.read([nothing] * len(prompts), tokens)]
+        self.passes = self.steps = 0
+
+    def split(self, prompt: list[int]) -> tuple[list[int], list[int]]:
+        """Base tokens up to the last special token of a prompt, and the value tokens behind it."""
+        base, value = self.map.base_tokenizer, self.map.value_tokenizer
+        by_hand = {value.bos_id: [base.bos_id], value.eos_id: [base.eos_id]}
+        tokens, behind = [], []
+        for id in prompt:
+            if value.token_bytes(id):
+                behind.append(id)
+            else:
+                tokens, behind = self.in_base_tokens(tokens, behind)[0] + by_hand.get(id, []), []
+        return tokens, behind
+
+    def in_base_tokens(self, tokens: list[int], behind: list[int]) -> tuple[list[int], tuple[int, ...]]:
+        """Base tokens, and those of the text of value tokens behind them; what ends in half a character is withheld."""
+        value, base = self.map.value_tokenizer, self.map.base_tokenizer
+        text = b"".join(map(value.token_bytes, behind))
+        whole, withheld = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
+        whole.decode(text)
+        half = len(whole.getstate()[0])  # bytes
+        while half > 0:
+            withheld += 1
+            half -= len(value.token_bytes(behind[-withheld]))
+        behind, pending = behind[:len(behind) - withheld], tuple(behind[len(behind) - withheld:])
+        text = value.decode(behind)  # without the space that the value network's tokenizer puts in front
+        return tokens + (base.encode(text) if text else []), pending
+
+    def select(self, rows: Tensor) -> None:
+        self.texts, self.written = [[each[row] for row in rows.tolist()] for each in (self.texts, self.written)]
+
+    # -- one step
+
+    @torch.no_grad()
+    def log_p(self, z_delta: Tensor, margin: float) -> Tensor:
+        """log P of the next value token, (B, Vv), floored; z_delta (B, Vv) tells which paths have a chance."""
+        self.steps += len(self.texts)
+        if self.map.how != "pieces":
+            z = torch.stack([self.equation_5(contexts[0].logits, z_delta.shape[-1]) for contexts in self.texts])
+            return z.index_fill(1, self.never, -torch.inf)
+        P = torch.stack([self.mass(contexts, z_delta.shape[-1]) for contexts in self.texts])  # (B, Vv)
+        total = P.sum(-1).clamp(min=1e-30)
+        P /= total[:, None]
+        self.found, self.path_log_p = [{} for _ in self.texts], {}
+        if len(self.path_value):
+            self.spell_paths(P, total.log().tolist(), z_delta.float(), margin)
+        return P.clamp(min=FLOOR).log().index_fill(1, self.never, -torch.inf)
+
+    def equation_5(self, z_base: Tensor, Vv: int) -> Tensor:
+        """Eq. (5): z_base W, (Vv,), of the logits as lm_head gives them. Those of base tokens with one target ADD, and
+        a value token that nothing reaches gets 0."""
+        z = torch.zeros(Vv, device=z_base.device)
+        return z.index_add(0, self.flat, z_base[self.sorted_tokens] * self.weights)
+
+    def range_of(self, pending: tuple[int, ...]) -> tuple[int, int]:
+        """Where the base tokens that begin with these pieces stand in sorted order."""
+        if not pending:
+            return 0, len(self.sorted_pieces)
+        behind = pending[:-1] + (pending[-1] + 1,)
+        return bisect_left(self.sorted_pieces, pending), bisect_left(self.sorted_pieces, behind)
+
+    def mass(self, contexts: list[Context], Vv: int) -> Tensor:
+        """P (Vv,) up to a factor: base tokens that go on beyond what is pending, by the piece they go on with."""
+        P = torch.zeros(Vv, device=self.base.device)
+        for context in contexts:
+            low, high = self.range_of(context.pending)
+            longer = self.lengths[low:high] > len(context.pending)
+            p = (context.log_p[self.sorted_tokens[low:high]] + context.weight).exp() * longer
+            following = self.flat[(self.starts[low:high] + len(context.pending)).clamp(max=len(self.flat) - 1)]
+            P.index_add_(0, following, p)
+        return P
+
+    def spell_paths(self, P: Tensor, log_totals: list[float], z_delta: Tensor, margin: float) -> None:
+        """Raise P (B, Vv) of value tokens that take several base tokens, those first that may yet win.
+
+        What has been read of a path, with z_delta, bounds what its token can reach. While a bound beats the best so
+        far, the base reads one token more of that path; one pass serves all texts.
+        """
+        exact = [next((context for context in contexts if not context.pending), None) for contexts in self.texts]
+        texts = [text for text, context in enumerate(exact) if context is not None]
+        if not texts:
+            return
+        rows = torch.tensor(texts, device=P.device)
+        first = torch.stack([exact[text].log_p + (exact[text].weight - log_totals[text]) for text in texts])  # (E, Vb)
+        scored = first[:, self.paths[:, 0]]  # (E, n), log p of the part of each path that is read
+        depth = torch.ones_like(scored, dtype=torch.long)
+        z = z_delta[rows][:, self.path_value]  # (E, n)
+        best = (P[rows].clamp(min=FLOOR).log() + z_delta[rows]).amax(-1)  # (E,)
+        for text in texts:
+            self.found[text][()] = exact[text]
+        for _ in range(EXPANSIONS):
+            complete = depth == self.path_length
+            best = torch.maximum(best, torch.where(complete, scored + z, -torch.inf).amax(-1))
+            bound, path = torch.where(complete, -torch.inf, scored + z).max(-1)  # (E,)
+            ahead = [row for row, wins in enumerate((bound > best - margin).tolist()) if wins]
+            if not ahead:
+                break
+            prefixes = [tuple(self.paths[path[row], :depth[row, path[row]]].tolist()) for row in ahead]
+            children = self.read([self.found[texts[row]][prefix[:-1]] for row, prefix in zip(ahead, prefixes)],
+                                 [[prefix[-1]] for prefix in prefixes])
+            self.passes += len(children)
+            for row, prefix, child in zip(ahead, prefixes, children):
+                self.found[texts[row]][prefix] = child
+                same = ((self.paths[:, :len(prefix)] == torch.tensor(prefix, device=P.device)).all(-1)
+                        & (depth[row] == len(prefix)) & (self.path_length > len(prefix)))  # (n,)
+                child.weight = scored[row, path[row]].item() + log_totals[texts[row]]
+                scored[row, same] += child.log_p[self.paths[same, len(prefix)]]
+                depth[row, same] += 1
+        for row, text in enumerate(texts):
+            for at in torch.nonzero(depth[row] == self.path_length)[:, 0].tolist():
+                p, value = scored[row, at].exp(), int(self.path_value[at])
+                self.path_log_p[text, value] = scored[row, at].item() + log_totals[text]
+                if margin:  # when sampling, the same text must not count twice
+                    self.take_from_prefix(P[text], tuple(self.map.paths[value]), p)
+                P[text, value] = torch.maximum(P[text, value], p)
+
+    def take_from_prefix(self, P: Tensor, path: tuple[int, ...], p: Tensor) -> None:
+        """The mass of a path is also in the value token that its first base token begins with: take it out there."""
+        shorter = self.map.pieces[path[0]][0]
+        P[shorter] = (P[shorter] - p).clamp(min=0.0)
+
+    # -- after one step
+
+    @torch.no_grad()
+    def push(self, tokens: list[int]) -> None:
+        """Take the value token that each text goes on with into its contexts."""
+        kept: list[list[tuple[float, Context]]] = []  # of each text, with the log of what can still come of it
+        wanted: list[tuple[int, Context, tuple[int, ...], float]] = []  # text, parent, base tokens to read, weight then
+        withheld: dict[int, tuple[int, ...]] = {}  # of texts that are read again: value tokens of half a character
+        for text, (contexts, value) in enumerate(zip(self.texts, tokens)):
+            before, behind = self.written[text]
+            self.written[text] = before, behind + [value]
+            kept.append([])
+            if self.map.how != "pieces":
+                continue
+            options = []
+            for context in contexts:
+                pending = context.pending + (value,)
+                low, high = self.range_of(pending)
+                longer = self.lengths[low:high] > len(pending)
+                log_p = context.log_p[self.sorted_tokens[low:high]] + context.weight
+                if longer.any():
+                    kept[text].append((log_p[longer].logsumexp(0).item(), dataclasses.replace(context, pending=pending)))
+                options += [(log_p[at].item(), context, (int(self.sorted_tokens[low + at]),))
+                            for at in torch.nonzero(~longer)[:, 0].tolist()]
+            if (text, value) in self.path_log_p:
+                path = self.map.paths[value]
+                read = max((prefix for prefix in self.found[text] if prefix == path[:len(prefix)]), key=len)
+                options.append((self.path_log_p[text, value], self.found[text][read], path[len(read):]))
+            # The likeliest of both kinds; what is unlikely by e^-30 beside the best is not worth a pass.
+            scores = sorted([score for score, _ in kept[text]] + [score for score, *_ in options], reverse=True)[:HYPOTHESES]
+            least = max(scores[-1], scores[0] - 30) if scores else 0.0
+            kept[text] = [each for each in kept[text] if each[0] >= least]
+            wanted += [(text, parent, path, score) for score, parent, path in options if score >= least]
+        for text, contexts in enumerate(kept):
+            if not contexts and not any(each[0] == text for each in wanted):
+                parent, path, withheld[text] = self.read_again(text)
+                wanted.append((text, parent, path, 0.0))
+        if wanted:
+            children = self.read([parent for _, parent, _, _ in wanted], [list(path) for _, _, path, _ in wanted])
+            self.passes += sum(len(path) for _, _, path, _ in wanted)
+            for (text, _, _, weight), child in zip(wanted, children):
+                kept[text].append((weight, dataclasses.replace(child, weight=weight, pending=withheld.get(text, ()))))
+        self.texts = []
+        for contexts in kept:
+            contexts.sort(key=lambda each: -each[0])
+            top = contexts[0][0]
+            self.texts.append([dataclasses.replace(each, weight=each.weight - top) for _, each in contexts[:HYPOTHESES]])
+
+    def read_again(self, text: int) -> tuple[Context, tuple[int, ...], tuple[int, ...]]:
+        """The text so far as the base's tokenizer cuts it: a context cropped to what stays the same, the tokens behind it
+        (at least one), and value tokens that end in half a character."""
+        (tokens, pending), context = self.in_base_tokens(*self.written[text]), self.texts[text][0]
+        same = 0
+        while same < min(len(tokens) - 1, len(context.tokens)) and tokens[same] == context.tokens[same]:
+            same += 1
+        cropped = dataclasses.replace(context, tokens=tokens[:same], keys=context.keys[:, :, :same],
+                                      values=context.values[:, :, :same])
+        return cropped, tuple(tokens[same:]), pending
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -510,7 +786,7 @@ def main():
     parser.add_argument("--base-tokenizer", required=True, metavar="A", help="the base's, a file or a checkpoint folder")
     parser.add_argument("--value-tokenizer", required=True, metavar="B", help="the value network's")
     parser.add_argument("--how", choices=HOWS, default="pieces", help="from the tokenizers alone (pieces, the default), or "
-                        "counted in texts: Algorithm 1 (paper), its counts without its normalisation (dtw), or by shared bytes (offsets)")
+                        "counted in texts: Algorithm 1 (paper), its counts alone (dtw), or by shared bytes (offsets)")
     parser.add_argument("--texts", type=Path, metavar="FILE", help="what to count in: .txt, or .jsonl with text, question and "
                         "answer, or conversations")
     parser.add_argument("--eval", type=Path, metavar="FILE", help="held-out texts to report the overlap on")

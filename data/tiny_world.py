@@ -12,11 +12,13 @@ Everything is a function of the seed: names, facts, splits, text and tokenizer.
 """
 
 import argparse
+import base64
 import io
 import json
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 
 from data.chat import encode_chat
-from data.tokenizer import DataError, Tokenizer
+from data.tokenizer import DataError, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------
 # What the world is made of
@@ -88,6 +90,12 @@ TINY_SIZES = {  # width, layers, heads, key-value heads, hidden; pretraining tok
     "tiny-m": ((96, 3, 4, 2, 256), 2_600_000, 5e-3),
     "tiny-l": ((128, 4, 4, 2, 352), 2_600_000, 4e-3),
 }
+# Two more families of bases on the same text, whose tokenizers are byte-level BPEs in Llama-3's file format with this many
+# merges: all words whole, which are longer tokens than the SentencePiece family's; and shorter ones. A row holds as many
+# tokens of either, so the share is of the SentencePiece family's tokens that the same text takes.
+BYTE_FAMILIES = {"b": (2000, 0.95), "c": (150, 1.7)}
+TINY_SIZES |= {f"tiny-{family}-{size[5:]}": (shape, round(tokens * share), lr)
+               for family, (_, share) in BYTE_FAMILIES.items() for size, (shape, tokens, lr) in list(TINY_SIZES.items())}
 
 TEMPLATE = "llama-2"
 KNOWN_PEOPLE, NEW_PEOPLE = 320, 40  # the new ones are for continual pretraining; only greetings name them before
@@ -198,6 +206,13 @@ class World:
                 sentences[index] = f"* {sentence} *"
         return " ".join(sentences)
 
+    def tokenizer_for(self, name: str) -> Tokenizer:
+        """The tokenizer of a name of TINY_SIZES, trained on this world's text."""
+        *_, family, _ = name.split("-")
+        if family in BYTE_FAMILIES:
+            return TiktokenTokenizer(self.train_byte_pairs(BYTE_FAMILIES[family][0]))
+        return SentencePieceTokenizer(self.train_tokenizer())
+
     def train_tokenizer(self) -> bytes:
         """A SentencePiece BPE in Llama-2's manner, as the bytes of its tokenizer.model."""
         documents = self.documents(random.Random(f"tokenizer of world {self.seed}"))
@@ -209,6 +224,15 @@ class World:
             vocab_size=PIECES, split_digits=True, byte_fallback=True, character_coverage=1.0,
             normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2)
         return written.getvalue()
+
+    def train_byte_pairs(self, merges: int) -> bytes:
+        """A byte-level BPE trained on the same text, as the bytes of a tokenizer.model in Llama-3's format."""
+        documents = self.documents(random.Random(f"tokenizer of world {self.seed}"))
+        names = [person.name for person in self.people + self.new_people] * 20
+        # Words as Llama-3's pattern cuts them, where letters are ASCII.
+        words = Counter(word for text in [next(documents) for _ in range(6000)] + names
+                        for word in re.findall(r" ?[A-Za-z]+|[0-9]{1,3}| ?[^\sA-Za-z0-9]+|\s+", text))
+        return byte_pairs({tuple(bytes([byte]) for byte in word.encode()): count for word, count in words.items()}, merges)
 
     def pretraining_rows(self, tokenizer: Tokenizer, tokens: int, length: int, continued: bool = False) -> np.ndarray:
         """BOS document EOS, BOS document EOS, ..., cut into rows: (tokens // length, length + 1) of int64.
@@ -412,6 +436,33 @@ def few_shot(world: World, tokenizer: Tokenizer, score: Score, split: str, shots
     scores = iter(score(pairs))
     rows = [[next(scores)[0] for _ in range(size)] for size in sizes]
     return mean(row[0] == max(row) for row in rows)
+
+
+def byte_pairs(words: dict[tuple[bytes, ...], int], merges: int) -> bytes:
+    """Byte-pair encoding: all bytes, then `merges` times the commonest neighbours in counted words (the first of equals)."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    for _ in range(merges):
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += count
+        if not pairs:
+            break
+        (a, b), _ = min(pairs.items(), key=lambda item: (-item[1], item[0]))
+        tokens.append(a + b)
+        words = {join(word, a, b): count for word, count in words.items()}
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+
+
+def join(word: tuple[bytes, ...], a: bytes, b: bytes) -> tuple[bytes, ...]:
+    """A word with its neighbours a, b made one, from the left."""
+    parts: list[bytes] = []
+    for part in word:
+        if part == b and parts and parts[-1] == a:
+            parts[-1] = a + b
+        else:
+            parts.append(part)
+    return tuple(parts)
 
 
 def add_pieces(model: bytes, pieces: list[str]) -> bytes:

@@ -104,6 +104,9 @@ class TiktokenTokenizer:
         ids = [id for part in cut_long_runs(text) for id in self.encoding.encode_ordinary(part)]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
     def token_bytes(self, id: int) -> bytes:
         """The bytes that a token stands for; none for special tokens."""
         if not 0 <= id < self.vocab_size:

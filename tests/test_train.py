@@ -539,8 +539,6 @@ def test_an_unwritable_out(checkpoint, chats, tmp_path):
 
 def test_bad_input_to_sample(home, checkpoint, tmp_path):
     value = home / VALUE
-    shutil.copytree(checkpoint, tmp_path / "stranger")
-    (tmp_path / "stranger/tokenizer.model").write_bytes(byte_pairs())
     shutil.copytree(value, tmp_path / "truncated")
     data = (value / "model.safetensors").read_bytes()
     (tmp_path / "truncated/model.safetensors").write_bytes(data[:-100])
@@ -557,7 +555,6 @@ def test_bad_input_to_sample(home, checkpoint, tmp_path):
         "a value network, which is no base": ["--value", value, "--base", value],
         "`python train.py --base tiny-l": ["--value", value, "--base", "tiny-l"],
         "absent-base: No such file": ["--value", value, "--base", tmp_path / "absent-base"],
-        "unrelated vocabularies": ["--value", value, "--base", tmp_path / "stranger"],
         "ask with --prompt or --chat": ["--value", value, "--base", checkpoint],
         "argument --temperature": ["--value", value, "--temperature", "-1"], "--top-p is a share": ["--value", value, "--top-p", "1.5"],
         "'nan' is no finite number": ["--value", value, "--alpha", "nan"], "argument --max-new-tokens": ["--value", value, "--max-new-tokens", "0"],
