@@ -35,7 +35,8 @@ from vocab_map import MARGIN, Mapped, VocabMap, build
 class Guided:
     """A base with or without a value network or proxy, and the KV caches of all of them. Eq. (3) at each step."""
 
-    def __init__(self, base: Llama, value: ValueModel | ProxyDelta | None = None, vocab_map=None, alpha: float = 1.0):
+    def __init__(self, base: Llama, value: ValueModel | ProxyDelta | None = None, vocab_map: VocabMap | None = None,
+                 alpha: float = 1.0):
         self.base, self.value, self.alpha = base, value, alpha
         self.llamas = [base] if value is None else [base, *value.llamas]
         # Tokens from here on are never said: some network cannot read them, or the tokenizer has no text for them.
@@ -82,7 +83,9 @@ class Guided:
         return self._combined(tokens, self.caches)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """z_post (B, T, Vb) of whole sequences tokens (B, T), without caches."""
+        """z_post (B, T, Vb) of whole sequences tokens (B, T), without caches and without a vocabulary map."""
+        if self.mapped:
+            raise ValueError("through a vocabulary map there are only steps")
         return self._combined(tokens, None)
 
     def _mapped_step(self, tokens: Tensor) -> Tensor:

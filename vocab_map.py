@@ -103,11 +103,15 @@ class PieceCosts:
         longest = max(1, self.lengths.max())
         padded = b"".join(name.ljust(longest, b"\0") for name in self.names)
         self.bytes = np.frombuffer(padded, dtype=np.uint8).reshape(-1, longest)
+        code = np.arange(2**16)
+        self.cost = np.where(code & self.CONTAINS, (code & ~self.CONTAINS) * 0.1, code.astype(np.float64))
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin with no pair computed."""
         self.table = np.full((256, 256), self.UNKNOWN, dtype=np.uint16)  # value pieces seen so far by base pieces
         self.places = [np.full(len(self.names), -1) for _ in range(2)]  # where a piece stands in the table
         self.used = [0, 0]
-        code = np.arange(2**16)
-        self.cost = np.where(code & self.CONTAINS, (code & ~self.CONTAINS) * 0.1, code.astype(np.float64))
 
     def of_texts(self, values: list[np.ndarray], bases: list[np.ndarray]
                  ) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
@@ -125,17 +129,19 @@ class PieceCosts:
         places = self.place(0, pieces[0]), self.place(1, pieces[1])
         codes = self.table[places]
         if len(unknown := np.flatnonzero(codes == self.UNKNOWN)):
-            keys = pieces[0][unknown] * len(self.names) + pieces[1][unknown]
-            first = unknown[np.unique(keys, return_index=True)[1]]
-            for some in np.array_split(first, len(first) // 2**17 + 1):
-                self.table[places[0][some], places[1][some]] = self.measure(pieces[0][some], pieces[1][some])
+            keys = np.sort(pieces[0][unknown] * len(self.names) + pieces[1][unknown])
+            keys = keys[np.diff(keys, prepend=-1) > 0]  # each pair once; np.unique takes ten times as long
+            for some in np.array_split(keys, len(keys) // 2**17 + 1):
+                a, b = np.divmod(some, len(self.names))
+                self.table[self.places[0][a], self.places[1][b]] = self.measure(a, b)
             codes = self.table[places]
         return self.cost[codes], row_index, column_index
 
     def place(self, axis: int, pieces: np.ndarray) -> np.ndarray:
         """Where pieces stand in the table, which grows by what it has not seen."""
-        place = self.places[axis]
-        new = np.unique(pieces[place[pieces] < 0])
+        place, wanted = self.places[axis], np.zeros(len(self.names), dtype=bool)
+        wanted[pieces] = True
+        new = np.flatnonzero(wanted & (place < 0))
         place[new] = self.used[axis] + np.arange(len(new))
         self.used[axis] += len(new)
         if self.used[axis] > self.table.shape[axis]:
@@ -147,43 +153,50 @@ class PieceCosts:
         return place[pieces]
 
     def measure(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Codes (K,) of pairs of pieces a (K,), b (K,).
-
-        Levenshtein's distance by Myers' bit-parallel algorithm (1999; in Hyyro's form). A column of the usual table is two
-        words of 64 bits: where the distance goes up by one from row to row, and where down. One byte of all texts is
-        read at a time, the longest texts first, so that the unfinished ones stand together.
-        """
+        """Codes (K,) of pairs of pieces a (K,), b (K,)."""
         shorter = self.lengths[a] <= self.lengths[b]
-        pattern, text = np.where(shorter, a, b), np.where(shorter, b, a)  # along the bits, and read byte by byte
+        pattern, text = np.where(shorter, a, b), np.where(shorter, b, a)
+        height, length = self.lengths[pattern], self.lengths[text]
+        distance = np.where(height == 0, length, 0)
+        for word, low, high in ((np.uint8, 1, 8), (np.uint64, 9, 64)):
+            if len(group := np.flatnonzero((low <= height) & (height <= high))):
+                distance[group] = self.bit_parallel(pattern[group], text[group], word)
+        for pair in np.flatnonzero(height > 64):  # rare enough for the loop
+            distance[pair] = levenshtein(self.names[pattern[pair]], self.names[text[pair]])
+        contains = distance == length - height  # the pattern's bytes come in the text in this order; all together?
+        for pair in np.flatnonzero(contains & (height > 1) & (distance > 0)):
+            contains[pair] = self.names[pattern[pair]] in self.names[text[pair]]
+        return (distance + contains * self.CONTAINS).astype(np.uint16)
+
+    def bit_parallel(self, pattern: np.ndarray, text: np.ndarray, word: type) -> np.ndarray:
+        """Levenshtein's distance (K,) of pieces pattern (K,) to pieces text (K,), by Myers' algorithm (1999; in Hyyro's form).
+
+        A column of the usual table is two words with a bit for each byte of the pattern: where the distance goes up by one
+        from row to row, and where down. One byte of all texts is read at a time, the longest texts first, so that the
+        unfinished ones stand together.
+        """
         order = np.argsort(-self.lengths[text], kind="stable")
         pattern, text = pattern[order], text[order]
-        height, length = self.lengths[pattern], self.lengths[text]
+        length, one = self.lengths[text], word(1)
         distinct, which = np.unique(pattern, return_inverse=True)
-        masks = np.zeros((len(distinct), 256), dtype=np.uint64)  # for each byte, the places where the pattern has it
+        masks = np.zeros((len(distinct), 256), dtype=word)  # for each byte, the places where the pattern has it
         for row, piece in enumerate(distinct):
-            for place, byte in enumerate(self.names[piece][:64]):
-                masks[row, byte] |= np.uint64(1 << place)
-        one, last = np.uint64(1), (np.maximum(height, 1) - 1).astype(np.uint64)
-        up, down = np.full(len(order), 2**64 - 1, dtype=np.uint64), np.zeros(len(order), dtype=np.uint64)
-        distance = height.copy()
+            for place, byte in enumerate(self.names[piece]):
+                masks[row, byte] |= word(1 << place)
+        last = (self.lengths[pattern] - 1).astype(word)
+        up, down, distance = np.full_like(last, ~word(0)), np.zeros_like(last), self.lengths[pattern].astype(np.int16)
         for column in range(length[0]):
             K = int(np.searchsorted(-length, -column))  # texts longer than that
             P, N = up[:K], down[:K]
             equal = masks[which[:K], self.bytes[text[:K], column]]
             diagonal = (((equal & P) + P) ^ P) | equal | N
             right, left = N | ~(diagonal | P), diagonal & P
-            distance[:K] += ((right >> last[:K]) & one).astype(np.int64) - ((left >> last[:K]) & one).astype(np.int64)
+            distance[:K] += ((right >> last[:K]) & one).astype(np.int16) - ((left >> last[:K]) & one).astype(np.int16)
             right, left = (right << one) | one, left << one
             up[:K], down[:K] = left | ~(diagonal | right), right & diagonal
-        distance[height == 0] = length[height == 0]
-        for pair in np.flatnonzero(height > 64):  # a column is longer than a word: rare enough for the loop
-            distance[pair] = levenshtein(self.names[pattern[pair]], self.names[text[pair]])
-        contains = distance == length - height  # the pattern's bytes come in the text in this order; all together?
-        for pair in np.flatnonzero(contains & (height > 1) & (distance > 0)):
-            contains[pair] = self.names[pattern[pair]] in self.names[text[pair]]
-        codes = np.empty(len(order), dtype=np.uint16)
-        codes[order] = distance + contains * self.CONTAINS
-        return codes
+        found = np.empty(len(order), dtype=np.int64)
+        found[order] = distance
+        return found
 
 
 def align(base_ids: list[list[int]], value_ids: list[list[int]], costs: PieceCosts) -> list[np.ndarray]:

@@ -6,12 +6,12 @@
 
 from pathlib import Path
 
-from paper import fig2, fig3, norm, table1, table2, table4
+from paper import appendix_b, fig2, fig3, fig4, norm, table1, table2, table4
 from paper.networks import NETWORKS, Kept
 from paper.report import OURS, STAND_INS, Results, draw, machine, parse_arguments, results_of, section_text, table, today, verdict
 from sample import run_cli
 
-SCRIPTS = [fig2, fig3, norm, table1, table2, table4]  # in the paper's order
+SCRIPTS = [fig2, fig3, norm, table1, table2, fig4, table4]  # in the paper's order
 
 METRICS = {  # what each is, and how its stand-in differs
     "exact": ("the whole answer right, in the form asked for, and ended", "answers are short, and checked rather than judged"),
@@ -59,8 +59,9 @@ standard deviation over the seeds, on evaluation people, by whom nothing was cho
 questions about facts and 72 sums, so a single seed's number has a sampling error of about 3 points for facts and 6 for
 sums.
 
-tiny-s stands for TinyLlama-1.1B, tiny-m for Llama-2-7B, tiny-l for Llama-2-13B or 70B, and tiny-m pretrained further for
-CodeLlama-7B. Bigger bases have also read somewhat more text here. What stands for the paper's columns:
+tiny-s stands for TinyLlama-1.1B, tiny-m for Llama-2-7B, tiny-l for Llama-2-13B or 70B, tiny-m pretrained further for
+CodeLlama-7B, and tiny-b-l and tiny-c-l, with tokenizers of their own, for Llama-3-8B. Bigger bases have also read somewhat
+more text here. What stands for the paper's columns:
 
 {table(["the paper's column", "here", "what it is", "how it differs"], metrics)}
 
@@ -70,9 +71,10 @@ Each claim is printed with its gap on each seed, in points.
 
 {overview(results)}
 
-Not here yet: Table 3 (inference costs) and Figure 4 (another vocabulary).
+Not here yet: Table 3 (inference costs).
 
-{sections}"""
+{sections}
+{appendix_b.section(seeds)}"""
 
 
 def main():

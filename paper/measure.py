@@ -12,36 +12,49 @@ from data.tokenizer import load_tokenizer
 from ivl import ProxyDelta, ValueModel
 from model import Llama
 from paper.networks import Kept, networks_of, parts_of
-from sample import Guided, UsageError, examine, generate, non_negative_int, pick_device, run_cli, score, world_of
+from sample import Guided, UsageError, generate, non_negative_int, pick_device, run_cli, score, world_of
+from vocab_map import build, read_texts
 
 
 def load(system: str, kept: Kept, device: str) -> tuple[Guided, object]:
-    """The system, and the tokenizer that all its networks can read."""
-    base, plug, alpha = parts_of(system)
+    """The system, and the tokenizer that all its networks can read; with a vocabulary map, the value network's."""
+    base, plug, alpha, how = parts_of(system)
     folders = [kept.home / network for network in networks_of(system)]
     networks = [Llama.from_pretrained(folders[0], torch.float32, device)]
     if plug.startswith("proxy-"):
         networks.append(ProxyDelta(*(Llama.from_pretrained(folder, torch.float32, device) for folder in folders[1:])))
     elif plug:
         networks.append(ValueModel.from_pretrained(folders[1], torch.float32, device))
-    tokenizer = min(map(load_tokenizer, folders), key=lambda each: each.vocab_size)
+    tokenizers = [load_tokenizer(folder) for folder in folders]
+    if how:  # counted, if at all, in what the value network learnt from
+        vocab_map = build(*tokenizers, how, read_texts(kept.home / "demonstrations.jsonl"))
+        return Guided(*networks, vocab_map, alpha), tokenizers[1]
+    tokenizer = min(tokenizers, key=lambda each: each.vocab_size)
     guided = Guided(*networks, alpha=alpha)
     guided.readable = min(guided.readable, tokenizer.vocab_size)
     return guided, tokenizer
 
 
 def measure(system: str, kept: Kept, device: str) -> dict[str, float]:
-    """data/tiny_world.py's metrics, the same on people whom only continual pretraining names, and 2-shot choices."""
+    """data/tiny_world.py's metrics, the same on people whom only continual pretraining names, and 2-shot choices.
+
+    Through a vocabulary map, the first alone, and how many passes of the base a token took.
+    """
     guided, tokenizer = load(system, kept, device)
     world = world_of(kept.home / networks_of(system)[0])
+    base_passes = []
 
     def answer(prompts):
-        return generate(guided, prompts, max_new_tokens=48)
+        answers = generate(guided, prompts, max_new_tokens=48)
+        base_passes.append(guided.mapped.passes / guided.mapped.steps if guided.mapped else 1.0)
+        return answers
 
     def likelihood(pairs):
         return score(guided, pairs)
 
-    metrics = examine(guided, world, tokenizer, "evaluation")
+    metrics = evaluate(world, tokenizer, answer, likelihood, "evaluation")
+    if guided.mapped:
+        return metrics | {"base passes": base_passes[0]}
     new = evaluate(world, tokenizer, answer, likelihood, "new evaluation")
     return metrics | {
         "2-shot": few_shot(world, tokenizer, likelihood, "evaluation"),

@@ -2,8 +2,8 @@
 
 Every network is trained by a command of train.py that anybody can type, in a process of its own with one thread;
 every system, a base alone or with something plugged in, is measured once on the evaluation people. A system has a
-name such as "tiny-l", "tiny-l + value-residual-tiny-s", "tiny-l + value-residual-tiny-s x 0.5" (alpha) or
-"tiny-l + proxy-tiny-s" (proxy tuning).
+name such as "tiny-l", "tiny-l + value-residual-tiny-s", "tiny-l + value-residual-tiny-s x 0.5" (alpha),
+"tiny-l + proxy-tiny-s" (proxy tuning) or "tiny-b-l + value-residual-tiny-m via pieces" (a vocabulary map of that kind).
 """
 
 import json
@@ -35,12 +35,19 @@ VALUE, S, M, L = "value-residual-tiny-s", "tiny-s", "tiny-m", "tiny-l"
 CONTINUED, INFINITY, CURRICULUM = "tiny-m-continued", "value-infinity-tiny-s", f"{VALUE}-on-tiny-s-tiny-m"
 NORMS = [0.03, 0.1, 0.3, 1.0]  # lambda; 1.0 is Table 5's, and the "norm" of every table
 NORM = f"{VALUE}-l1-1"
+ON_M = "value-residual-tiny-m"
+CURRICULUM_M = f"{ON_M}-on-tiny-s-tiny-m"
+FOREIGN = ["tiny-b", "tiny-c"]  # families of bases with another tokenizer
 
 ON_S = "--base tiny-s --value --no-full"
 ON_INFINITY = "--base tiny-s --value --data {home}/infinity.jsonl --steps 1500 --out {home}/"
 NETWORKS = {  # the longest first, so that two processes end at about the same time
+    "tiny-c-l": Network("--base tiny-c-l", (), 360),
+    "tiny-c-m": Network("--base tiny-c-m", (), 220),
+    "tiny-b-l": Network("--base tiny-b-l", (), 200),
     L: Network("--base tiny-l", (), 210),
     M: Network("--base tiny-m", (), 130),
+    "tiny-b-m": Network("--base tiny-b-m", (), 125),
     S: Network("--base tiny-s", (), 80),
     CONTINUED: Network("--base tiny-m --continue", (M,), 45),
     INFINITY: Network(ON_INFINITY + INFINITY, (S,), 65),
@@ -52,27 +59,31 @@ NETWORKS = {  # the longest first, so that two processes end at about the same t
     VALUE: Network(ON_S, (S,)),
     **{f"{VALUE}-l1-{l1:g}": Network(f"{ON_S} --l1 {l1:g}", (S,)) for l1 in NORMS},
     CURRICULUM: Network("--base tiny-s tiny-m --value --no-full", (S, M), 28),
-    "value-residual-tiny-m": Network("--base tiny-m --value --no-full", (M,), 35),
-    "value-residual-tiny-m-l1-1": Network("--base tiny-m --value --no-full --l1 1", (M,), 35),
+    ON_M: Network("--base tiny-m --value --no-full", (M,), 35),
+    f"{ON_M}-l1-1": Network("--base tiny-m --value --no-full --l1 1", (M,), 35),
+    CURRICULUM_M: Network("--base tiny-s tiny-m --value tiny-m --no-full", (S, M), 32),
     "value-residual-tiny-m-on-tiny-s": Network("--base tiny-s --value tiny-m --no-full", (S, M), 30),
     "value-residual-scratch-on-tiny-s": Network("--base tiny-s --value scratch --no-full", (S,)),
     "value-residual-scratch-tiny-m-on-tiny-s": Network("--base tiny-s --value scratch:tiny-m --no-full", (S,), 30),
     "value-cascade-tiny-s": Network(f"{ON_S} --scheme cascade", (S,)),
     "value-cascade+-tiny-s": Network(f"{ON_S} --scheme cascade+", (S,)),
+    **{f"full-{family}-l": Network(f"--base {family}-l --full", (f"{family}-l",), 45) for family in FOREIGN},
+    **{f"value-residual-{family}-m": Network(f"--base {family}-m --value --no-full", (f"{family}-m",), 35) for family in FOREIGN},
     **{f"value-probe-{base}": Network(f"--base {base} --value --no-full --scheme probe", (base,)) for base in (S, M, L)},
 }
 
 
-def parts_of(system: str) -> tuple[str, str, float]:
-    """Base, what is plugged in ("" for nothing), and alpha."""
+def parts_of(system: str) -> tuple[str, str, float, str]:
+    """Base, what is plugged in ("" for nothing), alpha, and how the vocabulary map is made ("" for none)."""
+    system, _, how = system.partition(" via ")
     base, _, rest = system.partition(" + ")
     plug, _, alpha = rest.partition(" x ")
-    return base, plug, float(alpha or 1)
+    return base, plug, float(alpha or 1), how
 
 
 def networks_of(system: str) -> list[str]:
     """The folders that a system is made of."""
-    base, plug, _ = parts_of(system)
+    base, plug, *_ = parts_of(system)
     if plug.startswith("proxy-"):
         small = plug.removeprefix("proxy-")
         return [base, f"full-{small}", small]

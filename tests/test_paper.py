@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import re
 import sys
 import time
@@ -14,12 +15,14 @@ import pytest
 
 import train
 from data.tiny_world import World
-from paper import fig2, networks, report, table1, table2, table4
+from data.tokenizer import load_tokenizer
+from paper import appendix_b, fig2, networks, report, table1, table2, table4
 from paper.__main__ import METRICS, SCRIPTS, document
 from paper.networks import NETWORKS, Job, Kept, jobs_for, make, networks_of, parts_of, with_needs
 from paper.report import STAND_INS, between, percent, table, verdict
 from sample import UsageError, run_cli
 from tests.test_train import inside
+from vocab_map import build, overlap
 
 PAPER = Path(__file__).parents[2] / "shared" / "paper.txt"
 
@@ -40,8 +43,9 @@ def test_cells_and_tables():
 
 
 def test_names_of_systems():
-    assert parts_of("tiny-l") == ("tiny-l", "", 1.0)
-    assert parts_of("tiny-l + value-cascade+-tiny-s x 0.5") == ("tiny-l", "value-cascade+-tiny-s", 0.5)
+    assert parts_of("tiny-l") == ("tiny-l", "", 1.0, "")
+    assert parts_of("tiny-l + value-cascade+-tiny-s x 0.5") == ("tiny-l", "value-cascade+-tiny-s", 0.5, "")
+    assert parts_of("tiny-b-l + value-residual-tiny-m via paper") == ("tiny-b-l", "value-residual-tiny-m", 1.0, "paper")
     assert networks_of("tiny-l + proxy-tiny-s") == ["tiny-l", "full-tiny-s", "tiny-s"]
     assert networks_of("tiny-l + value-residual-tiny-s x 2") == ["tiny-l", "value-residual-tiny-s"]
     assert with_needs(["full-tiny-m-continued"]) == ["tiny-m", "tiny-m-continued", "full-tiny-m-continued"]
@@ -168,7 +172,7 @@ def lucky_results(seeds: int):
     luck, values = np.random.default_rng(0), {}
 
     def results(system, metric):
-        assert system in results.allowed and (metric in METRICS or metric in ("new 2-shot", "passes"))
+        assert system in results.allowed and (metric in METRICS or metric in ("new 2-shot", "passes", "base passes"))
         return values.setdefault((system, metric), luck.random(seeds))
 
     results.allowed = {system for script in SCRIPTS for system in script.SYSTEMS}
@@ -179,8 +183,10 @@ def lucky_results(seeds: int):
 def test_every_section_can_be_written_from_its_own_systems(seeds, tmp_path, monkeypatch):
     results = lucky_results(seeds)
     everything = results.allowed
-    assert {network for system in everything for network in networks_of(system)} == set(NETWORKS)  # none is trained for nothing
+    used = with_needs(network for system in everything for network in networks_of(system))
+    assert used == list(NETWORKS)  # none is trained for nothing
     monkeypatch.setattr(fig2, "failures", lambda: "")
+    monkeypatch.setattr(appendix_b, "section", lambda seeds: "")  # it would train tokenizers
     monkeypatch.chdir(tmp_path)
     for script in SCRIPTS:
         results.allowed = set(script.SYSTEMS)
@@ -198,7 +204,7 @@ def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     for script in SCRIPTS:
         report.draw(script, lucky_results(3), tmp_path)
-    assert {path.name for path in tmp_path.glob("*.png")} == {"fig2.png", "fig3.png", "norm.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"fig2.png", "fig3.png", "fig4.png", "norm.png"}
 
 
 def test_without_matplotlib_there_are_no_pictures_and_it_says_so(tmp_path, monkeypatch, capsys):
@@ -215,6 +221,27 @@ def test_the_committed_results_are_whole():
             assert claim.says in text
     assert "--seeds 3" in text and "no verdict" not in text
     assert all((Path(report.__file__).parent / name).is_file() for name in re.findall(r"\]\((\S+\.png)\)", text))
+
+
+def test_overlaps_of_tokenizers_given_as_files(tmp_path, monkeypatch, capsys):
+    world = World(0)
+    (tmp_path / "b").write_bytes(world.train_byte_pairs(40))
+    (tmp_path / "s").write_bytes(world.train_tokenizer())
+    texts = [document for document, _ in zip(world.documents(random.Random(0)), range(12))]
+    (tmp_path / "texts.txt").write_text("\n\n".join(texts))
+    command = ["appendix_b", "--base-tokenizer", tmp_path / "b", "--value-tokenizer", tmp_path / "s", "--texts", tmp_path / "texts.txt"]
+    for lines, status in ((5, 0), (7, 2)):
+        monkeypatch.setattr(sys, "argv", [*map(str, command), "--lines", str(lines)])
+        try:
+            run_cli(appendix_b.main)
+        except SystemExit as ended:
+            assert ended.code == status == 2 and "12 texts, which is not twice 7" in capsys.readouterr().err
+        else:
+            header, _, forward, backward = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in header.split("|")[2:-1]] == appendix_b.ROWS and "| b / s " in forward and "| s / b " in backward
+    pieces = build(load_tokenizer(tmp_path / "s"), load_tokenizer(tmp_path / "b")).pieces
+    found = overlap(texts[5:10], load_tokenizer(tmp_path / "s"), load_tokenizer(tmp_path / "b"), pieces)
+    assert backward.split("|")[-2].split(", ")[1].strip() == f"{100 * found:.1f}"
 
 
 def test_claims_are_gaps_over_seeds():
