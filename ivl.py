@@ -8,6 +8,7 @@ changes them. Only the value network learns; afterwards it is plugged into other
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,10 +40,11 @@ def combine(z_base: Tensor, z_delta: Tensor, alpha: float = 1.0) -> Tensor:
     tokens that it lacks, and what it has beyond Vb is dropped.
     """
     Vb, Vv = z_base.shape[-1], z_delta.shape[-1]
-    z_delta = alpha * z_delta[..., :Vb]
-    if Vv < Vb:
+    if Vv > Vb:
+        z_delta = z_delta[..., :Vb]
+    elif Vv < Vb:
         z_delta = F.pad(z_delta, (0, Vb - Vv))
-    return z_base.detach() + z_delta
+    return torch.add(z_base.detach(), z_delta, alpha=alpha)
 
 
 def ivl_loss(z_base: Tensor | None, z_delta: Tensor, labels: Tensor, l1: float = 0.0
@@ -347,6 +349,44 @@ def loss_and_gradient(z_base: Tensor | None, z_delta: Tensor, labels: Tensor, co
         loss, stats = plain_loss(z_base, z_delta, labels, count, l1)
         gradient = torch.autograd.grad(loss, z_delta)[0] if with_gradient else None
     return loss.detach(), stats, gradient
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Attribution (Section 3.1, advantage 1): is it pre-training or post-training that says a token?
+
+
+@dataclass
+class Attribution:
+    """Who decided on a token. Shares p are before top_p and at temperature 1; z_delta is in nats, times alpha."""
+
+    token: int
+    decided: str  # "base": it would have said the same. "value": it would not. "chance": sampling chose neither's first
+    base_token: int  # the base's own first choice
+    p_base: float  # how likely the base alone finds the token that was said
+    p_post: float  # and with z_delta
+    z_delta: float  # of that token
+    size: float  # mean |z_delta|
+    kl: float  # KL(p_post || p_base) in nats: how far z_delta has moved the base at this token
+    pushed: int  # the token with the largest z_delta, likely or not
+    raised: list[tuple[int, float, float, float]]  # tokens that gained most: token, p_base, p_post, z_delta
+    lowered: list[tuple[int, float, float, float]]  # that lost most
+
+
+def attribute(z_base: Tensor, z_delta: Tensor, token: int, alpha: float = 1.0, count: int = 4) -> Attribution:
+    """Who decided on `token`, which was picked by z_base (Vb,) and z_delta (Vv,); `count` raised and lowered ones at most."""
+    z_base = z_base.float()  # (Vb,)
+    z_delta = combine(torch.zeros_like(z_base), z_delta.float(), alpha)  # (Vb,)
+    log_base, log_post = z_base.log_softmax(-1), (z_base + z_delta).log_softmax(-1)
+    p_base, p_post = log_base.exp(), log_post.exp()
+    first, first_post = int(p_base.argmax()), int(p_post.argmax())
+    gain = p_post - p_base
+    most, least = [(sign * gain).topk(min(count, len(gain))).indices.tolist() for sign in (1, -1)]
+    raised, lowered = [[(id, *(each[id].item() for each in (p_base, p_post, z_delta))) for id in ids if gain[id].abs() > 0.0005]
+                       for ids in ([id for id in most if gain[id] > 0], [id for id in least if gain[id] < 0])]
+    kl = torch.where(p_post > 0, p_post * (log_post - log_base), 0.0).sum().clamp(min=0).item()
+    return Attribution(token, "base" if token == first else "value" if token == first_post else "chance", first,
+                       p_base[token].item(), p_post[token].item(), z_delta[token].item(), z_delta.abs().mean().item(), kl,
+                       int(z_delta.argmax()), raised, lowered)
 
 
 # ---------------------------------------------------------------------------------------------------------

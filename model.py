@@ -28,6 +28,8 @@ from torch.utils.checkpoint import checkpoint
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used as it is; the message says which file, what is wrong, and what to do."""
 
+    exit_status = 2
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Configuration
@@ -161,13 +163,20 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
     return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
 
 
+def cos_and_sin(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (..., F) by which `rotate` turns what stands at positions (...); sin's first half has its sign changed."""
+    angles = positions[..., None] * frequencies  # (..., F/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + F/2) of x (B, heads, T, F) by the angles whose cos and sin are (B, 1, T, F).
+    """Turn the pairs (i, i + F/2) of x (..., F) by the angles of cos_and_sin.
 
     Hugging Face weights are already permuted for this "rotate-half" pairing.
     """
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return x * cos + torch.cat((second, first), dim=-1) * sin
 
 
 class RMSNorm(nn.Module):
@@ -177,9 +186,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()  # the mean square of bf16 numbers is taken in fp32
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        """weight * x / sqrt(mean(x^2) + eps): one kernel on a GPU, in fp32 within it whatever x's dtype."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -198,7 +206,6 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, F)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, F)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, F)
-        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, S, F)
@@ -247,20 +254,41 @@ class Trunk(nn.Module):
                 ) -> Tensor:
         """tokens (B, T), or embeds (B, T, D) in their place -> hidden states (B, T, D)."""
         x = self.embed_tokens(tokens) if embeds is None else embeds  # (B, T, D)
-        B, T, _ = x.shape
-        steps = torch.arange(T, device=x.device)
-        positions = steps[None] if cache is None else cache.lengths[:, None] + steps  # (1 or B, T)
-        mask = None if cache is None else cache.mask(positions)
-        self.frequencies = self.frequencies.to(x.device)
-        angles = positions[:, None, :, None] * self.frequencies  # (1 or B, 1, T, F/2)
-        angles = torch.cat((angles, angles), dim=-1)  # (1 or B, 1, T, F)
-        cos, sin = angles.cos(), angles.sin()
+        T = x.shape[1]
+        if cache is None:
+            self.frequencies = self.frequencies.to(x.device)
+            cos, sin = cos_and_sin(torch.arange(T, device=x.device), self.frequencies)  # (T, F)
+            cos, sin, mask = cos.to(x.dtype), sin.to(x.dtype), None
+        else:
+            cos, sin, mask = cache.begin(T)
+            if T == 1 and cache.weights and not torch.is_grad_enabled():
+                return self.one_token(x[:, 0], cos, sin, mask, cache)[:, None]
         forgetful = self.gradient_checkpointing and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
             arguments = x, cos, sin, mask, cache, index
             x = checkpoint(layer, *arguments, use_reentrant=False) if forgetful else layer(*arguments)
         if cache is not None:
             cache.advance(T)
+        return self.norm(x)
+
+    def one_token(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "KVCache") -> Tensor:
+        """The layers for one token of each row, x (B, D): the same operations without modules around them.
+
+        A pass of a small network takes as long as its Python, and here there is half as much of it.
+        """
+        B, K, width = len(x), cache.keys.shape[2], cache.keys.shape[4]
+        cos, sin = cos.view(-1, 1, width), sin.view(-1, 1, width)  # (1 or B, 1, F)
+        for layer, (norm, q_proj, k_proj, v_proj, o_proj, second_norm, gate, up, down) in enumerate(cache.weights):
+            h = norm(x)  # (B, D)
+            heads = torch.cat((F.linear(h, q_proj), F.linear(h, k_proj)), dim=-1).view(B, -1, width)  # (B, H + K, F)
+            heads = rotate(heads, cos, sin)
+            keys, values = cache.append(layer, heads[:, -K:, None], F.linear(h, v_proj).view(B, K, 1, width))  # (B, K, S, F)
+            q = heads[:, :-K].view(B, K, -1, width)  # heads that share keys stand in for positions, so none is copied
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)  # (B, K, H / K, F)
+            x = x + F.linear(y.reshape(B, -1), o_proj)
+            h = second_norm(x)
+            x = x + F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)
+        cache.advance(1)
         return self.norm(x)
 
 
@@ -338,7 +366,11 @@ class KVCache:
     """Keys and values of past positions, preallocated for `capacity` positions of `batch` rows.
 
     `lengths (B,)` lives on the device, and rows may differ: prompts of different length are fed padded on the
-    right and then cropped to their true lengths; the next tokens overwrite the padding.
+    right and then set to their true lengths; the next tokens overwrite the padding.
+
+    A pass reads what is stored, up to the longest row, which the host knows as `used`, so nothing asks the device.
+    With a `window` it reads that many positions whatever is stored, and finds its place by `lengths` alone: then
+    it is the same operations on the same memory each time, which a GPU can record once and replay.
     """
 
     def __init__(self, model: Llama, batch: int, capacity: int):
@@ -347,42 +379,76 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)  # (layers, B, K, capacity, F)
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=model.device)  # (B,)
-        self.used = 0  # the longest row as the host knows it, so that no step has to ask the device
+        cos, sin = cos_and_sin(torch.arange(capacity, device=model.device), model.model.frequencies.to(model.device))
+        self.cos, self.sin = cos.to(model.dtype), sin.to(model.dtype)  # (capacity, F)
+        self.weights = weights_of(model.model.layers)
+        self.window: int | None = None
+        self.set_lengths([0] * batch)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    def set_lengths(self, lengths: list[int]) -> None:
+        """Say how many positions of each row are stored."""
+        self.lengths.copy_(torch.tensor(lengths))
+        self.used, self.level = max(lengths), min(lengths) == max(lengths)  # level: all rows are equally long
+
+    def begin(self, T: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Before a pass over T tokens: cos and sin of their positions, (T, F) or (B, 1, T, F), and which stored keys each
+        may see, (B, 1, T, S); None for all of them or, in an empty cache, plain causal."""
+        device, end = self.lengths.device, self.used + T
+        if end > self.capacity:
+            raise ValueError(f"KV cache of {self.capacity} positions is full")
+        self.stored = end if self.window is None else self.window
+        self.in_step = self.level and self.window is None
+        if self.in_step and (T == 1 or self.used == 0):
+            return self.cos[self.used:end], self.sin[self.used:end], None
+        self.rows = torch.arange(len(self.lengths), device=device)[:, None]  # (B, 1)
+        self.positions = self.lengths[:, None] + torch.arange(T, device=device)  # (B, T)
+        mask = torch.arange(self.stored, device=device) <= self.positions[:, :, None]  # (B, T, S)
+        return self.cos[self.positions][:, None], self.sin[self.positions][:, None], mask[:, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, K, T, F) behind each row's length; return everything stored (B, K, S, F)."""
-        T, end = k.shape[2], self.used + k.shape[2]
-        if end > self.keys.shape[3]:
-            raise ValueError(f"KV cache of {self.keys.shape[3]} positions is full")
-        if self.used == 0:  # an empty cache: one slice, and the keys in hand are all there are
-            self.keys[layer, :, :, :T], self.values[layer, :, :, :T] = k, v
-            return k, v
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]  # (B, 1)
-        columns = self.lengths[:, None] + torch.arange(T, device=k.device)  # (B, T)
-        self.keys[layer].transpose(1, 2)[rows, columns] = k.transpose(1, 2)
-        self.values[layer].transpose(1, 2)[rows, columns] = v.transpose(1, 2)
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def mask(self, positions: Tensor) -> Tensor | None:
-        """Which stored keys each query may see: (B, 1, T, S) for positions (B, T); None for plain causal."""
-        if self.used == 0:
-            return None
-        stored = torch.arange(self.used + positions.shape[1], device=positions.device)  # (S,)
-        return (stored <= positions[:, :, None])[:, None]
+        """Store k and v (B, K, T, F) of this pass behind each row's length; return what it reads (B, K, S, F)."""
+        for store, new in ((self.keys[layer], k), (self.values[layer], v)):
+            if self.in_step:
+                store[:, :, self.used:self.stored] = new
+            else:
+                store.transpose(1, 2)[self.rows, self.positions] = new.transpose(1, 2)
+        return self.keys[layer, :, :, :self.stored], self.values[layer, :, :, :self.stored]
 
     def advance(self, steps: int) -> None:
         self.lengths += steps
         self.used += steps
 
-    def crop(self, lengths: Tensor) -> None:
-        """Forget what lies beyond `lengths (B,)`: padding, or drafted tokens that were rejected."""
-        self.lengths = torch.minimum(self.lengths, lengths.to(self.lengths.device))
-        self.used = int(self.lengths.max())
+    def crop(self, lengths: Tensor | int) -> None:
+        """Forget what lies beyond `lengths` (B,), or one length for all rows: padding, or rejected drafts."""
+        if isinstance(lengths, int) and self.level:  # the host need not ask
+            self.lengths.clamp_(max=lengths)
+            self.used = min(self.used, lengths)
+        else:
+            self.set_lengths(torch.minimum(self.lengths, torch.as_tensor(lengths, device=self.lengths.device)).tolist())
 
     def select(self, rows: Tensor) -> None:
         """Keep the rows named by `rows (B',)`, in that order; a row named twice is forked."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.lengths = self.lengths[rows]
+        self.set_lengths(self.lengths.tolist())
+
+
+def weights_of(layers: nn.ModuleList) -> list[tuple] | None:
+    """What Trunk.one_token reads of each layer; None if some layer is not as it stands above: sharded, or changed by you."""
+    found = []
+    for layer in layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+                   mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        if [type(each) for each in (layer, attention, mlp, *linears)] != [Block, Attention, MLP] + [nn.Linear] * 7:
+            return None
+        q, k, v, o, gate, up, down = [linear.weight for linear in linears]
+        found.append((layer.input_layernorm, q, k, v, o, layer.post_attention_layernorm, gate, up, down))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------

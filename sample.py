@@ -9,22 +9,23 @@
 
 import argparse
 import math
-import os
-import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
 from data.chat import TEMPLATES, Turn, default_template, encode_chat, end_token, is_unicode
-from data.tiny_world import TEMPLATE, TINY_SIZES, World, evaluate, prompt_text
-from data.tokenizer import DataError, StreamDecoder, Tokenizer, load_tokenizer
-from ivl import ProxyDelta, ValueModel, check_recorded, check_same_family, combine, is_same_family, read_info
+from data.cli import (ArgumentParser, UsageError, any_float, non_negative_float, non_negative_int, number, pick_device,
+                      positive_float, positive_int, run_cli)
+from data.tiny_world import TEMPLATE, TINY_SIZES, World, evaluate, print_metrics, prompt_text, world_of
+from data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from ivl import (Attribution, ProxyDelta, ValueModel, attribute, check_recorded, check_same_family, combine, is_same_family,
+                 read_info)
 from model import CheckpointError, KVCache, Llama, read_json
 from vocab_map import MARGIN, Mapped, VocabMap, build
 
@@ -33,7 +34,11 @@ from vocab_map import MARGIN, Mapped, VocabMap, build
 
 
 class Guided:
-    """A base with or without a value network or proxy, and the KV caches of all of them. Eq. (3) at each step."""
+    """A base with or without a value network or proxy, and the KV caches of all of them. Eq. (3) at each step.
+
+    On a GPU a step of a few tokens is captured as a CUDA graph, base and value network in one, and replayed from then on.
+    After a step, z_base and z_delta (B, T, Vb and Vv) are what z_post was made of; they and z_post last until the next.
+    """
 
     def __init__(self, base: Llama, value: ValueModel | ProxyDelta | None = None, vocab_map: VocabMap | None = None,
                  alpha: float = 1.0):
@@ -47,10 +52,19 @@ class Guided:
                 raise ValueError(f"scheme {value.scheme} reads the base's logits over its own vocabulary, and here are others")
             self.mapped, self.llamas = Mapped(base, vocab_map), value.llamas
             self.readable = min(value.vocab_size, vocab_map.value_tokenizer.vocab_size)
+        self.captures = base.device.type == "cuda" and self.mapped is None
         self.caches: list[KVCache] = []
+        self.graphs: dict[tuple[int, ...], Graph] = {}
 
     def allocate(self, batch: int, capacity: int) -> None:
         """Begin anew, with empty caches for `capacity` positions of `batch` rows."""
+        if self.captures:  # graphs go with the memory that they were captured on: keep it where it is large enough
+            capacity = window(capacity)
+            if self.caches and self.caches[0].capacity >= capacity and len(self.caches[0].lengths) == batch:
+                for cache in self.caches:
+                    cache.set_lengths([0] * batch)
+                return
+        self.graphs = {}
         self.caches = [KVCache(llama, batch, capacity) for llama in self.llamas]
 
     def start(self, prompts: list[list[int]], max_new_tokens: int, greedy: bool = True) -> Tensor:
@@ -58,10 +72,10 @@ class Guided:
         if self.mapped:
             self.mapped.start(prompts)
             self.margin, self.begun = 0.0 if greedy else MARGIN, False
-        lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.base.device)  # (B,)
-        self.allocate(len(prompts), int(lengths.max()) + max_new_tokens)
-        if lengths.any():
-            padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+        lengths = [len(prompt) - 1 for prompt in prompts]
+        self.allocate(len(prompts), max(lengths) + max_new_tokens)
+        if any(lengths):
+            padded = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
             for row, prompt in enumerate(prompts):
                 padded[row, :len(prompt) - 1] = torch.tensor(prompt[:-1])
             padded = padded.to(self.base.device)
@@ -71,7 +85,7 @@ class Guided:
                 for llama, cache in zip(self.llamas, self.caches):
                     llama.model(padded, cache)  # the trunk alone: nobody needs these logits
             for cache in self.caches:
-                cache.crop(lengths)
+                cache.set_lengths(lengths)
         return torch.tensor([prompt[-1:] for prompt in prompts], device=self.base.device)
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -80,6 +94,8 @@ class Guided:
             self.allocate(len(tokens), min(llama.config.max_position_embeddings for llama in self.llamas))
         if self.mapped:
             return self._mapped_step(tokens)
+        if self.captures and tokens.shape[1] <= LONGEST_CAPTURED:
+            return self._captured_step(tokens)
         return self._combined(tokens, self.caches)
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -88,28 +104,93 @@ class Guided:
             raise ValueError("through a vocabulary map there are only steps")
         return self._combined(tokens, None)
 
+    def _combined(self, tokens: Tensor, caches: list[KVCache] | None) -> Tensor:
+        self.z_base = self.base(tokens, caches and caches[0])  # (B, T, Vb)
+        self.z_delta = None if self.value is None else self.value(tokens, self.z_base, caches and caches[1:])  # (B, T, Vv)
+        return self.post(self.z_base, self.z_delta)
+
+    def post(self, z_base: Tensor, z_delta: Tensor | None) -> Tensor:
+        """z_post (..., Vb), with -inf for what is never said."""
+        z = z_base if z_delta is None else combine(z_base, z_delta, self.alpha)  # Eq. (3)
+        if self.readable < z.shape[-1]:
+            z[..., self.readable:] = -torch.inf
+        return z
+
+    def _captured_step(self, tokens: Tensor) -> Tensor:
+        """_combined as a CUDA graph: no Python, and no word between host and device, until it is done."""
+        B, T = tokens.shape
+        key = B, T, min(window(self.caches[0].used + T), self.caches[0].capacity)
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(tokens, key[-1])
+        graph = self.graphs[key]
+        graph.tokens.copy_(tokens)
+        graph.replay()
+        for cache in self.caches:  # the graph has moved the lengths on the device
+            cache.used += T
+        self.z_base, self.z_delta = graph.z_base, graph.z_delta
+        return graph.z_post
+
+    def _capture(self, tokens: Tensor, window: int) -> "Graph":
+        """A graph of the step for tokens of this shape, with caches read up to `window` positions."""
+        tokens = tokens.clone()  # the graph reads this memory each time
+        for cache in self.caches:
+            cache.window = window
+        if not self.graphs:  # once in earnest, so that libraries are loaded and have their work space
+            self._combined(tokens, self.caches)
+            for cache in self.caches:
+                cache.advance(-tokens.shape[1])
+        replay, z_post = capture(lambda: self._combined(tokens, self.caches))
+        for cache in self.caches:  # capturing has told the host of a step that did not happen
+            cache.used -= tokens.shape[1]
+            cache.window = None
+        return Graph(tokens, self.z_base, self.z_delta, z_post, replay)
+
     def _mapped_step(self, tokens: Tensor) -> Tensor:
-        """step with a vocabulary map: tokens (B, 1) and z_post (B, 1, Vv) are the value network's."""
+        """step with a vocabulary map: tokens (B, 1) and z_post (B, 1, Vv) are the value network's, and z_base is log P."""
         if self.begun:  # the base has read the whole prompt before
             self.mapped.push(tokens[:, 0].tolist())
         self.begun = True
-        z_delta = self.alpha * self.value(tokens, None, self.caches)[:, -1].float()  # (B, Vv)
-        z = self.mapped.log_p(z_delta, self.margin) + z_delta
-        z[:, self.readable:] = -torch.inf
-        return z[:, None]
+        self.z_delta = self.value(tokens, None, self.caches)[:, -1:].float()  # (B, 1, Vv)
+        self.z_base = self.mapped.log_p(self.alpha * self.z_delta[:, 0], self.margin)[:, None]  # (B, 1, Vv)
+        return self.post(self.z_base, self.z_delta)
 
-    def _combined(self, tokens: Tensor, caches: list[KVCache] | None) -> Tensor:
-        z = self.base(tokens, caches and caches[0])  # (B, T, Vb)
-        if self.value is not None:
-            z = combine(z, self.value(tokens, z, caches and caches[1:]), self.alpha)  # Eq. (3)
-        return z if self.readable == z.shape[-1] else z.index_fill(
-            -1, torch.arange(self.readable, z.shape[-1], device=z.device), -torch.inf)
+    def attribute(self, token: int) -> Attribution:
+        """Who decided on `token`, which was picked after the last step in the first row: the base or what guides it."""
+        return attribute(self.z_base[0, -1, :self.readable], self.z_delta[0, -1], token, self.alpha)
 
     def select(self, rows: Tensor) -> None:
+        self.graphs = {}
         for cache in self.caches:
             cache.select(rows)
         if self.mapped:
             self.mapped.select(rows)
+
+
+LONGEST_CAPTURED = 32  # tokens of a step: longer ones, whole prompts, keep a GPU busy as they are
+
+
+def window(length: int) -> int:
+    """How many positions a captured step reads of its caches: the next power of two, and at least 256."""
+    return max(256, 1 << (length - 1).bit_length())
+
+
+@dataclass
+class Graph:
+    """A captured step: it reads `tokens` and writes the others, at the same addresses each time."""
+
+    tokens: Tensor
+    z_base: Tensor
+    z_delta: Tensor | None
+    z_post: Tensor
+    replay: Callable[[], None]
+
+
+def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Record what `step` would do on the GPU, without doing it; return what replays it, and where its result will be."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result
 
 
 @torch.inference_mode()
@@ -121,13 +202,9 @@ def generate(guided: Guided, prompts: list[list[int]], *, max_new_tokens: int, t
     temperature 0 is greedy. Each prompt has a random stream of its own, so a sampled answer does not depend on the
     prompts beside it. stop_ids default to the base's eos. on_token(prompt, token) is called as tokens come.
     """
-    if not prompts or not all(prompts):
-        raise ValueError("generate needs at least one prompt, and at least one token in each")
-    if stop_ids is None:
-        eos = guided.mapped.map.value_tokenizer.eos_id if guided.mapped else guided.base.config.eos_token_id
-        stop_ids = set(eos) if isinstance(eos, list) else {eos}
-    noise = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
-                         for number in range(len(prompts))]).to(guided.base.device)  # (B, max_new_tokens)
+    check_prompts(prompts)
+    stop_ids = guided_stop_ids(guided) if stop_ids is None else stop_ids
+    noise = torch.stack([uniform(seed, number, max_new_tokens) for number in range(len(prompts))]).to(guided.base.device)
     outputs: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))  # which prompt each row of the batch belongs to
     alive = [True] * len(prompts)
@@ -151,18 +228,48 @@ def generate(guided: Guided, prompts: list[list[int]], *, max_new_tokens: int, t
     return outputs
 
 
+def check_prompts(prompts: list[list[int]]) -> None:
+    if not prompts or not all(prompts):
+        raise ValueError("generate needs at least one prompt, and at least one token in each")
+
+
+def guided_stop_ids(guided: Guided) -> set[int]:
+    """The end of a text for the base or, through a vocabulary map, for the value network."""
+    eos = guided.mapped.map.value_tokenizer.eos_id if guided.mapped else guided.base.config.eos_token_id
+    return set(eos) if isinstance(eos, list) else {eos}
+
+
+def uniform(seed: int, number: int, *shape: int) -> Tensor:
+    """Numbers from [0, 1), the random stream of prompt `number`."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
+
+
 def pick(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> Tensor:
     """Next tokens (B,) from logits (B, V): the arg-max, or by noise (B,) uniform in [0, 1) from the nucleus top_p."""
+    return logits.argmax(-1) if temperature == 0 else draw(probabilities(logits, temperature, top_p), noise)
+
+
+def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """How likely each token is to be picked: (B, V) from logits (B, V); all of it on the arg-max at temperature 0."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits.float() - logits.max(-1, keepdim=True).values.float()  # so that no temperature overflows
-    p, tokens = F.softmax(logits / temperature, dim=-1).sort(-1, descending=True)  # (B, V)
+    p = F.softmax(logits / temperature, dim=-1)  # (B, V)
+    if top_p < 1:
+        largest, tokens = p.sort(-1, descending=True)
+        before = largest.cumsum(-1) - largest
+        p = p.scatter(-1, tokens, largest.masked_fill(before >= top_p, 0))  # it stays if those before do not reach top_p
+        p = p / p.sum(-1, keepdim=True)
+    return p
+
+
+def draw(p: Tensor, noise: Tensor) -> Tensor:
+    """Tokens (B,): where noise (B,) falls in the cumulative sum of p (B, V), which need not sum to 1."""
     total = p.cumsum(-1)
-    p = p.masked_fill(total - p >= top_p, 0)  # a token stays if those before it do not reach top_p
-    total = p.cumsum(-1)
-    chosen = (total <= noise[:, None] * total[:, -1:]).sum(-1)  # where the noise falls in the cumulative sum
-    chosen = torch.minimum(chosen, (p > 0).sum(-1) - 1)  # rounding must not choose what has no share
-    return tokens.gather(-1, chosen[:, None])[:, 0]
+    below = (total <= noise[:, None] * total[:, -1:]) & (total < total[:, -1:])
+    tokens = below.sum(-1, keepdim=True)  # (B, 1)
+    # Rounding must not choose what has no share.
+    return torch.where(p.gather(-1, tokens) > 0, tokens, p.argmax(-1, keepdim=True))[:, 0]
 
 
 @torch.inference_mode()
@@ -198,33 +305,166 @@ def score(guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: 
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Speculative decoding: guidance by a value network makes a small base draft what a big one will say
+
+
+class Speculative:
+    """A guided base whose tokens are drafted `ahead` (K) at a time, by a small base with the same value network.
+
+    In the residual scheme z_delta depends on the text alone. What drafting computed of it serves the big base too:
+    it reads K tokens in one pass, and the value network none again. Of the drafted tokens those before the first rejected one
+    stand, and one is drawn in that one's place. Text comes out as `guided` would write it: greedy, the same
+    tokens; sampled, from the same distribution (Leviathan et al. 2023; Chen et al. 2023).
+
+    ValueError for a scheme that reads the base's logits, for a vocabulary map, and for a draft of too few tokens.
+    """
+
+    def __init__(self, guided: Guided, draft: Llama, ahead: int):
+        if guided.mapped:
+            raise ValueError("through a vocabulary map, tokens are not the base's, so it cannot verify several in one pass")
+        scheme = getattr(guided.value, "scheme", "residual")
+        if scheme != "residual":
+            raise ValueError(f"a {scheme} reads the base's logits, so what it says beside the drafting base is not what it says "
+                             "beside the big one, and nothing of drafting could be used again; a residual one can speculate")
+        self.guided, self.ahead = guided, ahead
+        self.drafting, self.verifying = Guided(draft, guided.value, alpha=guided.alpha), Guided(guided.base)
+        if self.drafting.readable < guided.readable:
+            raise ValueError(f"the drafting base reads {self.drafting.readable} tokens, and the other one {guided.readable}")
+        self.drafting.readable = guided.readable
+        self.tried, self.accepted = [0] * ahead, [0] * ahead  # drafted tokens that came to a verdict, by position
+        self.rounds = 0
+
+    @property
+    def base(self) -> Llama:
+        return self.guided.base
+
+    def start(self, prompt: list[int], max_new_tokens: int) -> Tensor:
+        self.drafting.start([prompt], max_new_tokens)
+        return self.verifying.start([prompt], max_new_tokens)  # (1, 1)
+
+    def round(self, last: Tensor, noise: Tensor, ahead: int, temperature: float, top_p: float) -> list[int]:
+        """The next 1 to K tokens behind `last` (1, 1), with noise (2, K + 1) to draft by and to judge by; K is `ahead`."""
+        length, V = self.verifying.caches[0].used, self.guided.readable
+        tokens, z_delta, q = [last], [], []
+        for k in range(ahead):
+            z = self.drafting.step(tokens[-1])[:, -1, :V]  # (1, V)
+            q.append(probabilities(z, temperature, top_p))
+            z_delta.append(self.drafting.z_delta.clone() if self.drafting.captures else self.drafting.z_delta)
+            tokens.append(draw(q[-1], noise[0, k:k + 1])[:, None])
+        z_base = self.verifying.step(torch.cat(tokens[:-1], dim=1))  # (1, K, Vb), one pass
+        z = self.guided.post(z_base, torch.cat(z_delta, dim=1))[0, :, :V]  # (K, V), Eq. (3)
+        p, q, drafted = probabilities(z, temperature, top_p), torch.cat(q), torch.cat(tokens[1:])  # (K, V), (K, V), (K, 1)
+        stands = noise[1, :ahead, None] * q.gather(-1, drafted) < p.gather(-1, drafted)  # with probability min(1, p / q)
+        count = stands.cumprod(0).sum()  # those before the first that does not stand
+        row = count.clamp(max=ahead - 1)
+        rest = (p[row] - q[row]).clamp(min=0)  # what the draft offered too rarely
+        rest = torch.where(rest.sum() > 0, rest, p[row])  # p = q but for rounding
+        instead = draw(rest[None], noise[1, -1:])
+        count, *said = torch.cat((count[None], drafted[:, 0], instead)).tolist()  # the only word from device to host
+        self.rounds += 1
+        for k in range(min(count + 1, ahead)):
+            self.tried[k] += 1
+            self.accepted[k] += k < count
+        for cache in [*self.drafting.caches, *self.verifying.caches]:
+            cache.crop(length + min(count + 1, ahead))
+        return said[:count] + said[-1:] * (count < ahead)
+
+
+@torch.inference_mode()
+def speculate(speculative: Speculative, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0,
+              top_p: float = 1.0, seed: int = 0, stop_ids: set[int] | None = None,
+              on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
+    """generate by speculation, one prompt after the other."""
+    check_prompts(prompts)
+    stop_ids = guided_stop_ids(speculative.guided) if stop_ids is None else stop_ids
+    outputs: list[list[int]] = [[] for _ in prompts]
+    for row, (prompt, output) in enumerate(zip(prompts, outputs)):
+        noise = uniform(seed, row, max_new_tokens, 2, speculative.ahead + 1).to(speculative.base.device)
+        last = speculative.start(prompt, max_new_tokens)  # (1, 1)
+        while (left := max_new_tokens - len(output)) and not (output and output[-1] in stop_ids):
+            for token in speculative.round(last, noise[len(output)], min(speculative.ahead, left), temperature, top_p):
+                output.append(token)
+                if on_token:
+                    on_token(row, token)
+                if token in stop_ids:
+                    break
+            last = torch.tensor([output[-1:]], device=last.device)
+    return outputs
+
+
+@torch.inference_mode()
+def pass_seconds(speculative: Speculative, prompt: list[int], ahead: int, repeats: int = 15) -> tuple[float, float, float]:
+    """Median seconds behind a prompt: a plain guided token, a drafted one, and the big base's pass over `ahead` tokens."""
+    last = speculative.start(prompt, ahead + 1)
+    speculative.guided.start([prompt], ahead + 1)
+    passes = (speculative.guided, last), (speculative.drafting, last), (speculative.verifying, last.expand(1, ahead))
+    seconds: list[list[float]] = [[], [], []]
+    for _ in range(repeats + 2):  # the first two warm up
+        for taken, (guided, tokens) in zip(seconds, passes):
+            length = guided.caches[0].used
+            started = time.perf_counter()
+            draw(probabilities(guided.step(tokens)[:, -1], 0.0, 1.0), torch.zeros(1, device=last.device)).item()
+            taken.append(time.perf_counter() - started)
+            for cache in guided.caches:
+                cache.crop(length)
+    return tuple(sorted(taken[2:])[repeats // 2] for taken in seconds)
+
+
+def expected_rounds(length: int, acceptance: list[float]) -> float:
+    """Rounds that an answer of `length` tokens takes, where the draft for position k of a round stands with acceptance[k].
+
+    A round brings j tokens when j - 1 stand and the next does not, or all K: 1 + a_1 + a_1 a_2 + ... in the mean,
+    less what it drafts beyond the answer's end.
+    """
+    reaches = [math.prod(acceptance[:k]) for k in range(len(acceptance))] + [0.0]  # that it brings more than k tokens
+    rounds = [0.0]  # for 0, 1, ... tokens
+    for n in range(1, length + 1):
+        rounds.append(1 + sum((reaches[j - 1] - reaches[j]) * rounds[n - j] for j in range(1, min(n, len(acceptance) + 1))))
+    return rounds[length]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Attribution: what the base would have said, and what the value network made of it
+
+
+def token_name(tokenizer: Tokenizer, token: int) -> str:
+    """A token for a person to read, with its spaces made visible."""
+    text = tokenizer.token_bytes(token).decode("utf-8", "replace")
+    if not text:
+        return "[end]" if token in (tokenizer.eos_id, tokenizer.end_of_turn_id) else f"[{token}]"
+    return "".join("␣" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def print_attributions(tokenizer: Tokenizer, records: list[Attribution]) -> None:
+    """A line for each token, those at which the value network decided with a mark."""
+    def moved(each: list[tuple[int, float, float, float]]) -> str:
+        return ", ".join(f"{token_name(tokenizer, id)} {after - before:+.2f}" for id, before, after, _ in each[:2])
+
+    rows = [["", "said", "base alone", "decided", "p base", "p both", "z_delta", "|z_delta|", "raised", "lowered"]]
+    for each in records:
+        rows.append(["*" * (each.decided == "value"), token_name(tokenizer, each.token), token_name(tokenizer, each.base_token),
+                     each.decided, f"{each.p_base:.3f}", f"{each.p_post:.3f}", f"{each.z_delta:+.1f}", f"{each.size:.1f}",
+                     moved(each.raised), moved(each.lowered)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("    " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print(f"    {count_decisions(records)}")
+
+
+def count_decisions(records: list[Attribution]) -> str:
+    base, value, chance = [sum(each.decided == who for each in records) for who in ("base", "value", "chance")]
+    return (f"of {len(records)} tokens the base agreed with {base}, the value network overruled it at {value}"
+            + f", chance chose {chance}" * bool(chance))
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The tiny world
-
-
-def world_of(path: str | Path) -> World | None:
-    """The tiny world that a finished folder of train.py comes from; None for anything else."""
-    try:
-        record = read_json(Path(path) / "train.json")
-    except (OSError, CheckpointError):
-        return None
-    # The world's own seed, which is not the run's when --seed differs from that of the base.
-    named = re.fullmatch(r"tiny-world (\d{1,10})", str(record.get("data")))
-    return World(int(named[1])) if named else None
 
 
 def examine(guided: Guided, world: World, tokenizer: Tokenizer, split: str = "development") -> dict[str, float]:
     """The tiny world's metrics (data/tiny_world.py, evaluate) of a base or a guided base."""
     return evaluate(world, tokenizer, lambda prompts: generate(guided, prompts, max_new_tokens=48),
                     lambda pairs: score(guided, pairs), split)
-
-
-def print_metrics(systems: dict[str, dict[str, float]]) -> None:
-    names = list(next(iter(systems.values())))
-    width = max(map(len, systems)) + 2
-    print(" " * width + "".join(f"{name:>8}" for name in names))
-    for system, metrics in systems.items():
-        shown = ["-" if metrics[name] is None else f"{metrics[name]:.3f}" for name in names]
-        print(f"{system:{width}}" + "".join(f"{text:>8}" for text in shown))
 
 
 def show_world(world: World, systems: dict[str, tuple[Guided, Tokenizer]], count: int = 6) -> None:
@@ -255,90 +495,7 @@ def show_world(world: World, systems: dict[str, tuple[Guided, Tokenizer]], count
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Command line, shared with train.py
-
-
-class UsageError(ValueError):
-    """Something that a user asked for and cannot have; the message says what to do instead."""
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse, but a mistake is told in one line."""
-
-    def error(self, message):
-        raise UsageError(f"{message} (see --help)")
-
-
-def run_cli(main: Callable[[], None]) -> None:
-    """Run a script; a user's mistake is one line on stderr and status 2, a bug of ours keeps its traceback."""
-    for stream in (sys.stdout, sys.stderr):  # the name of a file may be no text
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    status = 2
-    try:
-        return main()
-    except (UsageError, CheckpointError, DataError, SafetensorError) as error:
-        message = str(error)
-    except BrokenPipeError:  # the reader of our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except torch.OutOfMemoryError:
-        message = "the device is out of memory; --grad-accum, --max-length and --dtype save some"
-    except KeyboardInterrupt:
-        message, status = "stopped", 130
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(5)  # most likely the first process says the same, and torchrun ends the others when one has ended
-    print(f"{Path(sys.argv[0]).name}: {message}".replace("\n", "\\n"), file=sys.stderr)
-    sys.exit(status)
-
-
-def number(kind: type, lowest: float, phrase: str, below: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a number between these bounds; the phrase tells a user what it should be."""
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not lowest < value < below:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {phrase}")
-        return value
-    return parse
-
-
-positive_int = number(int, 0, "positive whole number below 2**32", 2**32)
-non_negative_int = number(int, -1, "whole number from 0 to below 2**32", 2**32)
-positive_float, non_negative_float = number(float, 0, "positive number"), number(float, -1e-300, "number from 0 on")
-any_float = number(float, -math.inf, "finite number")
-
-
-def pick_device(dtype: str | None, tiny: bool) -> tuple[str, str]:
-    """The device, and the dtype asked for or else its default; both are printed with the reason.
-
-    Tiny networks get one thread on a CPU: the numbers are then the same on any number of cores. Two threads are
-    1.4 to 1.6 times as fast on a quiet machine, and many times slower on a busy one.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    reason = torch.cuda.get_device_name() if device == "cuda" else "no CUDA device here"
-    fast = device == "cuda" and not tiny and torch.cuda.is_bf16_supported(including_emulation=False)
-    default = "bfloat16" if fast else "float32"
-    threads = ""
-    if device == "cpu":
-        if tiny and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)
-        threads = f", threads {torch.get_num_threads()} (set OMP_NUM_THREADS to change it)"
-    print(f"device {device} ({reason}), dtype {dtype or default} ({'as asked' if dtype else 'the default there'}){threads}")
-    return device, dtype or default
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Command line of this script
+# Command line
 
 
 def tiny_folder(name: str, homes: list[Path]) -> Path | None:
@@ -372,26 +529,81 @@ def find_base(name: str | None, value: Path, info: dict) -> Path:
     return path or Path(name)
 
 
-def answer(guided: Guided, tokenizer: Tokenizer, template: str, turns: list[Turn], args: argparse.Namespace,
-           show: bool = False) -> str:
-    """The assistant's next turn; with `show` it is printed as it comes."""
-    prompt, _ = encode_chat(tokenizer, template, turns)
+def room_for_answer(guided: Guided, prompt: list[int], args: argparse.Namespace) -> int:
+    """How many tokens an answer may have: as many as asked for, or as the checkpoints have positions for."""
     room = min(llama.config.max_position_embeddings for llama in [guided.base, *guided.llamas]) - len(prompt)
     if room < 1:
         raise UsageError(f"the conversation is {len(prompt)} tokens long, and the checkpoint ends at {room + len(prompt)}")
+    return min(args.max_new_tokens, room)
+
+
+def options_for(tokenizer: Tokenizer, template: str, args: argparse.Namespace) -> dict:
+    """How `generate` is to answer a chat."""
+    return dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+                stop_ids={end_token(tokenizer, template), tokenizer.eos_id})
+
+
+def answer(guided: Guided | Speculative, tokenizer: Tokenizer, template: str, turns: list[Turn], args: argparse.Namespace,
+           show: bool = False) -> str:
+    """The assistant's next turn; with `show` it is printed as it comes."""
+    prompt, _ = encode_chat(tokenizer, template, turns)
+    speculative = isinstance(guided, Speculative)
+    room = room_for_answer(guided.guided if speculative else guided, prompt, args)
     decoder = StreamDecoder(tokenizer)
-    end = end_token(tokenizer, template)
     started = time.monotonic()
     on_token = (lambda _, token: print(decoder.push(token), end="", flush=True)) if show else None
-    ids = generate(guided, [prompt], max_new_tokens=min(args.max_new_tokens, room), temperature=args.temperature,
-                   top_p=args.top_p, seed=args.seed, stop_ids={end, tokenizer.eos_id}, on_token=on_token)[0]
+    ids = (speculate if speculative else generate)(guided, [prompt], max_new_tokens=room, on_token=on_token,
+                                                   **options_for(tokenizer, template, args))[0]
     if show:
         print(decoder.finish())
         print(f"    {len(ids)} tokens, {len(ids) / (time.monotonic() - started):.1f} tokens/s", file=sys.stderr)
     return tokenizer.decode(ids).strip()
 
 
-def chat(guided: Guided, tokenizer: Tokenizer, template: str, args: argparse.Namespace) -> None:
+def explained(guided: Guided, tokenizer: Tokenizer, template: str, text: str, args: argparse.Namespace) -> list[Attribution]:
+    """The guided answer to one question, token by token."""
+    prompt, _ = encode_chat(tokenizer, template, [("user", text)])
+    records: list[Attribution] = []
+    generate(guided, [prompt], max_new_tokens=room_for_answer(guided, prompt, args),
+             on_token=lambda _, token: records.append(guided.attribute(token)), **options_for(tokenizer, template, args))
+    return records
+
+
+def show_speculation(speculative: Speculative, name: str, draft: str, tokenizer: Tokenizer, template: str, texts: list[str],
+                     args: argparse.Namespace) -> None:
+    """Answer plainly and by speculation, say how both went, and whether it paid."""
+    guided, seconds, answers = speculative.guided, [0.0, 0.0], [[], []]
+    prompts = [encode_chat(tokenizer, template, [("user", text)])[0] for text in texts]
+    passes = pass_seconds(speculative, prompts[0], speculative.ahead)  # a warm-up, too
+    options = options_for(tokenizer, template, args)
+    for text, prompt in zip(texts, prompts):
+        room = room_for_answer(guided, prompt, args)
+        for way, (say, system) in enumerate([(generate, guided), (speculate, speculative)]):
+            started = time.perf_counter()
+            answers[way].append(say(system, [prompt], max_new_tokens=room, **options)[0])
+            seconds[way] += time.perf_counter() - started
+        if args.prompt:
+            print(f"\n{text}\n    {tokenizer.decode(answers[1][-1]).strip()}")
+    plain_tokens, tokens = [sum(map(len, each)) for each in answers]
+    acceptance = [ours / tried if tried else 0.0 for ours, tried in zip(speculative.accepted, speculative.tried)]
+    plain, drafted, verified = passes
+    rounds = sum(expected_rounds(len(each), acceptance) for each in answers[1])
+    predicted = tokens * plain / (rounds * (speculative.ahead * drafted + verified))
+    measured = seconds[0] / plain_tokens / (seconds[1] / tokens)
+    print(f"\n{name}, {speculative.ahead} tokens at a time drafted by {draft} with the same z_delta: {len(texts)} answers, "
+          f"{tokens} tokens")
+    if args.temperature == 0:
+        others = sum(ours != theirs for ours, theirs in zip(*answers))
+        print("    " + (f"{others} answers differ from those without, where logits tie but for rounding" if others
+                        else "the same tokens as without"))
+    print("    drafted tokens accepted, by position: " + " ".join(f"{share:.2f}" for share in acceptance)
+          + f"; {tokens / speculative.rounds:.2f} tokens a round")
+    print(f"    milliseconds: {1000 * plain:.2f} for a guided token, {1000 * drafted:.2f} to draft one, "
+          f"{1000 * verified:.2f} to verify {speculative.ahead}")
+    print(f"    speed-up: predicted {predicted:.2f}, measured {measured:.2f}" + ": it does not pay here" * (measured <= 1))
+
+
+def chat(guided: Guided | Speculative, tokenizer: Tokenizer, template: str, args: argparse.Namespace) -> None:
     turns: list[Turn] = []
     if sys.stdin is None:
         raise UsageError("--chat reads questions from standard input, which is closed")
@@ -414,8 +626,8 @@ def chat(guided: Guided, tokenizer: Tokenizer, template: str, args: argparse.Nam
         turns += [("user", question), ("assistant", said)]
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what guides what, and how it speaks."""
     parser.add_argument("--value", metavar="FOLDER", help="a value network (default: the newest under out/)")
     parser.add_argument("--base", metavar="B", help="a checkpoint folder or a tiny name (default: the one it was trained on)")
     parser.add_argument("--expert", metavar="FOLDER", help="proxy tuning instead: a small model after post-training")
@@ -425,8 +637,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--alpha", type=any_float, default=1.0, help="weight of z_delta; 0 is the base alone (default 1)")
     parser.add_argument("--vocab-map", metavar="FILE", help="a map between base and value network of different tokenizers, by "
                         "vocab_map.py (default: made on the spot, from the tokenizers alone)")
-    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="questions to answer, each by the base alone and guided")
-    parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="questions to answer (default: some of the tiny world's)")
     parser.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="per answer (default 256)")
     parser.add_argument("--temperature", type=non_negative_float, default=0.0,
                         help="0 is greedy (default)")
@@ -434,9 +645,11 @@ def parse_arguments() -> argparse.Namespace:
                         help="sample from the likeliest tokens that make up this share")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of sampling")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and computation")
+
+
+def parse_guidance(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Arguments of which those that add_guidance added fit together."""
     args = parser.parse_args()
-    if args.chat and args.prompt:
-        parser.error("--chat and --prompt are two ways to ask; choose one")
     if args.expert and args.value:
         parser.error("--expert and --value are two ways to guide; choose one")
     if not args.expert and (args.anti_expert or args.template):
@@ -446,6 +659,25 @@ def parse_arguments() -> argparse.Namespace:
     for text in args.prompt or []:
         if not is_unicode(text):
             parser.error("--prompt is not UTF-8")
+    return args
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_guidance(parser)
+    parser.add_argument("--chat", action="store_true", help="a conversation in the terminal")
+    parser.add_argument("--explain", action="store_true", help="say of each token who decided, the base or the value network")
+    few = number(int, 0, f"whole number from 1 to {LONGEST_CAPTURED}", LONGEST_CAPTURED + 1)
+    parser.add_argument("--speculate", type=few, metavar="K", help="let a small base with the same value network draft K tokens, "
+                        "which the base verifies in one pass; what is said stays the same")
+    parser.add_argument("--draft", metavar="B", help="that small base (default: the one the value network was trained on)")
+    args = parse_guidance(parser)
+    if args.chat and args.prompt:
+        parser.error("--chat and --prompt are two ways to ask; choose one")
+    if args.explain and (args.chat or args.speculate):
+        parser.error("--explain goes with --prompt or the tiny world's questions, one token at a time")
+    if args.draft and not args.speculate:
+        parser.error("--draft goes with --speculate")
     return args
 
 
@@ -478,8 +710,25 @@ def choose_map(args: argparse.Namespace, base: Tokenizer, value: Tokenizer, info
     return build(base, value)
 
 
-def main():
-    args = parse_arguments()
+@dataclass
+class Plugged:
+    """What a command line asks for, loaded: a base with something plugged in, and the base alone."""
+
+    guided: Guided
+    tokenizer: Tokenizer  # of its tokens: what all networks can read or, through a vocabulary map, the value network's
+    alone: Guided
+    base_tokenizer: Tokenizer
+    template: str
+    alone_template: str
+    base_path: Path
+    own_path: Path  # the base that the value network was trained on, or the anti-expert
+    name: str  # of the base with what is plugged in
+    world: World | None
+
+
+def plug_in(args: argparse.Namespace, chats: bool = False) -> Plugged:
+    """Load and check everything that guided decoding needs. UsageError or CheckpointError where things do not fit, or
+    where there is nothing to ask: no --prompt, no chat, and no tiny world."""
     if args.expert:
         value_path, info = Path(args.expert), read_expert(args)
     else:
@@ -487,8 +736,7 @@ def main():
         info = read_info(value_path)
     own_path = find_base(None, value_path, info)
     base_path = find_base(args.base, value_path, info) if args.base else own_path
-    if (base_path / "ivl.json").exists():
-        raise UsageError(f"--base {base_path}: a value network, which is no base")
+    refuse_value_network("--base", base_path)
     plugs = [value_path, own_path] if args.expert else [value_path]  # what z_delta is made of
     tokenizers = [load_tokenizer(path) for path in [base_path, *plugs]]
     if not args.expert:
@@ -500,44 +748,83 @@ def main():
     if vocab_map is None:
         tokenizer = min(tokenizer, tokenizers[0], key=lambda each: each.vocab_size)
     world = world_of(base_path)
-    if not (world or args.chat or args.prompt):
+    if not (world or chats or args.prompt):
         raise UsageError("this base is not from the tiny world, which brings its own questions; ask with --prompt or --chat")
     device, dtype = pick_device(args.dtype, tiny=world is not None)
-    dtype = getattr(torch, dtype)
     print(f"base {base_path}, " + (f"proxy tuning by {value_path} less {own_path}" if args.expert else
                                    f"value network {value_path} ({info['scheme']})"))
-
-    def guide(path: Path, value: ValueModel | ProxyDelta, vocab_map: VocabMap | None = None) -> Guided:
-        base = Llama.from_pretrained(path, dtype, device)
-        if isinstance(value, ValueModel) and value.scheme == "probe" and base.config.vocab_size < value.vocab_size:
-            raise UsageError(f"{path}: {base.config.vocab_size} logits, and the probe reads {value.vocab_size}")
-        guided = Guided(base, value, vocab_map, args.alpha)
-        guided.readable = min(guided.readable, tokenizer.vocab_size)
-        return guided
-
     if args.expert:
-        value = ProxyDelta(*(Llama.from_pretrained(path, dtype, device) for path in plugs))
+        value = ProxyDelta(*(Llama.from_pretrained(path, getattr(torch, dtype), device) for path in plugs))
     else:
-        value = ValueModel.from_pretrained(value_path, dtype, device)
-    guided = guide(base_path, value, vocab_map)
-    name, template = base_path.name, info["template"]
-    if args.chat:
-        return chat(guided, tokenizer, template, args)
+        value = ValueModel.from_pretrained(value_path, getattr(torch, dtype), device)
+    guided = guide(base_path, value, tokenizer, args.alpha, vocab_map)
     alone, own = Guided(guided.base), tokenizers[0] if vocab_map else tokenizer
     alone.readable = min(alone.readable, own.vocab_size) if vocab_map else guided.readable
-    plug = "proxy" if args.expert else "value"
-    systems = {f"{name} alone": (alone, own), f"{name} + {plug}": (guided, tokenizer)}
+    template = info["template"]
+    alone_template = template if template == "llama-2" or own.kind == "tiktoken" else default_template(own)
+    return Plugged(guided, tokenizer, alone, own, template, alone_template, base_path, own_path,
+                   f"{base_path.name} + {'proxy' if args.expert else 'value'}", world)
+
+
+def refuse_value_network(flag: str, path: Path) -> None:
+    if (path / "ivl.json").exists():
+        raise UsageError(f"{flag} {path}: a value network, which is no base")
+
+
+def guide(path: Path, value: ValueModel | ProxyDelta, tokenizer: Tokenizer, alpha: float, vocab_map: VocabMap | None = None
+          ) -> Guided:
+    """The base in a folder with something plugged in, in its dtype and on its device."""
+    base = Llama.from_pretrained(path, next(value.parameters()).dtype, value.device)
+    if isinstance(value, ValueModel) and value.scheme == "probe" and base.config.vocab_size < value.vocab_size:
+        raise UsageError(f"{path}: {base.config.vocab_size} logits, and the probe reads {value.vocab_size}")
+    guided = Guided(base, value, vocab_map, alpha)
+    guided.readable = min(guided.readable, tokenizer.vocab_size)
+    return guided
+
+
+def plug_in_draft(plugged: Plugged, args: argparse.Namespace) -> tuple[Speculative, str]:
+    """The base with something plugged in, and a small one to draft for it; the small one's name."""
+    path = plugged.own_path if args.draft is None else find_base(args.draft, plugged.own_path, {"bases": [str(plugged.own_path)]})
+    refuse_value_network("--draft", path)
+    if plugged.guided.mapped is None:
+        check_same_family(plugged.tokenizer, load_tokenizer(path), str(plugged.base_path), str(path))
+    try:
+        return Speculative(plugged.guided, Llama.from_pretrained(path, plugged.guided.base.dtype, plugged.guided.base.device),
+                           args.speculate), path.name
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"--speculate: {error}") from None
+
+
+def main():
+    args = parse_arguments()
+    plugged = plug_in(args, chats=args.chat)
+    guided, tokenizer, template, name = plugged.guided, plugged.tokenizer, plugged.template, plugged.name
+    texts = args.prompt or (plugged.world and [prompt_text(item) for item in plugged.world.fact_items("development")])
+    if args.speculate:
+        speculative, draft = plug_in_draft(plugged, args)
+        if not args.chat:
+            return show_speculation(speculative, name, draft, tokenizer, template, texts if args.prompt else texts[:48], args)
+    if args.chat:
+        return chat(speculative if args.speculate else guided, tokenizer, template, args)
+    if args.explain:
+        for text in texts if args.prompt else texts[:3]:
+            records = explained(guided, tokenizer, template, text, args)
+            print(f"\n{text}\n{tokenizer.decode([each.token for each in records]).strip()}")
+            print_attributions(tokenizer, records)
+        return
+    alone, own = f"{plugged.base_path.name} alone", plugged.own_path
     if args.prompt:
         for text in args.prompt:
-            print(f"\n{text}")
-            for label, (system, reads) in systems.items():
-                fitting = template if template == "llama-2" or reads.kind == "tiktoken" else default_template(reads)
-                print(f"    {label:{len(name) + 10}}{answer(system, reads, fitting, [('user', text)], args)}")
+            by_alone = answer(plugged.alone, plugged.base_tokenizer, plugged.alone_template, [("user", text)], args)
+            print(f"\n{text}\n    {alone:{len(name) + 2}}{by_alone}", flush=True)
+            print(f"    {name:{len(name) + 2}}{answer(guided, tokenizer, template, [('user', text)], args)}")
         return
-    if own_path.resolve() != base_path.resolve() and own_path.is_dir():  # show what the bigger base adds
-        systems = {f"{name} alone": (alone, own), f"{own_path.name} + {plug}": (guide(own_path, value), tokenizer),
-                   f"{name} + {plug}": (guided, tokenizer)}
-    show_world(world, systems)
+    systems = {alone: (plugged.alone, plugged.base_tokenizer)}
+    if own.resolve() != plugged.base_path.resolve() and own.is_dir():  # show what the bigger base adds
+        systems[f"{own.name} + {name.split()[-1]}"] = guide(own, guided.value, tokenizer, args.alpha), tokenizer
+    show_world(plugged.world, systems | {name: (guided, tokenizer)})
 
 
 if __name__ == "__main__":

@@ -42,12 +42,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data.chat import TEMPLATES, ChatDataset, chat_batches, collate, default_template, hold_out
-from data.tiny_world import MARKERS, PIECES, TEMPLATE, TINY_SIZES, World, add_pieces
+from data.cli import (ArgumentParser, UsageError, clock, non_negative_float, non_negative_int, number, pick_device,
+                      positive_float, positive_int, run_cli)
+from data.tiny_world import MARKERS, PIECES, TEMPLATE, TINY_SIZES, World, add_pieces, print_metrics, world_of
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from ivl import SCHEMES, Probe, ValueModel, check_same_family, describe_tokenizer, ivl_loss_from_hidden, read_info
 from model import Llama, LlamaConfig, read_config, read_json
-from sample import (ArgumentParser, Guided, UsageError, clock, examine, non_negative_float, non_negative_int, number, pick_device,
-                    positive_float, positive_int, print_metrics, run_cli, tiny_folder, world_of)
+from sample import Guided, examine, tiny_folder
 
 # ---------------------------------------------------------------------------------------------------------
 # Sizes and settings

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.chat import is_unicode, read_turns
+from data.cli import ArgumentParser, run_cli
 from data.tokenizer import DataError, Tokenizer, load_tokenizer
 from ivl import describe_tokenizer
 from model import CheckpointError, KVCache, Llama
@@ -591,8 +592,7 @@ class Mapped:
         for row, (parent, more) in enumerate(zip(parents, tokens)):
             cache.keys[:, row, :, :len(parent.tokens)], cache.values[:, row, :, :len(parent.tokens)] = parent.keys, parent.values
             padded[row, :len(more)] = torch.tensor(more)
-        cache.lengths = torch.tensor([len(parent.tokens) for parent in parents], device=self.base.device)
-        cache.used = longest
+        cache.set_lengths([len(parent.tokens) for parent in parents])
         last = torch.tensor([len(more) - 1 for more in tokens], device=self.base.device)
         hidden = self.base.model(padded.to(self.base.device), cache)  # (N, T, D)
         logits = self.base.lm_head(hidden[torch.arange(N, device=last.device), last]).float()  # (N, Vb)
@@ -794,7 +794,6 @@ class Mapped:
 
 
 def main():
-    from sample import ArgumentParser  # which itself stands on this file
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--base-tokenizer", required=True, metavar="A", help="the base's, a file or a checkpoint folder")
     parser.add_argument("--value-tokenizer", required=True, metavar="B", help="the value network's")
@@ -832,5 +831,4 @@ def show_overlap(texts: list[str], held_out: list[str], base: Tokenizer, value: 
 
 
 if __name__ == "__main__":
-    from sample import run_cli
     run_cli(main)

@@ -378,6 +378,16 @@ Score = Callable[[list[tuple[list[int], list[int]]]], list[tuple[float, bool]]]
 CHOICES = 8
 
 
+def world_of(path: str | Path) -> World | None:
+    """The tiny world that a finished folder of train.py comes from; None for anything else."""
+    try:
+        record = json.loads((Path(path) / "train.json").read_text(encoding="utf-8"))
+        # The world's own seed, which is not the run's when --seed differs from that of the base.
+        return World(int(re.fullmatch(r"tiny-world (\d{1,10})", record["data"])[1]))
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+
+
 def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, split: str = "development"
              ) -> dict[str, float]:
     """Examine a system; every metric is a share between 0 and 1.
@@ -411,6 +421,15 @@ def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, s
         "mc": mean(row[0][0] == max(row)[0] for row in rows),
         "fk": mean(row[0][1] for row in rows),
     }
+
+
+def print_metrics(systems: dict[str, dict[str, float]]) -> None:
+    names = list(next(iter(systems.values())))
+    width = max(map(len, systems)) + 2
+    print(" " * width + "".join(f"{name:>8}" for name in names))
+    for system, metrics in systems.items():
+        shown = ["-" if metrics[name] is None else f"{metrics[name]:.3f}" for name in names]
+        print(f"{system:{width}}" + "".join(f"{text:>8}" for text in shown))
 
 
 def few_shot(world: World, tokenizer: Tokenizer, score: Score, split: str, shots: int = 2) -> float:

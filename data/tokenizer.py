@@ -18,6 +18,8 @@ import tiktoken
 class DataError(ValueError):
     """A tokenizer or data file that cannot be used as it is; the message says which file, what is wrong, what to do."""
 
+    exit_status = 2
+
 
 def fingerprint(tokenizer: "Tokenizer", n: int) -> str:
     """A hash over the bytes of the first n tokens (all of them if there are fewer), each with its length."""

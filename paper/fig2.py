@@ -10,11 +10,12 @@ import sys
 import numpy as np
 
 from data.chat import encode_chat
-from data.tiny_world import TEMPLATE, prompt_text
+from data.cli import run_cli
+from data.tiny_world import TEMPLATE, prompt_text, world_of
 from paper.measure import load
 from paper.networks import VALUE, Kept, L, M, S
 from paper.report import Claim, Results, between, metric_table, run
-from sample import generate, run_cli, world_of
+from sample import generate
 
 TITLE = "Figure 2: linear probes, fresh weights and full fine-tuning"
 PICTURE = "fig2.png"

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.cli import UsageError, clock
 from data.tiny_world import World
 from model import read_json
-from sample import UsageError, clock
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from data.cli import clock
 from ivl import SCHEMES, ProxyDelta, ValueModel
-from sample import Guided, clock, generate, pick, score
+from sample import Guided, generate, pick, score
 from tests.test_ivl import value_network
 from tests.test_model import small
 

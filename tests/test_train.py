@@ -20,10 +20,13 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 import vocab_map
+from data.cli import run_cli
+from data.tiny_world import world_of
 from data.tokenizer import load_tokenizer
 from ivl import SCHEMES, ValueModel
 from model import Llama
-from sample import Guided, examine, run_cli, world_of
+from paper import attribution
+from sample import Guided, examine
 from tests.test_model import small
 from tests.test_tokenizer import byte_pairs
 from train import Objective, Settings, accumulate_gradient, learning_rate, table5, tiny_config, widen
@@ -53,7 +56,8 @@ def inside(folder: Path, script: str, *arguments, input: str = "") -> tuple[int,
     sys.argv, sys.stdin = [script, *map(str, arguments)], io.StringIO(input)
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
-            run_cli({"train.py": train.main, "sample.py": sample.main, "vocab_map.py": vocab_map.main}[script])
+            run_cli({"train.py": train.main, "sample.py": sample.main, "vocab_map.py": vocab_map.main,
+                     "attribution.py": attribution.main}[script])
     except SystemExit as ended:
         status = ended.code
     finally:

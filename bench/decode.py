@@ -1,0 +1,281 @@
+"""Table 3: what guidance costs while decoding, beside the base alone and beside transformers; and what speculation gives back.
+
+    python -m bench.decode                           # 128, 512 and 1024 new tokens, one text and eight at a time
+    python -m bench.decode --speculate out/seed0     # tiny-s drafts for tiny-l: as trained, and as costly as a big base
+
+Shapes are the true ones of TinyLlama and Llama-2-7B and 13B on a GPU, in bfloat16; on a CPU those of tiny-s and tiny-l, with
+one thread, and at 128 tokens a pair of 23M and 110M parameters. Weights are random. Every contender writes as many
+tokens as asked for, greedily; transformers guides by a second model in a LogitsProcessor, with a cache of its own.
+"""
+
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench.measure import Result, compare, copy_bandwidth, describe, progress, ratio, table, times
+from bench.train import SHAPES as TRAINED_SHAPES
+from data.chat import encode_chat
+from data.cli import ArgumentParser, UsageError, number, positive_int, run_cli
+from data.tiny_world import PIECES, TEMPLATE, TINY_SIZES, prompt_text, world_of
+from data.tokenizer import load_tokenizer
+from ivl import ProxyDelta, ValueModel
+from model import Llama, LlamaConfig
+from sample import LONGEST_CAPTURED, Guided, Speculative, expected_rounds, generate, pass_seconds, speculate
+
+PROMPT = 32  # tokens before the first new one
+
+
+def tiny_shape(name: str) -> LlamaConfig:
+    width, layers, heads, kv_heads, hidden = TINY_SIZES[name][0]
+    return LlamaConfig(PIECES, width, hidden, layers, heads, kv_heads, tie_word_embeddings=True)
+
+
+SHAPES = TRAINED_SHAPES | {
+    "Llama-2-13B": LlamaConfig(32000, 5120, 13824, 40, 40, 40, max_position_embeddings=4096),
+    "tiny-s": tiny_shape("tiny-s"), "tiny-l": tiny_shape("tiny-l"),
+    "23M": LlamaConfig(32000, 384, 1024, 6, 6, 6, tie_word_embeddings=True),
+    "110M": LlamaConfig(32000, 768, 2048, 12, 12, 12, tie_word_embeddings=True),
+}
+ALONE, VALUE, BOTH, PROXY = "base alone", "value network alone", "value + base", "proxy tuning"
+THEIRS, THEIR_BOTH = "transformers, base alone", "transformers, two models"
+CONTENDERS = [ALONE, VALUE, BOTH, PROXY, THEIRS, THEIR_BOTH]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The contenders
+
+
+def decoding(name: str, value: str, base: str, batch: int, tokens: int, dtype: str) -> Callable[[], None]:
+    """A step that writes `tokens` new tokens of `batch` texts."""
+    if base.startswith("tiny"):
+        torch.set_num_threads(1)
+    torch.set_default_dtype(getattr(torch, dtype))
+    prompts = torch.randint(3, 1000, (batch, PROMPT), device="cpu").tolist()
+    if name in (THEIRS, THEIR_BOTH):
+        return transformers_decoding(name, value, base, prompts, tokens)
+    llamas = [Llama(SHAPES[shape]).requires_grad_(False) for shape in
+              {ALONE: [base], VALUE: [value], BOTH: [base, value], PROXY: [base, value, value]}[name]]
+    plug = ProxyDelta(*llamas[1:]) if name == PROXY else ValueModel(llamas[1]) if name == BOTH else None
+    guided = Guided(llamas[0], plug)
+    return lambda: generate(guided, prompts, max_new_tokens=tokens, stop_ids=set()) and None
+
+
+def transformers_decoding(name: str, value: str, base: str, prompts: list[list[int]], tokens: int) -> Callable[[], None]:
+    import transformers
+
+    def model(shape: str):
+        made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPES[shape].to_dict()))
+        made.generation_config.eos_token_id = None
+        return made.eval().requires_grad_(False)
+
+    class AddDelta(transformers.LogitsProcessor):
+        """Eq. (3): a second model, with a cache of its own, as one plugs it into transformers."""
+
+        def __init__(self, network):
+            self.network, self.cache = network, None
+
+        def __call__(self, input_ids, scores):
+            out = self.network(input_ids if self.cache is None else input_ids[:, -1:], past_key_values=self.cache, use_cache=True,
+                               logits_to_keep=1)
+            self.cache = out.past_key_values
+            return scores + out.logits[:, -1]
+
+    base, value = model(base), model(value) if name == THEIR_BOTH else None
+    inputs = torch.tensor(prompts)
+    options = dict(attention_mask=torch.ones_like(inputs), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+                   pad_token_id=0)
+
+    @torch.inference_mode()
+    def step():
+        base.generate(inputs, **options, logits_processor=[AddDelta(value)] if value else [])
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Table 3
+
+
+def bytes_a_step(config: LlamaConfig, batch: int, tokens: int, width: int) -> float:
+    """What a step must read of a network at the least: its weights once, and the keys and values so far, halfway on."""
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in Llama(config).parameters())
+    if not config.tie_word_embeddings:
+        weights -= config.vocab_size * config.hidden_size  # of the embedding, a row for each text
+    stored = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (PROMPT + tokens / 2)
+    return width * (weights + batch * stored)
+
+
+def measure(value: str, base: str, batch: int, tokens: int, device: str, rounds: int, contenders: list[str] = CONTENDERS
+            ) -> dict[str, Result]:
+    """Each contender writes `tokens` tokens in every round; seconds are those of one token of all texts."""
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    step = functools.partial(functools.partial, decoding, value=value, base=base, batch=batch, tokens=tokens, dtype=dtype)
+    results = compare({name: step(name=name) for name in contenders}, device, rounds, 1)
+    for result in results.values():
+        result.seconds = [seconds / tokens for seconds in result.seconds]
+    return results
+
+
+def show(results: dict[str, Result], value: str, base: str, batch: int, tokens: int, device: str, bandwidth: float) -> str:
+    rows = [["", "tokens/s", "ms a token (range)", "times the base alone", "of a copy's bytes/s", "GB at the peak"]]
+    width = 2 if device == "cuda" else 4
+    reads = {name: bytes_a_step(SHAPES[name], batch, tokens, width) for name in (value, base)}
+    networks = {VALUE: [value], BOTH: [base, value], PROXY: [base, value, value], THEIR_BOTH: [base, value]}
+    for name, result in results.items():
+        if result.failure:
+            rows.append([name, result.failure, "", "", "", ""])
+            continue
+        moved = sum(reads[network] for network in networks.get(name, [base]))
+        rows.append([name, f"{batch / result.median:.0f}", times(result), ratio(results[ALONE], result) if name != ALONE else "",
+                     f"{100 * moved / result.median / bandwidth:.0f}%", f"{result.peak / 1e9:.2f}"])
+    return f"{table(rows)}\n\n{conclusions(results)}"
+
+
+def share(ours: list[float], theirs: list[float]) -> str:
+    """One time over another, round by round: the median and the extremes."""
+    ratios = sorted(a / b for a, b in zip(ours, theirs))
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
+def conclusions(results: dict[str, Result]) -> str:
+    def taken(name: str) -> list[float]:
+        return [] if name not in results or results[name].failure else results[name].seconds
+
+    lines, together = [], [sum(pair) for pair in zip(taken(ALONE), taken(VALUE))]
+    if together and taken(BOTH):
+        lines.append(f"value + base takes {share(taken(BOTH), together)} of the sum of what the two take alone")
+    for ours, theirs in ((ALONE, THEIRS), (BOTH, THEIR_BOTH)):
+        if taken(ours) and taken(theirs):
+            lines.append(f"{theirs}, takes {share(taken(theirs), taken(ours))} times as long as {ours} here")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Speculation, with trained networks
+
+
+def deepen(base: Llama, layers: int) -> Llama:
+    """The same function at the cost of more layers: those added write nothing into the residual stream."""
+    deep = Llama(LlamaConfig(**vars(base.config) | {"num_hidden_layers": layers})).to(base.device, base.dtype)
+    with torch.no_grad():
+        for layer in deep.model.layers[base.config.num_hidden_layers:]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    kept = deep.state_dict() | base.state_dict()
+    deep.load_state_dict(kept)
+    return deep.requires_grad_(False)
+
+
+def speculation(home: Path, layers: int, ahead: list[int], rounds: int, device: str) -> dict:
+    """Answers to the tiny world's development questions, plainly and by speculation in turn; what came out of each K."""
+    draft, base = [Llama.from_pretrained(home / name, torch.float32, device) for name in ("tiny-s", "tiny-l")]
+    value = ValueModel.from_pretrained(home / "value-residual-tiny-s", torch.float32, device)
+    tokenizer = load_tokenizer(home / "tiny-s")
+    items = world_of(home / "tiny-s").fact_items("development")[:48]
+    prompts = [encode_chat(tokenizer, TEMPLATE, [("user", prompt_text(item))])[0] for item in items]
+    guided = Guided(deepen(base, layers) if layers else base, value)
+    options = dict(max_new_tokens=48)
+
+    def timed(say, system) -> tuple[float, list[list[int]]]:
+        started = time.perf_counter()
+        answers = [say(system, [prompt], **options)[0] for prompt in prompts]
+        return time.perf_counter() - started, answers
+
+    systems = {K: Speculative(guided, draft, K) for K in ahead}
+    alone = [Speculative(Guided(each), draft, 1) for each in (guided.base, draft)]  # for what a token of either base takes
+    taken = {K: [] for K in ahead}
+    costs = {K: [] for K in ahead}
+    big_costs, small_costs, plain_seconds, differing = [], [], [], 0
+    for turn in range(rounds):
+        for each, seconds in zip(alone, (big_costs, small_costs)):
+            seconds.append(pass_seconds(each, prompts[0], 1)[0])
+        seconds, plain = timed(generate, guided)
+        plain_seconds.append(seconds)
+        for K, system in systems.items():
+            costs[K].append(pass_seconds(system, prompts[0], K))
+            seconds, answers = timed(speculate, system)
+            taken[K].append(seconds)
+            differing += sum(ours != theirs for ours, theirs in zip(answers, plain))
+            progress(f"round {turn + 1} of {rounds}, K = {K}")
+    progress("")
+    lengths = [len(answer) for answer in plain]
+    found = {"answers": len(prompts), "tokens": sum(lengths), "differing": differing,
+             "of answers": len(prompts) * rounds * len(ahead), "big": big_costs, "small": small_costs, "plain": plain_seconds,
+             "K": {}}
+    for K, system in systems.items():
+        acceptance = [ours / tried if tried else 0.0 for ours, tried in zip(system.accepted, system.tried)]
+        expected = sum(expected_rounds(length, acceptance) for length in lengths)
+        plain_token, drafted, verified = [statistics.median(column) for column in zip(*costs[K])]
+        found["K"][K] = {"acceptance": acceptance, "tokens a round": rounds * sum(lengths) / system.rounds,
+                         "ms": [1000 * each for each in (plain_token, drafted, verified)],
+                         "predicted": sum(lengths) * plain_token / (expected * (K * drafted + verified)), "seconds": taken[K]}
+    return found
+
+
+def show_speculation(found: dict) -> str:
+    rows = [["K", "accepted, by position", "tokens a round", "ms: guided, to draft, to verify K", "predicted speed-up",
+             "measured (range)"]]
+    for K, each in found["K"].items():
+        accepted = " ".join(f"{share:.2f}" for share in each["acceptance"])
+        rows.append([str(K), accepted, f"{each['tokens a round']:.2f}", ", ".join(f"{ms:.2f}" for ms in each["ms"]),
+                     f"{each['predicted']:.2f}", share(found["plain"], each["seconds"])])
+    speed_up, K = max((statistics.median(a / b for a, b in zip(found["plain"], each["seconds"])), K)
+                      for K, each in found["K"].items())
+    lines = [f"{found['answers']} answers, {found['tokens']} tokens; {found['differing']} of {found['of answers']} differ from "
+             "those without speculation",
+             f"a token of this base takes {share(found['big'], found['small'])} times what one of tiny-s takes",
+             f"at K = {K} it pays: {speed_up:.2f} times as fast" if speed_up > 1
+             else f"it does not pay: at best, K = {K}, {speed_up:.2f} times as fast"]
+    return "\n".join([table(rows), "", *(f"- {line}" for line in lines)])
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--tokens", type=positive_int, nargs="+", metavar="N", help="new tokens (default 128 512 1024)")
+    parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 8], metavar="B", help="texts at a time (default 1 8)")
+    parser.add_argument("--pair", nargs=2, metavar="SHAPE", help=f"value network and base, of {', '.join(SHAPES)}")
+    parser.add_argument("--speculate", type=Path, metavar="HOME", help="speculation instead, with the networks in this folder")
+    few = number(int, 0, f"whole number from 1 to {LONGEST_CAPTURED}", LONGEST_CAPTURED + 1)
+    parser.add_argument("--ahead", type=few, nargs="+", default=[1, 2, 3, 4, 6, 8], metavar="K", help="tokens to draft at a time")
+    parser.add_argument("--layers", type=positive_int, default=48, metavar="N", help="of the deepened tiny-l (default 48)")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="(default 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    numbers = {"device": describe(device)}
+    if args.speculate:
+        folders = [args.speculate / name for name in ("tiny-s", "tiny-l", "value-residual-tiny-s")]
+        if missing := [folder for folder in folders if not folder.is_dir()]:
+            raise UsageError(f"{missing[0]}: not there; `python train.py` and `python train.py --base tiny-l` make it")
+        torch.set_num_threads(1)
+        print(f"{describe(device)}, float32\n")
+        for what, layers in (("as it was trained", 0), (f"deepened to {args.layers} layers", args.layers)):
+            numbers[what] = speculation(args.speculate, layers, args.ahead, args.rounds, device)
+            print(f"tiny-l {what}, guided by the value network of tiny-s; tiny-s drafts\n\n{show_speculation(numbers[what])}\n",
+                  flush=True)
+    else:
+        pairs = {"cuda": [("TinyLlama", "Llama-2-7B"), ("TinyLlama", "Llama-2-13B")], "cpu": [("tiny-s", "tiny-l"), ("23M", "110M")]}
+        pairs = [args.pair] if args.pair else pairs[device]
+        if unknown := [name for pair in pairs for name in pair if name not in SHAPES]:
+            raise UsageError(f"--pair {unknown[0]}: no such shape; there are {', '.join(SHAPES)}")
+        bandwidth = copy_bandwidth(device)
+        print(f"{describe(device)}; a copy moves {bandwidth / 1e9:.4g} GB/s\n")
+        for value, base in pairs:
+            for tokens in args.tokens or ([128] if base == "110M" else [128, 512, 1024]):
+                for batch in args.batch:
+                    results = measure(value, base, batch, tokens, device, args.rounds)
+                    print(f"A {value} value network on a {base} base: {tokens} new tokens, {batch} at a time\n\n"
+                          f"{show(results, value, base, batch, tokens, device, bandwidth)}\n", flush=True)
+                    about = f"{value} on {base}, {tokens} tokens, batch {batch}"
+                    numbers[about] = {name: vars(each) for name, each in results.items()}
+    if args.json:
+        args.json.write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_cli(main)
