@@ -534,6 +534,10 @@ class ProxyDelta(nn.Module):
         self.llamas = [expert, anti_expert]
         self.vocab_size = min(llama.config.vocab_size for llama in self.llamas)  # Vv: what both know
 
+    @property
+    def device(self) -> torch.device:
+        return self.expert.device
+
     def forward(self, tokens: Tensor, base_logits: Tensor | None = None, cache: list[KVCache] | None = None) -> Tensor:
         """tokens (B, T) -> z_delta (B, T, Vv)."""
         z_expert, z_anti_expert = [llama(tokens, own_cache)[..., :self.vocab_size]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -338,6 +339,11 @@ class Speculative:
     def base(self) -> Llama:
         return self.guided.base
 
+    @property
+    def acceptance(self) -> list[float]:
+        """The share of drafted tokens that stood, of those that came to a verdict, for each position of a round."""
+        return [ours / tried if tried else 0.0 for ours, tried in zip(self.accepted, self.tried)]
+
     def start(self, prompt: list[int], max_new_tokens: int) -> Tensor:
         self.drafting.start([prompt], max_new_tokens)
         return self.verifying.start([prompt], max_new_tokens)  # (1, 1)
@@ -392,22 +398,43 @@ def speculate(speculative: Speculative, prompts: list[list[int]], *, max_new_tok
     return outputs
 
 
+class Passes(NamedTuple):
+    """Seconds that parts of decoding take."""
+
+    read: float  # a prompt, by base and value network
+    read_to_speculate: float  # and by the drafting base
+    plain: float  # a guided token
+    drafted: float  # a drafted one
+    verified: float  # the big base's pass over K tokens
+
+
 @torch.inference_mode()
-def pass_seconds(speculative: Speculative, prompt: list[int], ahead: int, repeats: int = 15) -> tuple[float, float, float]:
-    """Median seconds behind a prompt: a plain guided token, a drafted one, and the big base's pass over `ahead` tokens."""
-    last = speculative.start(prompt, ahead + 1)
-    speculative.guided.start([prompt], ahead + 1)
-    passes = (speculative.guided, last), (speculative.drafting, last), (speculative.verifying, last.expand(1, ahead))
-    seconds: list[list[float]] = [[], [], []]
+def measure_passes(speculative: Speculative, prompt: list[int], repeats: int = 15) -> Passes:
+    """Medians, each part by itself, of a prompt and what is right behind it."""
+    ahead, guided = speculative.ahead, speculative.guided
+    seconds = Passes([], [], [], [], [])
+
+    def take(taken: list[float], part: Callable[[], Tensor]) -> None:
+        started = time.perf_counter()
+        part().max().item()  # waits for a GPU
+        taken.append(time.perf_counter() - started)
+
     for _ in range(repeats + 2):  # the first two warm up
-        for taken, (guided, tokens) in zip(seconds, passes):
-            length = guided.caches[0].used
-            started = time.perf_counter()
-            draw(probabilities(guided.step(tokens)[:, -1], 0.0, 1.0), torch.zeros(1, device=last.device)).item()
-            taken.append(time.perf_counter() - started)
-            for cache in guided.caches:
-                cache.crop(length)
-    return tuple(sorted(taken[2:])[repeats // 2] for taken in seconds)
+        take(seconds.read, lambda: guided.start([prompt], ahead + 1))
+        take(seconds.read_to_speculate, lambda: speculative.start(prompt, ahead + 1))
+        last = torch.tensor([prompt[-1:]], device=speculative.base.device)
+        noise = torch.zeros(1, device=last.device)
+        for taken, system, tokens in ((seconds.plain, guided, last), (seconds.drafted, speculative.drafting, last),
+                                      (seconds.verified, speculative.verifying, last.expand(1, ahead))):
+            take(taken, lambda: draw(probabilities(system.step(tokens)[:, -1], 0.0, 1.0), noise))
+    return Passes(*(sorted(taken[2:])[repeats // 2] for taken in seconds))
+
+
+def predicted_speed_up(lengths: list[int], acceptance: list[float], passes: Passes) -> float:
+    """How many times as fast speculation should write answers of these lengths as plain guided decoding does."""
+    round_seconds = len(acceptance) * passes.drafted + passes.verified
+    plain = sum(passes.read + length * passes.plain for length in lengths)
+    return plain / sum(passes.read_to_speculate + expected_rounds(length, acceptance) * round_seconds for length in lengths)
 
 
 def expected_rounds(length: int, acceptance: list[float]) -> float:
@@ -574,7 +601,7 @@ def show_speculation(speculative: Speculative, name: str, draft: str, tokenizer:
     """Answer plainly and by speculation, say how both went, and whether it paid."""
     guided, seconds, answers = speculative.guided, [0.0, 0.0], [[], []]
     prompts = [encode_chat(tokenizer, template, [("user", text)])[0] for text in texts]
-    passes = pass_seconds(speculative, prompts[0], speculative.ahead)  # a warm-up, too
+    passes = measure_passes(speculative, prompts[0])  # a warm-up, too
     options = options_for(tokenizer, template, args)
     for text, prompt in zip(texts, prompts):
         room = room_for_answer(guided, prompt, args)
@@ -585,10 +612,7 @@ def show_speculation(speculative: Speculative, name: str, draft: str, tokenizer:
         if args.prompt:
             print(f"\n{text}\n    {tokenizer.decode(answers[1][-1]).strip()}")
     plain_tokens, tokens = [sum(map(len, each)) for each in answers]
-    acceptance = [ours / tried if tried else 0.0 for ours, tried in zip(speculative.accepted, speculative.tried)]
-    plain, drafted, verified = passes
-    rounds = sum(expected_rounds(len(each), acceptance) for each in answers[1])
-    predicted = tokens * plain / (rounds * (speculative.ahead * drafted + verified))
+    predicted = predicted_speed_up([len(each) for each in answers[1]], speculative.acceptance, passes)
     measured = seconds[0] / plain_tokens / (seconds[1] / tokens)
     print(f"\n{name}, {speculative.ahead} tokens at a time drafted by {draft} with the same z_delta: {len(texts)} answers, "
           f"{tokens} tokens")
@@ -596,10 +620,10 @@ def show_speculation(speculative: Speculative, name: str, draft: str, tokenizer:
         others = sum(ours != theirs for ours, theirs in zip(*answers))
         print("    " + (f"{others} answers differ from those without, where logits tie but for rounding" if others
                         else "the same tokens as without"))
-    print("    drafted tokens accepted, by position: " + " ".join(f"{share:.2f}" for share in acceptance)
+    print("    drafted tokens accepted, by position: " + " ".join(f"{share:.2f}" for share in speculative.acceptance)
           + f"; {tokens / speculative.rounds:.2f} tokens a round")
-    print(f"    milliseconds: {1000 * plain:.2f} for a guided token, {1000 * drafted:.2f} to draft one, "
-          f"{1000 * verified:.2f} to verify {speculative.ahead}")
+    print(f"    milliseconds: {1000 * passes.plain:.2f} for a guided token, {1000 * passes.drafted:.2f} to draft one, "
+          f"{1000 * passes.verified:.2f} to verify {speculative.ahead}")
     print(f"    speed-up: predicted {predicted:.2f}, measured {measured:.2f}" + ": it does not pay here" * (measured <= 1))
 
 

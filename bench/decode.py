@@ -3,8 +3,8 @@
     python -m bench.decode                           # 128, 512 and 1024 new tokens, one text and eight at a time
     python -m bench.decode --speculate out/seed0     # tiny-s drafts for tiny-l: as trained, and as costly as a big base
 
-Shapes are the true ones of TinyLlama and Llama-2-7B and 13B on a GPU, in bfloat16; on a CPU those of tiny-s and tiny-l, with
-one thread, and at 128 tokens a pair of 23M and 110M parameters. Weights are random. Every contender writes as many
+Shapes are the true ones of TinyLlama and Llama-2-7B and 13B on a GPU, in bfloat16; on a CPU, with one thread, those of tiny-s
+and tiny-l, and at 128 tokens a pair of 23M and 110M parameters. Weights are random. Every contender writes as many
 tokens as asked for, greedily; transformers guides by a second model in a LogitsProcessor, with a cache of its own.
 """
 
@@ -25,7 +25,7 @@ from data.tiny_world import PIECES, TEMPLATE, TINY_SIZES, prompt_text, world_of
 from data.tokenizer import load_tokenizer
 from ivl import ProxyDelta, ValueModel
 from model import Llama, LlamaConfig
-from sample import LONGEST_CAPTURED, Guided, Speculative, expected_rounds, generate, pass_seconds, speculate
+from sample import LONGEST_CAPTURED, Guided, Passes, Speculative, generate, measure_passes, predicted_speed_up, speculate
 
 PROMPT = 32  # tokens before the first new one
 
@@ -41,9 +41,22 @@ SHAPES = TRAINED_SHAPES | {
     "23M": LlamaConfig(32000, 384, 1024, 6, 6, 6, tie_word_embeddings=True),
     "110M": LlamaConfig(32000, 768, 2048, 12, 12, 12, tie_word_embeddings=True),
 }
+PAIRS = {"cuda": [("TinyLlama", "Llama-2-7B"), ("TinyLlama", "Llama-2-13B")], "cpu": [("tiny-s", "tiny-l"), ("23M", "110M")]}
 ALONE, VALUE, BOTH, PROXY = "base alone", "value network alone", "value + base", "proxy tuning"
 THEIRS, THEIR_BOTH = "transformers, base alone", "transformers, two models"
-CONTENDERS = [ALONE, VALUE, BOTH, PROXY, THEIRS, THEIR_BOTH]
+CONTENDERS = {ALONE: "b", VALUE: "v", BOTH: "bv", PROXY: "bvv", THEIRS: "b", THEIR_BOTH: "bv"}  # of base and value network
+
+
+def networks_of(name: str, value: str, base: str) -> list[str]:
+    """The shapes of a contender's networks."""
+    return [{"b": base, "v": value}[each] for each in CONTENDERS[name]]
+
+
+def weights_of(config: LlamaConfig) -> int:
+    """How many numbers a step reads: all but the embedding, of which it takes a row, unless that is lm_head, too."""
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in Llama(config).parameters())
+    return count if config.tie_word_embeddings else count - config.vocab_size * config.hidden_size
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -52,14 +65,12 @@ CONTENDERS = [ALONE, VALUE, BOTH, PROXY, THEIRS, THEIR_BOTH]
 
 def decoding(name: str, value: str, base: str, batch: int, tokens: int, dtype: str) -> Callable[[], None]:
     """A step that writes `tokens` new tokens of `batch` texts."""
-    if base.startswith("tiny"):
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     torch.set_default_dtype(getattr(torch, dtype))
     prompts = torch.randint(3, 1000, (batch, PROMPT), device="cpu").tolist()
     if name in (THEIRS, THEIR_BOTH):
         return transformers_decoding(name, value, base, prompts, tokens)
-    llamas = [Llama(SHAPES[shape]).requires_grad_(False) for shape in
-              {ALONE: [base], VALUE: [value], BOTH: [base, value], PROXY: [base, value, value]}[name]]
+    llamas = [Llama(SHAPES[shape]).requires_grad_(False) for shape in networks_of(name, value, base)]
     plug = ProxyDelta(*llamas[1:]) if name == PROXY else ValueModel(llamas[1]) if name == BOTH else None
     guided = Guided(llamas[0], plug)
     return lambda: generate(guided, prompts, max_new_tokens=tokens, stop_ids=set()) and None
@@ -102,15 +113,22 @@ def transformers_decoding(name: str, value: str, base: str, prompts: list[list[i
 
 def bytes_a_step(config: LlamaConfig, batch: int, tokens: int, width: int) -> float:
     """What a step must read of a network at the least: its weights once, and the keys and values so far, halfway on."""
-    with torch.device("meta"):
-        weights = sum(parameter.numel() for parameter in Llama(config).parameters())
-    if not config.tie_word_embeddings:
-        weights -= config.vocab_size * config.hidden_size  # of the embedding, a row for each text
     stored = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (PROMPT + tokens / 2)
-    return width * (weights + batch * stored)
+    return width * (weights_of(config) + batch * stored)
 
 
-def measure(value: str, base: str, batch: int, tokens: int, device: str, rounds: int, contenders: list[str] = CONTENDERS
+def fitting(value: str, base: str, device: str) -> list[str]:
+    """The contenders that fit into the memory together, the first ones first."""
+    room = 0.85 * torch.cuda.mem_get_info()[1] / 2 if device == "cuda" else float("inf")  # numbers of two bytes
+    names = []
+    for name in CONTENDERS:
+        room -= sum(weights_of(SHAPES[network]) for network in networks_of(name, value, base))
+        if room > 0:
+            names.append(name)
+    return names
+
+
+def measure(value: str, base: str, batch: int, tokens: int, device: str, rounds: int, contenders: list[str]
             ) -> dict[str, Result]:
     """Each contender writes `tokens` tokens in every round; seconds are those of one token of all texts."""
     dtype = "bfloat16" if device == "cuda" else "float32"
@@ -125,12 +143,11 @@ def show(results: dict[str, Result], value: str, base: str, batch: int, tokens: 
     rows = [["", "tokens/s", "ms a token (range)", "times the base alone", "of a copy's bytes/s", "GB at the peak"]]
     width = 2 if device == "cuda" else 4
     reads = {name: bytes_a_step(SHAPES[name], batch, tokens, width) for name in (value, base)}
-    networks = {VALUE: [value], BOTH: [base, value], PROXY: [base, value, value], THEIR_BOTH: [base, value]}
     for name, result in results.items():
         if result.failure:
             rows.append([name, result.failure, "", "", "", ""])
             continue
-        moved = sum(reads[network] for network in networks.get(name, [base]))
+        moved = sum(reads[network] for network in networks_of(name, value, base))
         rows.append([name, f"{batch / result.median:.0f}", times(result), ratio(results[ALONE], result) if name != ALONE else "",
                      f"{100 * moved / result.median / bandwidth:.0f}%", f"{result.peak / 1e9:.2f}"])
     return f"{table(rows)}\n\n{conclusions(results)}"
@@ -187,33 +204,28 @@ def speculation(home: Path, layers: int, ahead: list[int], rounds: int, device: 
         return time.perf_counter() - started, answers
 
     systems = {K: Speculative(guided, draft, K) for K in ahead}
-    alone = [Speculative(Guided(each), draft, 1) for each in (guided.base, draft)]  # for what a token of either base takes
-    taken = {K: [] for K in ahead}
-    costs = {K: [] for K in ahead}
-    big_costs, small_costs, plain_seconds, differing = [], [], [], 0
+    alone = {"big": Speculative(Guided(guided.base), draft, 1), "small": Speculative(Guided(draft), draft, 1)}
+    found = {"answers": len(prompts), "differing": 0, "plain": [], "big": [], "small": [], "K": {}}
+    passes, taken = {K: [] for K in ahead}, {K: [] for K in ahead}
     for turn in range(rounds):
-        for each, seconds in zip(alone, (big_costs, small_costs)):
-            seconds.append(pass_seconds(each, prompts[0], 1)[0])
+        for name, each in alone.items():  # what a token of either base takes
+            found[name].append(measure_passes(each, prompts[0]).plain)
         seconds, plain = timed(generate, guided)
-        plain_seconds.append(seconds)
+        found["plain"].append(seconds)
         for K, system in systems.items():
-            costs[K].append(pass_seconds(system, prompts[0], K))
+            passes[K].append(measure_passes(system, prompts[0]))
             seconds, answers = timed(speculate, system)
             taken[K].append(seconds)
-            differing += sum(ours != theirs for ours, theirs in zip(answers, plain))
+            found["differing"] += sum(ours != theirs for ours, theirs in zip(answers, plain))
             progress(f"round {turn + 1} of {rounds}, K = {K}")
     progress("")
     lengths = [len(answer) for answer in plain]
-    found = {"answers": len(prompts), "tokens": sum(lengths), "differing": differing,
-             "of answers": len(prompts) * rounds * len(ahead), "big": big_costs, "small": small_costs, "plain": plain_seconds,
-             "K": {}}
+    found |= {"tokens": sum(lengths), "compared": len(prompts) * rounds * len(ahead)}
     for K, system in systems.items():
-        acceptance = [ours / tried if tried else 0.0 for ours, tried in zip(system.accepted, system.tried)]
-        expected = sum(expected_rounds(length, acceptance) for length in lengths)
-        plain_token, drafted, verified = [statistics.median(column) for column in zip(*costs[K])]
-        found["K"][K] = {"acceptance": acceptance, "tokens a round": rounds * sum(lengths) / system.rounds,
-                         "ms": [1000 * each for each in (plain_token, drafted, verified)],
-                         "predicted": sum(lengths) * plain_token / (expected * (K * drafted + verified)), "seconds": taken[K]}
+        usual = Passes(*map(statistics.median, zip(*passes[K])))
+        found["K"][K] = {"acceptance": system.acceptance, "tokens a round": rounds * sum(lengths) / system.rounds,
+                         "passes": usual._asdict(), "predicted": predicted_speed_up(lengths, system.acceptance, usual),
+                         "seconds": taken[K]}
     return found
 
 
@@ -222,11 +234,12 @@ def show_speculation(found: dict) -> str:
              "measured (range)"]]
     for K, each in found["K"].items():
         accepted = " ".join(f"{share:.2f}" for share in each["acceptance"])
-        rows.append([str(K), accepted, f"{each['tokens a round']:.2f}", ", ".join(f"{ms:.2f}" for ms in each["ms"]),
-                     f"{each['predicted']:.2f}", share(found["plain"], each["seconds"])])
+        milliseconds = ", ".join(f"{1000 * each['passes'][part]:.2f}" for part in ("plain", "drafted", "verified"))
+        rows.append([str(K), accepted, f"{each['tokens a round']:.2f}", milliseconds, f"{each['predicted']:.2f}",
+                     share(found["plain"], each["seconds"])])
     speed_up, K = max((statistics.median(a / b for a, b in zip(found["plain"], each["seconds"])), K)
                       for K, each in found["K"].items())
-    lines = [f"{found['answers']} answers, {found['tokens']} tokens; {found['differing']} of {found['of answers']} differ from "
+    lines = [f"{found['answers']} answers, {found['tokens']} tokens; {found['differing']} of {found['compared']} differ from "
              "those without speculation",
              f"a token of this base takes {share(found['big'], found['small'])} times what one of tiny-s takes",
              f"at K = {K} it pays: {speed_up:.2f} times as fast" if speed_up > 1
@@ -237,38 +250,41 @@ def show_speculation(found: dict) -> str:
 def main():
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tokens", type=positive_int, nargs="+", metavar="N", help="new tokens (default 128 512 1024)")
-    parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 8], metavar="B", help="texts at a time (default 1 8)")
+    parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 8], metavar="B",
+                        help="texts at a time (default 1 8)")
     parser.add_argument("--pair", nargs=2, metavar="SHAPE", help=f"value network and base, of {', '.join(SHAPES)}")
     parser.add_argument("--speculate", type=Path, metavar="HOME", help="speculation instead, with the networks in this folder")
     few = number(int, 0, f"whole number from 1 to {LONGEST_CAPTURED}", LONGEST_CAPTURED + 1)
     parser.add_argument("--ahead", type=few, nargs="+", default=[1, 2, 3, 4, 6, 8], metavar="K", help="tokens to draft at a time")
-    parser.add_argument("--layers", type=positive_int, default=48, metavar="N", help="of the deepened tiny-l (default 48)")
+    parser.add_argument("--layers", type=positive_int, default=28, metavar="N", help="of the deepened tiny-l (default 28)")
     parser.add_argument("--rounds", type=positive_int, default=3, help="(default 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)
     numbers = {"device": describe(device)}
     if args.speculate:
         folders = [args.speculate / name for name in ("tiny-s", "tiny-l", "value-residual-tiny-s")]
         if missing := [folder for folder in folders if not folder.is_dir()]:
             raise UsageError(f"{missing[0]}: not there; `python train.py` and `python train.py --base tiny-l` make it")
-        torch.set_num_threads(1)
         print(f"{describe(device)}, float32\n")
         for what, layers in (("as it was trained", 0), (f"deepened to {args.layers} layers", args.layers)):
             numbers[what] = speculation(args.speculate, layers, args.ahead, args.rounds, device)
             print(f"tiny-l {what}, guided by the value network of tiny-s; tiny-s drafts\n\n{show_speculation(numbers[what])}\n",
                   flush=True)
     else:
-        pairs = {"cuda": [("TinyLlama", "Llama-2-7B"), ("TinyLlama", "Llama-2-13B")], "cpu": [("tiny-s", "tiny-l"), ("23M", "110M")]}
-        pairs = [args.pair] if args.pair else pairs[device]
+        pairs = [args.pair] if args.pair else PAIRS[device]
         if unknown := [name for pair in pairs for name in pair if name not in SHAPES]:
             raise UsageError(f"--pair {unknown[0]}: no such shape; there are {', '.join(SHAPES)}")
-        bandwidth = copy_bandwidth(device)
+        bandwidth = copy_bandwidth(device, threads=1)
         print(f"{describe(device)}; a copy moves {bandwidth / 1e9:.4g} GB/s\n")
         for value, base in pairs:
+            contenders = fitting(value, base, device)
+            if left_out := [name for name in CONTENDERS if name not in contenders]:
+                print(f"{value} and {base}: no room beside the others for {', '.join(left_out)}\n")
             for tokens in args.tokens or ([128] if base == "110M" else [128, 512, 1024]):
                 for batch in args.batch:
-                    results = measure(value, base, batch, tokens, device, args.rounds)
+                    results = measure(value, base, batch, tokens, device, args.rounds, contenders)
                     print(f"A {value} value network on a {base} base: {tokens} new tokens, {batch} at a time\n\n"
                           f"{show(results, value, base, batch, tokens, device, bandwidth)}\n", flush=True)
                     about = f"{value} on {base}, {tokens} tokens, batch {batch}"

@@ -129,14 +129,15 @@ def memory(device: str) -> int:
     return torch.cuda.max_memory_allocated()  # since the worker's inputs were ready
 
 
-def copy_bandwidth(device: str) -> float:
+def copy_bandwidth(device: str, threads: int | None = None) -> float:
     """Bytes per second of a large copy, each byte counted once read and once written: the best of 20."""
     size = 2**28 if device == "cpu" else 2**30
-    result = compare({"copy": functools.partial(copy, size)}, device, 20, 1)["copy"]
+    result = compare({"copy": functools.partial(copy, size, threads)}, device, 20, 1)["copy"]
     return 2 * size / min(result.seconds)
 
 
-def copy(size: int) -> Callable[[], None]:
+def copy(size: int, threads: int | None) -> Callable[[], None]:
+    torch.set_num_threads(threads or torch.get_num_threads())
     source, target = [torch.rand(size // 4) for _ in range(2)]
     return lambda: target.copy_(source)
 

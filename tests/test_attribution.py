@@ -64,8 +64,8 @@ def test_the_command_writes_a_page_for_each_kind_of_instruction(home):
 
 
 def test_bad_input_to_the_page_is_one_line(home):
-    for arguments, message in [(["--out", "nowhere/a.html"], "there is no folder nowhere"), (["--height", "0"], "positive whole number"),
-                               (["--top-p", "2"], "at most 1"), (["--value", "none"], "none: no such folder")]:
+    for arguments, message in [(["--out", "nowhere/a.html"], "there is no folder nowhere"), (["--top-p", "2"], "at most 1"),
+                               (["--height", "0"], "positive whole number"), (["--value", "none"], "none: no such folder")]:
         status, _, errors = inside(home, "attribution.py", *arguments)
         assert status == 2 and errors.count("\n") == 1 and message in errors, errors
 
@@ -82,7 +82,8 @@ def test_a_browser_shows_it_at_1280_pixels(home, tmp_path, tokenizer):
     file = tmp_path / "page.html"
     records = [record(400 + number, "base" if number % 3 else "value", number / 50) for number in range(512)]
     measuring = """<script>
-        const type = [...document.querySelectorAll("p, h1, h2, .token, .detail.shown *")].map(e => parseFloat(getComputedStyle(e).fontSize));
+        const words = [...document.querySelectorAll("p, h1, h2, .token, .detail.shown *")];
+        const type = words.map(e => parseFloat(getComputedStyle(e).fontSize));
         const shown = [...document.querySelectorAll(".detail")].filter(e => getComputedStyle(e).display != "none");
         const boxes = [...document.querySelectorAll(".token")].map(e => e.getBoundingClientRect());
         document.title = [document.documentElement.scrollWidth, Math.min(...type), shown.length, boxes.length,

@@ -8,12 +8,47 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 from ivl import ValueModel, attribute, combine
-from model import Llama
+from model import KVCache, Llama
 from sample import Guided, Speculative, draw, expected_rounds, generate, probabilities, speculate
 from tests.test_ivl import value_network
 from tests.test_model import small
 from tests.test_sample import assert_same_or_tied, pair, plugged, random_prompts
 from tests.test_train import VALUE, ask, refused
+
+# ---- steps without modules
+
+
+@pytest.mark.parametrize("shape", [{}, dict(num_key_value_heads=4), dict(num_key_value_heads=1, head_dim=6)])
+@torch.inference_mode()
+def test_decoding_without_modules_is_decoding_with_them(shape):
+    model, tokens = small(**shape), torch.randint(50, (3, 13), generator=torch.Generator().manual_seed(1))
+    results = []
+    for weights in (True, False):
+        cache = KVCache(model, 3, 16)
+        assert len(cache.weights) == 2
+        cache.weights = cache.weights if weights else None
+        parts = [model(tokens[:, :6], cache)]
+        cache.crop(torch.tensor([2, 6, 4]))  # rows of different length
+        results.append(torch.cat(parts + [model(part, cache) for part in tokens[:, 6:].split([1, 3, 1, 2], dim=1)], 1))
+    assert torch.equal(*results) or (results[0] - results[1]).abs().max() < 1e-5
+
+
+@torch.inference_mode()
+def test_a_layer_that_you_changed_is_called():
+    """A student's LoRA, say: whatever stands in a layer's place is not passed over."""
+    model, tokens = small(), torch.tensor([[5]])
+    before = model(tokens, KVCache(model, 1, 4))
+
+    class Twice(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    projection = model.model.layers[1].self_attn.v_proj
+    projection.__class__ = Twice
+    changed = model(tokens, KVCache(model, 1, 4))
+    torch.testing.assert_close(changed, model(tokens))
+    assert (changed - before).abs().max() > 0.01
+
 
 # ---- captured steps: on a CPU the operations are recorded and replayed on the same memory, as a CUDA graph does it
 
@@ -229,7 +264,7 @@ def test_rounds_expected_are_rounds_taken():
 def test_what_cannot_be_speculated_is_refused_with_the_reason(home):
     base = small()
     for scheme in ("cascade", "cascade+", "probe"):
-        with pytest.raises(ValueError, match=f"a {scheme.replace('+', '.')} reads the base's logits, so .* nothing of drafting could be used again"):
+        with pytest.raises(ValueError, match=f"a {scheme.replace('+', '.')} reads the base's logits, so .* could be used again"):
             Speculative(Guided(base, value_network(scheme)), base, 2)
     with pytest.raises(ValueError, match="the drafting base reads 40 tokens, and the other one 50"):
         Speculative(pair(), small(vocab_size=40), 2)
@@ -263,7 +298,8 @@ def test_attribution_by_hand():
     p_post = torch.tensor([2.0, 3.0, -2.0, 0.0]).softmax(-1)
     assert (each.token, each.decided, each.base_token, each.pushed) == (1, "value", 0, 1)
     assert (each.p_base, each.p_post, each.z_delta) == pytest.approx((p_base[1].item(), p_post[1].item(), 3.0))
-    assert each.size == pytest.approx((3.0 + 1.0) / 4) and each.kl == pytest.approx((p_post * (p_post / p_base).log()).sum().item(), rel=1e-5)
+    assert each.size == pytest.approx((3.0 + 1.0) / 4)
+    assert each.kl == pytest.approx((p_post * (p_post / p_base).log()).sum().item(), rel=1e-5)
     assert [id for id, *_ in each.raised] == [1] and [id for id, *_ in each.lowered] == [0, 3]
     assert each.raised[0][1:] == pytest.approx((each.p_base, each.p_post, 3.0))
     assert attribute(z_base, z_delta, token=0, alpha=0.1).decided == "base"
@@ -290,7 +326,7 @@ def test_attribution_is_of_the_step_that_was_taken(plug):
 def test_sample_explains(home):
     shown = ask(home, "--explain", "--prompt", "Greet Mira.")
     head, *rows, count = [line for line in shown.splitlines() if line.startswith("    ")]
-    assert head.split() == ["said", "base", "alone", "decided", "p", "base", "p", "both", "z_delta", "|z_delta|", "raised", "lowered"]
+    assert head.split() == "said base alone decided p base p both z_delta |z_delta| raised lowered".split()
     agreed, overruled = sum(" base " in row for row in rows), sum(row.startswith("    * ") for row in rows)
     assert count.strip() == f"of {len(rows)} tokens the base agreed with {agreed}, the value network overruled it at {overruled}"
     assert ask(home, "--explain").count("tokens the base agreed with") == 3
