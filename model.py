@@ -282,7 +282,7 @@ class Trunk(nn.Module):
         x = x.reshape(B * T, D)
         cos, sin = cos.view(-1, T, 1, width), sin.view(-1, T, 1, width)  # (1 or B, T, 1, F)
         for layer, (norm, q_proj, k_proj, v_proj, o_proj, second_norm, gate, up, down) in enumerate(cache.weights):
-            h = norm(x)  # (B T, D)
+            h = F.rms_norm(x, (D,), norm, self.norm.eps)  # (B T, D)
             heads = torch.cat((F.linear(h, q_proj), F.linear(h, k_proj)), dim=-1).view(B, T, -1, width)  # (B, T, H + K, F)
             heads = rotate(heads, cos, sin).transpose(1, 2)  # (B, H + K, T, F)
             v = F.linear(h, v_proj).view(B, T, K, width).transpose(1, 2)  # (B, K, T, F)
@@ -294,7 +294,7 @@ class Trunk(nn.Module):
                                                enable_gqa=q.shape[1] != K)  # (B, H, T, F)
             y = y.view(B, -1, T, width).transpose(1, 2).reshape(B * T, -1)  # (B T, H F)
             x = x + F.linear(y, o_proj)
-            h = second_norm(x)
+            h = F.rms_norm(x, (D,), second_norm, self.norm.eps)
             x = x + F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)
         return x.view(B, T, D)
 
@@ -385,6 +385,7 @@ class KVCache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)  # (layers, B, K, capacity, F)
         self.values = torch.zeros_like(self.keys)
+        self.layers = [*zip(self.keys, self.values)]  # of each layer, (B, K, capacity, F) twice
         self.lengths = torch.zeros(batch, dtype=torch.long, device=model.device)  # (B,)
         cos, sin = cos_and_sin(torch.arange(capacity, device=model.device), model.model.frequencies.to(model.device))
         self.cos, self.sin = cos.to(model.dtype), sin.to(model.dtype)  # (capacity, F)
@@ -401,12 +402,15 @@ class KVCache:
         self.lengths.copy_(torch.tensor(lengths))
         self.used, self.level = max(lengths), min(lengths) == max(lengths)  # level: all rows are equally long
 
+    def check_room(self, T: int) -> None:
+        if self.used + T > self.capacity:
+            raise ValueError(f"KV cache of {self.capacity} positions is full")
+
     def begin(self, T: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Before a pass over T tokens: cos and sin of their positions, (T, F) or (B, 1, T, F), and which stored keys each
         may see, (B, 1, T, S); None for all of them or, in an empty cache, plain causal."""
+        self.check_room(T)
         device, end = self.lengths.device, self.used + T
-        if end > self.capacity:
-            raise ValueError(f"KV cache of {self.capacity} positions is full")
         self.stored = end if self.window is None else self.window
         self.in_step = self.level and self.window is None
         if self.in_step and (T == 1 or self.used == 0):
@@ -418,12 +422,13 @@ class KVCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, K, T, F) of this pass behind each row's length; return what it reads (B, K, S, F)."""
-        for store, new in ((self.keys[layer], k), (self.values[layer], v)):
+        keys, values = self.layers[layer]
+        for store, new in ((keys, k), (values, v)):
             if self.in_step:
                 store[:, :, self.used:self.stored] = new
             else:
                 store.transpose(1, 2)[self.rows, self.positions] = new.transpose(1, 2)
-        return self.keys[layer, :, :, :self.stored], self.values[layer, :, :, :self.stored]
+        return keys[:, :, :self.stored], values[:, :, :self.stored]
 
     def advance(self, steps: int) -> None:
         self.lengths += steps
@@ -440,6 +445,7 @@ class KVCache:
     def select(self, rows: Tensor) -> None:
         """Keep the rows named by `rows (B',)`, in that order; a row named twice is forked."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.layers = [*zip(self.keys, self.values)]
         self.lengths = self.lengths[rows]
         self.set_lengths(self.lengths.tolist())
 
@@ -449,12 +455,12 @@ def weights_of(layers: nn.ModuleList) -> list[tuple] | None:
     found = []
     for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
-        linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-                   mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-        if [type(each) for each in (layer, attention, mlp, *linears)] != [Block, Attention, MLP] + [nn.Linear] * 7:
+        parts = [layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+                 layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        usual = [Block, Attention, MLP, RMSNorm, *[nn.Linear] * 4, RMSNorm, *[nn.Linear] * 3]
+        if [type(each) for each in (layer, attention, mlp, *parts)] != usual:
             return None
-        q, k, v, o, gate, up, down = [linear.weight for linear in linears]
-        found.append((layer.input_layernorm, q, k, v, o, layer.post_attention_layernorm, gate, up, down))
+        found.append(tuple(part.weight for part in parts))
     return found
 
 

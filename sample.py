@@ -37,7 +37,7 @@ from vocab_map import MARGIN, Mapped, VocabMap, build
 class Guided:
     """A base with or without a value network or proxy, and the KV caches of all of them. Eq. (3) at each step.
 
-    On a GPU a step of a few tokens is captured as a CUDA graph, base and value network in one, and replayed from then on.
+    On a GPU a step of a few tokens that comes again is captured as a CUDA graph, base and value network in one, and replayed.
     After a step, z_base and z_delta (B, T, Vb and Vv) are what z_post was made of; they and z_post last until the next.
     """
 
@@ -55,7 +55,7 @@ class Guided:
             self.readable = min(value.vocab_size, vocab_map.value_tokenizer.vocab_size)
         self.captures = base.device.type == "cuda" and self.mapped is None
         self.caches: list[KVCache] = []
-        self.graphs: dict[tuple[int, ...], Graph] = {}
+        self.graphs: dict[tuple[int, ...], Graph | None] = {}  # of steps by B, T and window; None: seen once
 
     def allocate(self, batch: int, capacity: int) -> None:
         """Begin anew, with empty caches for `capacity` positions of `batch` rows."""
@@ -121,9 +121,14 @@ class Guided:
         """_combined as a CUDA graph: no Python, and no word between host and device, until it is done."""
         B, T = tokens.shape
         key = B, T, min(window(self.caches[0].used + T), self.caches[0].capacity)
-        if key not in self.graphs:
+        if key not in self.graphs:  # a shape that comes once is not worth it
+            self.graphs[key] = None
+            return self._combined(tokens, self.caches)
+        if self.graphs[key] is None:
             self.graphs[key] = self._capture(tokens, key[-1])
         graph = self.graphs[key]
+        for cache in self.caches:
+            cache.check_room(T)
         graph.tokens.copy_(tokens)
         graph.replay()
         for cache in self.caches:  # the graph has moved the lengths on the device
@@ -136,10 +141,9 @@ class Guided:
         tokens = tokens.clone()  # the graph reads this memory each time
         for cache in self.caches:
             cache.window = window
-        if not self.graphs:  # once in earnest, so that libraries are loaded and have their work space
-            self._combined(tokens, self.caches)
-            for cache in self.caches:
-                cache.advance(-tokens.shape[1])
+        self._combined(tokens, self.caches)  # once in earnest, so that libraries are loaded and have their work space
+        for cache in self.caches:
+            cache.advance(-tokens.shape[1])
         replay, z_post = capture(lambda: self._combined(tokens, self.caches))
         for cache in self.caches:  # capturing has told the host of a step that did not happen
             cache.used -= tokens.shape[1]
@@ -205,7 +209,7 @@ def generate(guided: Guided, prompts: list[list[int]], *, max_new_tokens: int, t
     """
     check_prompts(prompts)
     stop_ids = guided_stop_ids(guided) if stop_ids is None else stop_ids
-    noise = torch.stack([uniform(seed, number, max_new_tokens) for number in range(len(prompts))]).to(guided.base.device)
+    noise = torch.stack([uniform(seed, row, max_new_tokens) for row in range(len(prompts))]).to(guided.base.device)
     outputs: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))  # which prompt each row of the batch belongs to
     alive = [True] * len(prompts)
@@ -338,6 +342,10 @@ class Speculative:
     @property
     def base(self) -> Llama:
         return self.guided.base
+
+    @property
+    def llamas(self) -> list[Llama]:
+        return [*self.guided.llamas, self.drafting.base]
 
     @property
     def acceptance(self) -> list[float]:
@@ -556,7 +564,7 @@ def find_base(name: str | None, value: Path, info: dict) -> Path:
     return path or Path(name)
 
 
-def room_for_answer(guided: Guided, prompt: list[int], args: argparse.Namespace) -> int:
+def room_for_answer(guided: Guided | Speculative, prompt: list[int], args: argparse.Namespace) -> int:
     """How many tokens an answer may have: as many as asked for, or as the checkpoints have positions for."""
     room = min(llama.config.max_position_embeddings for llama in [guided.base, *guided.llamas]) - len(prompt)
     if room < 1:
@@ -574,13 +582,12 @@ def answer(guided: Guided | Speculative, tokenizer: Tokenizer, template: str, tu
            show: bool = False) -> str:
     """The assistant's next turn; with `show` it is printed as it comes."""
     prompt, _ = encode_chat(tokenizer, template, turns)
-    speculative = isinstance(guided, Speculative)
-    room = room_for_answer(guided.guided if speculative else guided, prompt, args)
     decoder = StreamDecoder(tokenizer)
     started = time.monotonic()
     on_token = (lambda _, token: print(decoder.push(token), end="", flush=True)) if show else None
-    ids = (speculate if speculative else generate)(guided, [prompt], max_new_tokens=room, on_token=on_token,
-                                                   **options_for(tokenizer, template, args))[0]
+    say = speculate if isinstance(guided, Speculative) else generate
+    ids = say(guided, [prompt], max_new_tokens=room_for_answer(guided, prompt, args), on_token=on_token,
+              **options_for(tokenizer, template, args))[0]
     if show:
         print(decoder.finish())
         print(f"    {len(ids)} tokens, {len(ids) / (time.monotonic() - started):.1f} tokens/s", file=sys.stderr)
@@ -604,7 +611,7 @@ def show_speculation(speculative: Speculative, name: str, draft: str, tokenizer:
     passes = measure_passes(speculative, prompts[0])  # a warm-up, too
     options = options_for(tokenizer, template, args)
     for text, prompt in zip(texts, prompts):
-        room = room_for_answer(guided, prompt, args)
+        room = room_for_answer(speculative, prompt, args)
         for way, (say, system) in enumerate([(generate, guided), (speculate, speculative)]):
             started = time.perf_counter()
             answers[way].append(say(system, [prompt], max_new_tokens=room, **options)[0])
@@ -617,14 +624,22 @@ def show_speculation(speculative: Speculative, name: str, draft: str, tokenizer:
     print(f"\n{name}, {speculative.ahead} tokens at a time drafted by {draft} with the same z_delta: {len(texts)} answers, "
           f"{tokens} tokens")
     if args.temperature == 0:
-        others = sum(ours != theirs for ours, theirs in zip(*answers))
-        print("    " + (f"{others} answers differ from those without, where logits tie but for rounding" if others
-                        else "the same tokens as without"))
+        gaps = [gap_at_difference(guided, *each) for each in zip(prompts, *answers) if each[1] != each[2]]
+        print("    " + (f"{len(gaps)} answers differ from those without, first where the two best logits are at most "
+                        f"{max(gaps):.1e} apart" if gaps else "the same tokens as without"))
     print("    drafted tokens accepted, by position: " + " ".join(f"{share:.2f}" for share in speculative.acceptance)
           + f"; {tokens / speculative.rounds:.2f} tokens a round")
     print(f"    milliseconds: {1000 * passes.plain:.2f} for a guided token, {1000 * passes.drafted:.2f} to draft one, "
           f"{1000 * passes.verified:.2f} to verify {speculative.ahead}")
     print(f"    speed-up: predicted {predicted:.2f}, measured {measured:.2f}" + ": it does not pay here" * (measured <= 1))
+
+
+@torch.inference_mode()
+def gap_at_difference(guided: Guided, prompt: list[int], one: list[int], other: list[int]) -> float:
+    """How far the two best logits are apart where two greedy answers part: rounding alone can decide a near-tie."""
+    same = next(index for index in range(max(len(one), len(other))) if one[index:index + 1] != other[index:index + 1])
+    first, second = guided.logits(torch.tensor([prompt + one[:same]], device=guided.base.device))[0, -1].float().topk(2).values
+    return (first - second).item()
 
 
 def chat(guided: Guided | Speculative, tokenizer: Tokenizer, template: str, args: argparse.Namespace) -> None:

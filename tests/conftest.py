@@ -19,6 +19,16 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def three_seeds(tmp_path_factory) -> Path:
+    """A folder with what the README trains, of seeds 0, 1 and 2; it takes a quarter of an hour."""
+    folder = tmp_path_factory.mktemp("seeds")
+    for seed in range(3):
+        succeed(folder, "train.py", "--seed", seed)
+        succeed(folder, "train.py", "--base", "tiny-l", "--seed", seed)
+    return folder
+
+
 @pytest.fixture
 def chats(tmp_path) -> Path:
     path = tmp_path / "chats.jsonl"

@@ -583,15 +583,6 @@ def test_only_pytorch_model_bin_is_told_by_the_scripts(checkpoint, chats, tmp_pa
 # ---- what the README promises; minutes each
 
 
-@pytest.fixture(scope="session")
-def three_seeds(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("seeds")
-    for seed in range(3):
-        succeed(folder, "train.py", "--seed", seed)
-        succeed(folder, "train.py", "--base", "tiny-l", "--seed", seed)
-    return folder
-
-
 @pytest.mark.slow
 def test_value_networks_work_on_three_seeds(three_seeds):
     metrics = [json.loads((three_seeds / f"out/seed{seed}/value-residual-tiny-s/metrics.json").read_text()) for seed in range(3)]
