@@ -385,13 +385,17 @@ class KVCache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
         self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)  # (layers, B, K, capacity, F)
         self.values = torch.zeros_like(self.keys)
-        self.layers = [*zip(self.keys, self.values)]  # of each layer, (B, K, capacity, F) twice
+        self.layers = self.by_layer()
         self.lengths = torch.zeros(batch, dtype=torch.long, device=model.device)  # (B,)
         cos, sin = cos_and_sin(torch.arange(capacity, device=model.device), model.model.frequencies.to(model.device))
         self.cos, self.sin = cos.to(model.dtype), sin.to(model.dtype)  # (capacity, F)
         self.weights = weights_of(model.model.layers)
         self.window: int | None = None
         self.set_lengths([0] * batch)
+
+    def by_layer(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer, (B, K, capacity, F), in the same memory."""
+        return [(self.keys[layer], self.values[layer]) for layer in range(len(self.keys))]
 
     @property
     def capacity(self) -> int:
@@ -445,7 +449,7 @@ class KVCache:
     def select(self, rows: Tensor) -> None:
         """Keep the rows named by `rows (B',)`, in that order; a row named twice is forked."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.layers = [*zip(self.keys, self.values)]
+        self.layers = self.by_layer()
         self.lengths = self.lengths[rows]
         self.set_lengths(self.lengths.tolist())
 
