@@ -276,6 +276,7 @@ class Trunk(nn.Module):
         """The layers once more, x (B, T, D) -> (B, T, D): the same operations without modules around them.
 
         A pass of a small network over a few tokens takes as long as its Python, and here there is half as much of it.
+        Hooks on parts of a layer are not called; a part of another class than above is (cache.weights is None then).
         """
         B, T, D = x.shape
         K, width = cache.keys.shape[2], cache.keys.shape[4]
@@ -292,7 +293,7 @@ class Trunk(nn.Module):
                 q = q.view(B, K, -1, width)  # heads that share keys stand in for positions, so that no key is copied for them
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None and T > 1,
                                                enable_gqa=q.shape[1] != K)  # (B, H, T, F)
-            y = y.view(B, -1, T, width).transpose(1, 2).reshape(B * T, -1)  # (B T, H F)
+            y = y.reshape(B, -1, T, width).transpose(1, 2).reshape(B * T, -1)  # (B T, H F)
             x = x + F.linear(y, o_proj)
             h = F.rms_norm(x, (D,), second_norm, self.norm.eps)
             x = x + F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)

@@ -204,14 +204,19 @@ def speculation(home: Path, layers: int, ahead: list[int], rounds: int, device: 
         return time.perf_counter() - started, answers
 
     systems = {K: Speculative(guided, draft, K) for K in ahead}
-    alone = {"big": Speculative(Guided(guided.base), draft, 1), "small": Speculative(Guided(draft), draft, 1)}
-    found = {"answers": len(prompts), "differing": 0, "plain": [], "big": [], "small": [], "K": {}}
+    unguided = Guided(guided.base)
+    alone = {"big": Speculative(unguided, draft, 1), "small": Speculative(Guided(draft), draft, 1)}
+    found = {"answers": len(prompts), "differing": 0, "plain": [], "unguided": [], "big": [], "small": [], "K": {}}
     passes, taken = {K: [] for K in ahead}, {K: [] for K in ahead}
     for turn in range(rounds):
         for name, each in alone.items():  # what a token of either base takes
             found[name].append(measure_passes(each, prompts[0]).plain)
         seconds, plain = timed(generate, guided)
         found["plain"].append(seconds)
+        started = time.perf_counter()
+        for prompt, answer in zip(prompts, plain):  # the base alone, as many tokens whatever they are
+            generate(unguided, [prompt], max_new_tokens=len(answer), stop_ids=set())
+        found["unguided"].append(time.perf_counter() - started)
         for K, system in systems.items():
             passes[K].append(measure_passes(system, prompts[0]))
             seconds, answers = timed(speculate, system)
@@ -242,7 +247,9 @@ def show_speculation(found: dict) -> str:
     lines = [f"{found['answers']} answers, {found['tokens']} tokens; {found['differing']} of {found['compared']} differ from "
              "those without speculation",
              f"a token of this base takes {share(found['big'], found['small'])} times what one of tiny-s takes",
-             f"at K = {K} it pays: {speed_up:.2f} times as fast" if speed_up > 1
+             f"guided without speculation takes {share(found['plain'], found['unguided'])} times as long as the base alone",
+             f"at K = {K} it pays: {speed_up:.2f} times as fast, and it takes "
+             f"{share(found['K'][K]['seconds'], found['unguided'])} times as long as the base alone" if speed_up > 1
              else f"it does not pay: at best, K = {K}, {speed_up:.2f} times as fast"]
     return "\n".join([table(rows), "", *(f"- {line}" for line in lines)])
 

@@ -71,7 +71,7 @@ Each claim is printed with its gap on each seed, in points.
 
 {overview(results)}
 
-Not here yet: Table 3 (inference costs).
+Table 3 is about time, not about answers: `python -m paper.table3`, and [bench/RESULTS.md](../bench/RESULTS.md).
 
 {sections}
 {appendix_b.section(seeds)}"""

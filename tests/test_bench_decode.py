@@ -54,14 +54,15 @@ def test_conclusions_are_of_times_side_by_side():
         "- transformers, base alone, takes 1.00 (1.00 to 1.50) times as long as base alone here"]
 
 
-@pytest.mark.parametrize("factor, verdict", [(0.5, "at K = 2 it pays: 2.00 times as fast"),
+@pytest.mark.parametrize("factor, verdict", [(0.5, "at K = 2 it pays: 2.00 times as fast, and it takes 0.62"),
                                              (2.0, "it does not pay: at best, K = 2, 0.50")])
 def test_speculation_says_whether_it_pays(factor, verdict):
     each = {"acceptance": [0.9, 0.8], "tokens a round": 1.8, "passes": dict(plain=0.01, drafted=0.001, verified=0.012),
             "predicted": 1.5, "seconds": [1.0 * factor, 2.0 * factor]}
     shown = show_speculation({"answers": 3, "tokens": 30, "differing": 0, "compared": 6, "plain": [1.0, 2.0], "big": [3.0],
-                              "small": [1.0], "K": {2: each}})
+                              "small": [1.0], "unguided": [0.8, 1.6], "K": {2: each}})
     assert verdict in shown and "0 of 6 differ" in shown and "| 0.90 0.80 " in shown and "10.00, 1.00, 12.00" in shown
+    assert "guided without speculation takes 1.25 (1.25 to 1.25) times as long as the base alone" in shown
 
 
 @pytest.mark.skipif(not PAPER.is_file(), reason="the paper's text is not here")
