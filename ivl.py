@@ -44,7 +44,7 @@ def combine(z_base: Tensor, z_delta: Tensor, alpha: float = 1.0) -> Tensor:
         z_delta = z_delta[..., :Vb]
     elif Vv < Vb:
         z_delta = F.pad(z_delta, (0, Vb - Vv))
-    return torch.add(z_base.detach(), z_delta, alpha=alpha)
+    return z_base.detach() + (z_delta if alpha == 1 else alpha * z_delta)
 
 
 def ivl_loss(z_base: Tensor | None, z_delta: Tensor, labels: Tensor, l1: float = 0.0
@@ -374,9 +374,10 @@ class Attribution:
 
 def attribute(z_base: Tensor, z_delta: Tensor, token: int, alpha: float = 1.0, count: int = 4) -> Attribution:
     """Who decided on `token`, which was picked by z_base (Vb,) and z_delta (Vv,); `count` raised and lowered ones at most."""
+    z_post = combine(z_base, z_delta, alpha).float()  # (Vb,), rounded as in decoding, where half precision can make ties
     z_base = z_base.float()  # (Vb,)
     z_delta = combine(torch.zeros_like(z_base), z_delta.float(), alpha)  # (Vb,)
-    log_base, log_post = z_base.log_softmax(-1), (z_base + z_delta).log_softmax(-1)
+    log_base, log_post = z_base.log_softmax(-1), z_post.log_softmax(-1)
     p_base, p_post = log_base.exp(), log_post.exp()
     first, first_post = int(p_base.argmax()), int(p_post.argmax())
     gain = p_post - p_base

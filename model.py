@@ -206,6 +206,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, F)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, F)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, F)
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, S, F)
@@ -257,8 +258,7 @@ class Trunk(nn.Module):
         T = x.shape[1]
         if cache is None:
             self.frequencies = self.frequencies.to(x.device)
-            cos, sin = cos_and_sin(torch.arange(T, device=x.device), self.frequencies)  # (T, F)
-            cos, sin, mask = cos.to(x.dtype), sin.to(x.dtype), None
+            (cos, sin), mask = cos_and_sin(torch.arange(T, device=x.device), self.frequencies), None  # (T, F)
         else:
             cos, sin, mask = cache.begin(T)
         if cache is not None and cache.weights and not torch.is_grad_enabled():
@@ -276,7 +276,8 @@ class Trunk(nn.Module):
         """The layers once more, x (B, T, D) -> (B, T, D): the same operations without modules around them.
 
         A pass of a small network over a few tokens takes as long as its Python, and here there is half as much of it.
-        Hooks on parts of a layer are not called; a part of another class than above is (cache.weights is None then).
+        Who changes Attention.forward or MLP.forward changes this, too. A layer with a part of another class, a bias or a
+        hook is called as it is (cache.weights is None then).
         """
         B, T, D = x.shape
         K, width = cache.keys.shape[2], cache.keys.shape[4]
@@ -463,7 +464,8 @@ def weights_of(layers: nn.ModuleList) -> list[tuple] | None:
         parts = [layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
                  layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
         usual = [Block, Attention, MLP, RMSNorm, *[nn.Linear] * 4, RMSNorm, *[nn.Linear] * 3]
-        if [type(each) for each in (layer, attention, mlp, *parts)] != usual:
+        changed = [type(each) for each in (layer, attention, mlp, *parts)] != usual
+        if changed or any(getattr(part, "bias", None) is not None or part._forward_hooks for part in parts):
             return None
         found.append(tuple(part.weight for part in parts))
     return found

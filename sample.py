@@ -27,7 +27,7 @@ from data.tiny_world import TEMPLATE, TINY_SIZES, World, evaluate, print_metrics
 from data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from ivl import (Attribution, ProxyDelta, ValueModel, attribute, check_recorded, check_same_family, combine, is_same_family,
                  read_info)
-from model import CheckpointError, KVCache, Llama, read_json
+from model import KVCache, Llama, read_json
 from vocab_map import MARGIN, Mapped, VocabMap, build
 
 # ---------------------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ class Guided:
             self.readable = min(value.vocab_size, vocab_map.value_tokenizer.vocab_size)
         self.captures = base.device.type == "cuda" and self.mapped is None
         self.caches: list[KVCache] = []
-        self.graphs: dict[tuple[int, ...], Graph | None] = {}  # of steps by B, T and window; None: seen once
+        self.graphs: dict[tuple, Graph | None] = {}  # of steps by B, T, window and what else goes into them; None: seen once
 
     def allocate(self, batch: int, capacity: int) -> None:
         """Begin anew, with empty caches for `capacity` positions of `batch` rows."""
@@ -64,10 +64,12 @@ class Guided:
             if self.caches and self.caches[0].capacity >= capacity and len(self.caches[0].lengths) == batch:
                 for cache in self.caches:
                     cache.set_lengths([0] * batch)
+                    cache.keys.zero_(), cache.values.zero_()  # a mask does not keep out what is no number
                 return
         self.graphs = {}
         self.caches = [KVCache(llama, batch, capacity) for llama in self.llamas]
 
+    @torch.inference_mode()
     def start(self, prompts: list[list[int]], max_new_tokens: int, greedy: bool = True) -> Tensor:
         """Fill fresh caches with all but the last token of each prompt; return those last tokens (B, 1)."""
         if self.mapped:
@@ -89,6 +91,7 @@ class Guided:
                 cache.set_lengths(lengths)
         return torch.tensor([prompt[-1:] for prompt in prompts], device=self.base.device)
 
+    @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Continue each row by tokens (B, T) -> z_post (B, T, Vb). The first step may be a whole prompt."""
         if not self.caches:
@@ -120,12 +123,12 @@ class Guided:
     def _captured_step(self, tokens: Tensor) -> Tensor:
         """_combined as a CUDA graph: no Python, and no word between host and device, until it is done."""
         B, T = tokens.shape
-        key = B, T, min(window(self.caches[0].used + T), self.caches[0].capacity)
+        key = B, T, min(window(self.caches[0].used + T), self.caches[0].capacity), self.alpha, self.readable
         if key not in self.graphs:  # a shape that comes once is not worth it
             self.graphs[key] = None
             return self._combined(tokens, self.caches)
         if self.graphs[key] is None:
-            self.graphs[key] = self._capture(tokens, key[-1])
+            self.graphs[key] = self._capture(tokens, key[2])
         graph = self.graphs[key]
         for cache in self.caches:
             cache.check_room(T)
@@ -141,7 +144,7 @@ class Guided:
         tokens = tokens.clone()  # the graph reads this memory each time
         for cache in self.caches:
             cache.window = window
-        self._combined(tokens, self.caches)  # once in earnest, so that libraries are loaded and have their work space
+        self._combined(tokens, self.caches)  # once in earnest, so that what the GPU needs for it is loaded
         for cache in self.caches:
             cache.advance(-tokens.shape[1])
         replay, z_post = capture(lambda: self._combined(tokens, self.caches))
@@ -259,7 +262,7 @@ def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     if temperature == 0:
         return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits.float() - logits.max(-1, keepdim=True).values.float()  # so that no temperature overflows
-    p = F.softmax(logits / temperature, dim=-1)  # (B, V)
+    p = F.softmax(logits / max(temperature, 1e-30), dim=-1)  # (B, V); smaller numbers are 0 in float32
     if top_p < 1:
         largest, tokens = p.sort(-1, descending=True)
         before = largest.cumsum(-1) - largest
@@ -363,10 +366,11 @@ class Speculative:
         for k in range(ahead):
             z = self.drafting.step(tokens[-1])[:, -1, :V]  # (1, V)
             q.append(probabilities(z, temperature, top_p))
-            z_delta.append(self.drafting.z_delta.clone() if self.drafting.captures else self.drafting.z_delta)
+            if self.guided.value is not None:
+                z_delta.append(self.drafting.z_delta.clone())  # the next step may write over it
             tokens.append(draw(q[-1], noise[0, k:k + 1])[:, None])
         z_base = self.verifying.step(torch.cat(tokens[:-1], dim=1))  # (1, K, Vb), one pass
-        z = self.guided.post(z_base, torch.cat(z_delta, dim=1))[0, :, :V]  # (K, V), Eq. (3)
+        z = self.guided.post(z_base, torch.cat(z_delta, dim=1) if z_delta else None)[0, :, :V]  # (K, V), Eq. (3)
         p, q, drafted = probabilities(z, temperature, top_p), torch.cat(q), torch.cat(tokens[1:])  # (K, V), (K, V), (K, 1)
         stands = noise[1, :ahead, None] * q.gather(-1, drafted) < p.gather(-1, drafted)  # with probability min(1, p / q)
         count = stands.cumprod(0).sum()  # those before the first that does not stand
@@ -627,7 +631,8 @@ def show_speculation(speculative: Speculative, name: str, draft: str, tokenizer:
         gaps = [gap_at_difference(guided, *each) for each in zip(prompts, *answers) if each[1] != each[2]]
         print("    " + (f"{len(gaps)} answers differ from those without, first where the two best logits are at most "
                         f"{max(gaps):.1e} apart" if gaps else "the same tokens as without"))
-    print("    drafted tokens accepted, by position: " + " ".join(f"{share:.2f}" for share in speculative.acceptance)
+    print("    drafted tokens accepted, by position: " + " ".join(
+        f"{share:.2f}" if tried else "-" for share, tried in zip(speculative.acceptance, speculative.tried))
           + f"; {tokens / speculative.rounds:.2f} tokens a round")
     print(f"    milliseconds: {1000 * passes.plain:.2f} for a guided token, {1000 * passes.drafted:.2f} to draft one, "
           f"{1000 * passes.verified:.2f} to verify {speculative.ahead}")
@@ -825,13 +830,11 @@ def plug_in_draft(plugged: Plugged, args: argparse.Namespace) -> tuple[Speculati
     """The base with something plugged in, and a small one to draft for it; the small one's name."""
     path = plugged.own_path if args.draft is None else find_base(args.draft, plugged.own_path, {"bases": [str(plugged.own_path)]})
     refuse_value_network("--draft", path)
-    if plugged.guided.mapped is None:
-        check_same_family(plugged.tokenizer, load_tokenizer(path), str(plugged.base_path), str(path))
+    if plugged.guided.mapped is None and not is_same_family(plugged.tokenizer, load_tokenizer(path)):
+        raise UsageError(f"--draft {path}: it has another tokenizer than {plugged.base_path}, for which it would have to draft")
+    draft = Llama.from_pretrained(path, plugged.guided.base.dtype, plugged.guided.base.device)
     try:
-        return Speculative(plugged.guided, Llama.from_pretrained(path, plugged.guided.base.dtype, plugged.guided.base.device),
-                           args.speculate), path.name
-    except CheckpointError:
-        raise
+        return Speculative(plugged.guided, draft, args.speculate), path.name
     except ValueError as error:
         raise UsageError(f"--speculate: {error}") from None
 

@@ -135,7 +135,7 @@ def measure(value: str, base: str, batch: int, tokens: int, device: str, rounds:
     step = functools.partial(functools.partial, decoding, value=value, base=base, batch=batch, tokens=tokens, dtype=dtype)
     results = compare({name: step(name=name) for name in contenders}, device, rounds, 1)
     for result in results.values():
-        result.seconds = [seconds / tokens for seconds in result.seconds]
+        result.seconds = [] if result.failure else [seconds / tokens for seconds in result.seconds]
     return results
 
 
@@ -148,7 +148,8 @@ def show(results: dict[str, Result], value: str, base: str, batch: int, tokens: 
             rows.append([name, result.failure, "", "", "", ""])
             continue
         moved = sum(reads[network] for network in networks_of(name, value, base))
-        rows.append([name, f"{batch / result.median:.0f}", times(result), ratio(results[ALONE], result) if name != ALONE else "",
+        longer = "" if name == ALONE or results[ALONE].failure else ratio(results[ALONE], result)
+        rows.append([name, f"{batch / result.median:.0f}", times(result), longer,
                      f"{100 * moved / result.median / bandwidth:.0f}%", f"{result.peak / 1e9:.2f}"])
     return f"{table(rows)}\n\n{conclusions(results)}"
 
@@ -267,12 +268,18 @@ def main():
     parser.add_argument("--rounds", type=positive_int, default=3, help="(default 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     args = parser.parse_args()
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
+    if args.speculate and (args.tokens or args.pair):
+        parser.error("--tokens and --pair do not go with --speculate, whose answers end by themselves")
+    if args.layers < tiny_shape("tiny-l").num_hidden_layers:
+        parser.error(f"--layers {args.layers}: tiny-l has {tiny_shape('tiny-l').num_hidden_layers} to begin with")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     numbers = {"device": describe(device)}
     if args.speculate:
         folders = [args.speculate / name for name in ("tiny-s", "tiny-l", "value-residual-tiny-s")]
-        if missing := [folder for folder in folders if not folder.is_dir()]:
+        if missing := [folder for folder in folders if not (folder / "train.json").is_file()]:
             raise UsageError(f"{missing[0]}: not there; `python train.py` and `python train.py --base tiny-l` make it")
         print(f"{describe(device)}, float32\n")
         for what, layers in (("as it was trained", 0), (f"deepened to {args.layers} layers", args.layers)):

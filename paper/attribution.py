@@ -82,8 +82,7 @@ def detail(each: Attribution, tokenizer: Tokenizer, classes: str = "") -> str:
 def shown_text(tokenizer: Tokenizer, each: Attribution) -> str:
     """A token in running text: its own characters, with names for what has none and a mark for line breaks."""
     text = tokenizer.token_bytes(each.token).decode("utf-8", "replace")
-    return html.escape(text.replace("\n", "↵\n") if text.strip(" ") or not text else token_name(tokenizer, each.token)) \
-        or html.escape(token_name(tokenizer, each.token))
+    return html.escape(text.replace("\n", "↵\n") if text.strip(" ") else token_name(tokenizer, each.token))
 
 
 def tokens_html(tokenizer: Tokenizer, records: list[Attribution]) -> str:
@@ -117,18 +116,26 @@ def page(title: str, tokenizer: Tokenizer, answers: list[tuple[str, str, list[At
 """
 
 
-def screenshot(file: Path, picture: Path, height: int) -> None:
-    """A picture of a page, by headless Chromium. UsageError where there is none or it fails."""
+def find_browser() -> str:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         raise UsageError(f"--screenshot needs Chromium, and none of {', '.join(BROWSERS)} is installed")
+    return browser
+
+
+def screenshot(file: Path, picture: Path, height: int) -> None:
+    """A picture of a page, by headless Chromium. UsageError where there is none or it fails."""
+    browser = find_browser()
     with tempfile.TemporaryDirectory() as profile:
         command = [browser, "--headless", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}",
                    f"--window-size={WIDTH},{height}", f"--screenshot={picture.resolve()}", file.resolve().as_uri()]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             command.insert(1, "--no-sandbox")  # Chromium refuses to sandbox itself as root
         picture.unlink(missing_ok=True)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        except subprocess.TimeoutExpired:
+            raise UsageError(f"--screenshot: {Path(browser).name} took longer than two minutes") from None
     if done.returncode or not picture.is_file():
         said = done.stderr.strip().splitlines() or ["without a word"]
         raise UsageError(f"--screenshot: {Path(browser).name} failed: {said[-1]}")
@@ -150,6 +157,8 @@ def main():
     for path in filter(None, (args.out, args.screenshot)):
         if not path.parent.is_dir():
             parser.error(f"{path}: there is no folder {path.parent}")
+    if args.screenshot:
+        find_browser()  # before any work
     plugged = plug_in(args)
     answers = []
     for text in args.prompt or questions_of(plugged):

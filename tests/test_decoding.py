@@ -43,11 +43,27 @@ def test_a_layer_that_you_changed_is_called():
         def forward(self, x):
             return 2 * super().forward(x)
 
+    hook = model.model.layers[0].mlp.up_proj.register_forward_hook(lambda _, inputs, out: 2 * out)
+    assert (model(tokens, KVCache(model, 1, 4)) - before).abs().max() > 0.01
+    hook.remove()
     projection = model.model.layers[1].self_attn.v_proj
     projection.__class__ = Twice
     changed = model(tokens, KVCache(model, 1, 4))
     torch.testing.assert_close(changed, model(tokens))
     assert (changed - before).abs().max() > 0.01
+
+
+@torch.inference_mode()
+def test_attention_may_return_its_heads_in_any_order_of_memory(monkeypatch):
+    """As kernels on a GPU do: positions before heads."""
+    model, tokens = small(), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    cache = KVCache(model, 2, 4)
+    expected = [model(part, cache) for part in tokens.split([2, 1], dim=1)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda *arguments, **options: attend(*arguments, **options).transpose(1, 2).contiguous().transpose(1, 2))
+    cache = KVCache(model, 2, 4)
+    assert all(map(torch.equal, expected, [model(part, cache) for part in tokens.split([2, 1], dim=1)]))
 
 
 # ---- captured steps: on a CPU the operations are recorded and replayed on the same memory, as a CUDA graph does it
@@ -168,11 +184,13 @@ def test_greedy_speculation_is_plain_greedy_over_200_prompts(ahead):
     assert all(ours <= tried for ours, tried in zip(system.accepted, system.tried))
 
 
-@pytest.mark.parametrize("guide", ["proxy", "alpha", "none of it accepted", "all of it accepted", "wider base"])
+@pytest.mark.parametrize("guide", ["proxy", "alpha", "nothing", "none of it accepted", "all of it accepted", "wider base"])
 def test_greedy_speculation_of_other_systems(guide):
     prompts = random_prompts(20)
     base, draft = small(vocab_size=53 if guide == "wider base" else 50), small()
     guided = plugged("proxy") if guide == "proxy" else Guided(base, pair().value, alpha=0.5 if guide == "alpha" else 1.0)
+    if guide == "nothing":
+        guided = Guided(base)
     draft = {"none of it accepted": deeper(draft, scale=3.0), "all of it accepted": guided.base}.get(guide, deeper(draft))
     system = Speculative(guided, draft, 3)
     expected = [generate(guided, [prompt], max_new_tokens=12)[0] for prompt in prompts]
