@@ -5,6 +5,10 @@
     python sample.py --prompt "Greet Fufa. Say it twice."
     python sample.py --base tiny-l --expert out/seed0/full-tiny-s    # proxy tuning: tuned minus untuned in its place
     python sample.py --chat
+    python sample.py --explain                         # who decided on each token, the base or the value network
+    python sample.py --base tiny-l --speculate 4       # a small base drafts for the big one
+
+In this order: Guided (a step, captured on a GPU), generate, score, Speculative, what is printed, and the command line.
 """
 
 import argparse

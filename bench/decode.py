@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from bench.measure import Result, compare, copy_bandwidth, describe, progress, ratio, table, times
+from bench.measure import Result, compare, copy_bandwidth, describe, progress, ratio, share, table, times
 from bench.train import SHAPES as TRAINED_SHAPES
 from data.chat import encode_chat
 from data.cli import ArgumentParser, UsageError, number, positive_int, run_cli
@@ -152,12 +152,6 @@ def show(results: dict[str, Result], value: str, base: str, batch: int, tokens: 
         rows.append([name, f"{batch / result.median:.0f}", times(result), longer,
                      f"{100 * moved / result.median / bandwidth:.0f}%", f"{result.peak / 1e9:.2f}"])
     return f"{table(rows)}\n\n{conclusions(results)}"
-
-
-def share(ours: list[float], theirs: list[float]) -> str:
-    """One time over another, round by round: the median and the extremes."""
-    ratios = sorted(a / b for a, b in zip(ours, theirs))
-    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
 def conclusions(results: dict[str, Result]) -> str:

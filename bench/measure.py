@@ -169,5 +169,10 @@ def times(result: Result) -> str:
 
 def ratio(result: Result, other: Result) -> str:
     """How many times faster than another: the median over rounds, and the extremes."""
-    ratios = sorted(theirs / ours for ours, theirs in zip(result.seconds, other.seconds))
+    return share(other.seconds, result.seconds)
+
+
+def share(ours: list[float], theirs: list[float]) -> str:
+    """One time over another, round by round: the median and the extremes."""
+    ratios = sorted(a / b for a, b in zip(ours, theirs))
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"

@@ -8,8 +8,8 @@ in their place. bench/decode.py measures, and has rivals and more batch sizes.
 
 import torch
 
-from bench.decode import ALONE, BOTH, VALUE, measure, share
-from bench.measure import Result, describe, table
+from bench.decode import ALONE, BOTH, VALUE, measure
+from bench.measure import Result, describe, share, table
 from data.cli import ArgumentParser, positive_int, run_cli
 
 LENGTHS = (128, 512, 1024)  # new tokens
