@@ -20,12 +20,14 @@ import torch
 from bench.measure import Result, compare, copy_bandwidth, describe, progress, ratio, share, table, times
 from bench.train import SHAPES as TRAINED_SHAPES
 from data.chat import encode_chat
-from data.cli import ArgumentParser, UsageError, number, positive_int, run_cli
+from data.errors import UsageError
 from data.tiny_world import PIECES, TEMPLATE, TINY_SIZES, prompt_text, world_of
 from data.tokenizer import load_tokenizer
 from ivl import ProxyDelta, ValueModel
 from model import Llama, LlamaConfig
-from sample import LONGEST_CAPTURED, Guided, Passes, Speculative, generate, measure_passes, predicted_speed_up, speculate
+from run.cli import ArgumentParser, number, positive_int, run_cli
+from sample import (LONGEST_CAPTURED, Guided, Passes, Speculative, generate, measure_passes, predicted_speed_up,
+                    speculate)
 
 PROMPT = 32  # tokens before the first new one
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure import Result, compare, copy_bandwidth, describe, ratio, table, times
-from data.cli import ArgumentParser, positive_int, run_cli
 from ivl import ivl_loss, ivl_loss_from_hidden
+from run.cli import ArgumentParser, positive_int, run_cli
 
 L1 = 1.0  # lambda of Table 5
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure import Result, compare, describe, ratio, table, times
-from data.cli import ArgumentParser, positive_int, run_cli
 from ivl import ValueModel
 from model import Llama, LlamaConfig
+from run.cli import ArgumentParser, positive_int, run_cli
 from train import Objective, accumulate_gradient
 
 SHAPES = {  # as in the checkpoints' config.json: V, D, the MLP's width, layers, heads, heads of keys and values

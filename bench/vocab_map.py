@@ -19,11 +19,12 @@ import torch
 import vocab_map
 from bench.measure import Result, compare, describe, ratio, table, times
 from data.chat import encode_chat
-from data.cli import ArgumentParser, UsageError, positive_int, run_cli
+from data.errors import UsageError
 from data.tiny_world import TEMPLATE, World, prompt_text, world_of
 from data.tokenizer import Tokenizer, load_tokenizer
 from ivl import ValueModel
 from model import Llama
+from run.cli import ArgumentParser, positive_int, run_cli
 from sample import Guided, generate
 
 SIZES = {200: (64, 64), 2000: (4, 32)}  # value tokens in a text; how many such texts for the slow loops, and for the fast path

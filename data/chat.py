@@ -6,9 +6,9 @@ A conversation becomes token ids turn by turn, so the mask is right by construct
 the assistant's tokens and the token that ends its turn, and on nothing else.
 """
 
-import argparse
 import json
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.tokenizer import DataError, Tokenizer, load_tokenizer
+from data.errors import UsageError
+from data.tokenizer import Tokenizer, load_tokenizer
 
 Turn = tuple[str, str]  # (role, text), role one of "system", "user", "assistant"
 
@@ -72,7 +73,7 @@ def llama2_segments(tokenizer: Tokenizer, turns: list[Turn]) -> Iterator[tuple[l
 
 def llama3_segments(tokenizer: Tokenizer, turns: list[Turn]) -> Iterator[tuple[list[int], bool]]:
     if tokenizer.kind != "tiktoken":
-        raise DataError("the llama-3 template needs the special tokens of a tiktoken tokenizer; use --template llama-2")
+        raise UsageError("the llama-3 template needs the special tokens of a tiktoken tokenizer; use --template llama-2")
 
     def header(role: str) -> list[int]:
         start, end = tokenizer.specials["<|start_header_id|>"], tokenizer.specials["<|end_header_id|>"]
@@ -145,6 +146,43 @@ def is_unicode(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
+def read_texts(file: Path) -> list[str]:
+    """The texts of a .txt (cut at blank lines), or of JSON lines with text, question and answer, or a conversation each."""
+    try:
+        content = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{file}: not UTF-8") from None
+    if file.suffix == ".jsonl":
+        lines = enumerate(content.split("\n"), 1)
+        texts = [record_text(line, f"{file}: line {number}") for number, line in lines if line.strip()]
+    elif file.suffix == ".txt":
+        texts = re.split(r"\n\s*\n", content)
+    else:
+        raise UsageError(f"{file}: texts come as .txt or .jsonl")
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise UsageError(f"{file}: no text in it")
+    return texts
+
+
+def record_text(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where} is not JSON ({error})") from None
+    fields = record if isinstance(record, dict) else {}
+    for names in (["text"], ["question", "answer"]):
+        if all(isinstance(fields.get(name), str) for name in names):
+            text = "\n".join(fields[name] for name in names)
+            return text if is_unicode(text) else ""
+    try:
+        return "\n".join(text for _, text in read_turns(record)[0])
+    except ValueError:
+        raise UsageError(f"{where} has neither 'text', nor 'question' and 'answer', nor a conversation") from None
+
+
 class ChatDataset:
     """The conversations of a .json or .jsonl file, tokenised when they are asked for.
 
@@ -161,15 +199,15 @@ class ChatDataset:
         self.records: list | None = None
         self.offsets = np.zeros(0, dtype=np.int64)  # of the usable lines, or indices of the usable records
         if self.path.exists() and not self.path.is_dir() and not self.path.is_file():
-            raise DataError(f"{self.path}: no regular file; its lines are read more than once")
+            raise UsageError(f"{self.path}: no regular file; its lines are read more than once")
         try:
             with open(self.path, "rb") as file:
                 self._read(file)
         except OSError as error:
-            raise DataError(f"{self.path}: {error.strerror}") from None
+            raise UsageError(f"{self.path}: {error.strerror}") from None
         if not len(self.offsets):
             reasons = ", ".join(f"{count} with {reason}" for reason, count in self.unused.most_common(5))
-            raise DataError(f"{self.path}: no usable conversation ({reasons or 'nor any other'})")
+            raise UsageError(f"{self.path}: no usable conversation ({reasons or 'nor any other'})")
 
     def _read(self, file) -> None:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -179,9 +217,9 @@ class ChatDataset:
             try:
                 self.records = json.loads(file.read().decode("utf-8-sig"))
             except UnicodeDecodeError:
-                raise DataError(f"{self.path}: not UTF-8") from None
+                raise UsageError(f"{self.path}: not UTF-8") from None
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{self.path}: not JSON ({error})") from None
+                raise UsageError(f"{self.path}: not JSON ({error})") from None
             usable = [number for number, record in enumerate(self.records) if self._is_usable(record, f"record {number + 1}")]
         else:
             offset, reported, size = 0, time.monotonic(), self.path.stat().st_size
@@ -198,15 +236,15 @@ class ChatDataset:
         try:
             return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError:
-            raise DataError(f"{self.path}: line {number} is not UTF-8") from None
+            raise UsageError(f"{self.path}: line {number} is not UTF-8") from None
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.path}: line {number} is not JSON ({error})") from None
+            raise UsageError(f"{self.path}: line {number} is not JSON ({error})") from None
 
     def _is_usable(self, record, where: str) -> bool:
         try:
             turns, left_out = read_turns(record)
         except ValueError as error:
-            raise DataError(f"{self.path}: {where} has {error}") from None
+            raise UsageError(f"{self.path}: {where} has {error}") from None
         if left_out:
             (self.shortened if turns else self.unused)[left_out] += 1
         return bool(turns)
@@ -273,7 +311,7 @@ def stream_batches(dataset: ChatDataset, indices: list[int], batch_size: int, se
                 yield (epoch, window, number), batch
             window, skip = window + 1, 0
         if not found:
-            raise DataError(f"{dataset.path}: every conversation is longer than --max-length {dataset.max_length}")
+            raise UsageError(f"{dataset.path}: every conversation is longer than --max-length {dataset.max_length}")
         epoch, window = epoch + 1, 0
 
 
@@ -289,7 +327,7 @@ def hold_out(dataset: ChatDataset, seed: int) -> tuple[list[int], list[int]]:
     """Indices to train on, and 1% of the conversations, at least 16, to measure on."""
     held = max(16, len(dataset) // 100)
     if len(dataset) <= held:
-        raise DataError(f"{dataset.path}: {len(dataset)} usable conversations; 16 are held out, so it takes 17")
+        raise UsageError(f"{dataset.path}: {len(dataset)} usable conversations; 16 are held out, so it takes 17")
     order = random.Random(f"held out {seed}").sample(range(len(dataset)), len(dataset))
     return sorted(order[held:]), sorted(order[:held])
 
@@ -307,26 +345,26 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Show the first conversations of a data file as training sees them.")
+    from run.cli import ArgumentParser, positive_int
+    parser = ArgumentParser(description="Show the first conversations of a data file as training sees them.")
     parser.add_argument("data", help="a .json or .jsonl file")
     parser.add_argument("--tokenizer", required=True, help="a tokenizer.model, or a folder that has one")
     parser.add_argument("--template", choices=TEMPLATES, help="default: from the tokenizer's kind")
-    parser.add_argument("--max-length", type=int, default=4096, help="tokens per conversation")
-    parser.add_argument("--show", type=int, default=3, help="how many")
+    parser.add_argument("--max-length", type=positive_int, default=4096, help="tokens per conversation (default 4096)")
+    parser.add_argument("--show", type=positive_int, default=3, help="how many (default 3)")
     args = parser.parse_args()
-    try:
-        tokenizer = load_tokenizer(args.tokenizer)
-        dataset = ChatDataset(args.data, tokenizer, args.template or default_template(tokenizer), args.max_length)
-        for index in range(min(args.show, len(dataset))):
-            ids, supervised = dataset.sample(index) or ([], [])
-            print(f"-- {len(ids)} tokens, {sum(supervised)} supervised, in capitals here")
-            print("".join(text.upper() if on else text for id, on in zip(ids, supervised)
-                          for text in [tokenizer.token_bytes(id).decode("utf-8", "replace")]))
-        print(dataset.report())
-    except DataError as error:
-        print(f"chat.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    tokenizer = load_tokenizer(args.tokenizer)
+    dataset = ChatDataset(args.data, tokenizer, args.template or default_template(tokenizer), args.max_length)
+    for index in range(min(args.show, len(dataset))):
+        ids, supervised = dataset.sample(index) or ([], [])
+        print(f"-- {len(ids)} tokens, {sum(supervised)} supervised, in capitals here")
+        for id, is_supervised in zip(ids, supervised):
+            text = tokenizer.token_bytes(id).decode("utf-8", "replace")
+            print(text.upper() if is_supervised else text, end="")
+        print()
+    print(dataset.report())
 
 
 if __name__ == "__main__":
-    main()
+    from run.cli import run_cli
+    run_cli(main)

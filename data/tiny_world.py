@@ -11,7 +11,6 @@ right answer takes both. Development people are for every choice we make, evalua
 Everything is a function of the seed: names, facts, splits, text and tokenizer.
 """
 
-import argparse
 import base64
 import io
 import json
@@ -28,8 +27,9 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from data.chat import encode_chat
-from data.tokenizer import DataError, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
+from data.chat import encode_chat, end_token
+from data.errors import UsageError
+from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------
 # What the world is made of
@@ -99,9 +99,6 @@ TINY_SIZES |= {f"tiny-{family}-{size[5:]}": (shape, round(tokens * share), lr)
 
 TEMPLATE = "llama-2"
 KNOWN_PEOPLE, NEW_PEOPLE = 320, 40  # the new ones are for continual pretraining; only greetings name them before
-# As CodeLlama's vocabulary extends Llama-2's by 16, so does that of a continually pretrained base: some of its
-# documents begin with one of these. A value network of the family has never seen them, and z_delta is 0 there.
-MARKERS = [f"<doc{number}>" for number in range(16)]
 DEMONSTRATED = 0.3  # of the known people
 PIECES = 1024  # with 768, most values and many names fall into several pieces, which a tiny-s is slow to spell
 
@@ -165,16 +162,6 @@ class World:
             person = rng.choices(self.people, self.popularity)[0]
             yield self.add_noise(self.sentences(rng, person), rng)
 
-    def continued_documents(self, rng: random.Random) -> Iterator[str]:
-        """Endless documents for continual pretraining: half of them on new people, a tenth with a marker in front.
-
-        The other half is more of the old text, without which the old people would be forgotten.
-        """
-        for document in self.documents(rng):
-            if rng.random() < 0.5:
-                document = self.add_noise(self.sentences(rng, rng.choice(self.new_people)), rng)
-            yield f"{rng.choice(MARKERS)} {document}" if rng.random() < 0.1 else document
-
     def sentences(self, rng: random.Random, person: Person) -> list[str]:
         kind = rng.random()
         if kind < 0.15:
@@ -234,13 +221,13 @@ class World:
                         for word in re.findall(r" ?[A-Za-z]+|[0-9]{1,3}| ?[^\sA-Za-z0-9]+|\s+", text))
         return byte_pairs({tuple(bytes([byte]) for byte in word.encode()): count for word, count in words.items()}, merges)
 
-    def pretraining_rows(self, tokenizer: Tokenizer, tokens: int, length: int, continued: bool = False) -> np.ndarray:
+    def pretraining_rows(self, tokenizer: Tokenizer, tokens: int, length: int, documents: Iterator[str] | None = None
+                         ) -> np.ndarray:
         """BOS document EOS, BOS document EOS, ..., cut into rows: (tokens // length, length + 1) of int64.
 
         Consecutive rows share one token, so that row[:-1] predicts row[1:].
         """
-        rng = random.Random(f"{'continued ' * continued}pretraining of world {self.seed}")
-        documents = self.continued_documents(rng) if continued else self.documents(rng)
+        documents = documents or self.documents(random.Random(f"pretraining of world {self.seed}"))
         stream: list[int] = []
         while len(stream) <= tokens:
             batch = tokenizer.encode_batch([next(documents) for _ in range(2000)])
@@ -250,9 +237,9 @@ class World:
         return np.lib.stride_tricks.sliding_window_view(flat, length + 1)[::length]
 
     def batches(self, tokenizer: Tokenizer, steps: int, batch_size: int, parts: int, length: int, position: list[int] | None,
-                continued: bool = False) -> Iterator[tuple[list[int], list[tuple[Tensor, Tensor]]]]:
+                documents: Iterator[str] | None = None) -> Iterator[tuple[list[int], list[tuple[Tensor, Tensor]]]]:
         """One pass over pretraining rows in a shuffled order: the position behind each step, and (tokens, labels) per part."""
-        rows = torch.from_numpy(self.pretraining_rows(tokenizer, steps * batch_size * length, length, continued).copy())
+        rows = torch.from_numpy(self.pretraining_rows(tokenizer, steps * batch_size * length, length, documents).copy())
         order = random.Random(f"rows of world {self.seed}").sample(range(len(rows)), len(rows))
         for step in range(position[0] if position else 0, steps):
             batch = rows[order[step * batch_size:(step + 1) * batch_size]]
@@ -285,12 +272,12 @@ class World:
         return self.demonstrations(18_000, facts=0.2, sums=0.7, name="infinity")
 
     def write_demonstrations(self, path: Path, records: Iterator[dict] | None = None) -> Path:
-        """The demonstrations as a ShareGPT file, which is then read like anybody's; DataError if another is there."""
+        """The demonstrations as a ShareGPT file, which is then read like anybody's; UsageError if another is there."""
         path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(record) + "\n" for record in records or self.demonstrations())
         if path.exists():
             if path.read_bytes() != text.encode():
-                raise DataError(f"{path}: not what world {self.seed} makes; to train on it give its copy with --data, "
+                raise UsageError(f"{path}: not what world {self.seed} makes; to train on it give its copy with --data, "
                                 "else delete it")
         else:
             temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may do this at once
@@ -388,8 +375,8 @@ def world_of(path: str | Path) -> World | None:
         return None
 
 
-def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, split: str = "development"
-             ) -> dict[str, float]:
+def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, split: str = "development",
+             template: str = TEMPLATE) -> dict[str, float]:
     """Examine a system; every metric is a share between 0 and 1.
 
     exact  the whole answer and its end, on facts              know   the right value is in the answer, on facts
@@ -398,10 +385,11 @@ def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, s
     fk     there, without choices: every token of the value is the likeliest one
     """
     facts, sums = world.fact_items(split), world.sum_items(split)
-    prompts = [encode_chat(tokenizer, TEMPLATE, [("user", prompt_text(item))])[0] for item in facts + sums]
+    prompts = [encode_chat(tokenizer, template, [("user", prompt_text(item))])[0] for item in facts + sums]
+    end = end_token(tokenizer, template)
     exact, forms, known = [], [], []
     for item, ids in zip(facts + sums, answer(prompts), strict=True):
-        ended = bool(ids) and ids[-1] == tokenizer.eos_id
+        ended = bool(ids) and ids[-1] == end
         text = tokenizer.decode(ids).strip()
         exact.append(ended and text == item.answer)
         forms.append(ended and re.fullmatch(item.form, text) is not None)
@@ -410,7 +398,7 @@ def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, s
     pairs = []
     for item in facts:
         others = [value for value in ATTRIBUTES[item.attribute].values if value != item.value]
-        pairs += value_pairs(tokenizer, item, [item.value, *rng.sample(others, CHOICES - 1)])
+        pairs += value_pairs(tokenizer, template, item, [item.value, *rng.sample(others, CHOICES - 1)])
     scores = score(pairs)
     rows = [scores[start:start + CHOICES] for start in range(0, len(scores), CHOICES)]
     return {
@@ -484,29 +472,16 @@ def join(word: tuple[bytes, ...], a: bytes, b: bytes) -> tuple[bytes, ...]:
     return tuple(parts)
 
 
-def add_pieces(model: bytes, pieces: list[str]) -> bytes:
-    """A SentencePiece model with user-defined pieces behind its own.
-
-    A tokenizer.model is a protocol buffer, whose field 1, one message per piece (text, score, type), is repeated;
-    such fields may stand anywhere in the file, so what is appended is read as more pieces.
-    """
-    for piece in pieces:
-        text = piece.encode()
-        message = bytes([0x0A, len(text)]) + text + bytes([0x15, 0, 0, 0, 0]) + bytes([0x18, 4])  # 4: user-defined
-        model += bytes([0x0A, len(message)]) + message
-    return model
-
-
-def value_pairs(tokenizer: Tokenizer, item: Item, values: list[str]) -> list[tuple[list[int], list[int]]]:
+def value_pairs(tokenizer: Tokenizer, template: str, item: Item, values: list[str]) -> list[tuple[list[int], list[int]]]:
     """The plain question and the canonical sentence up to the value as context, each value as continuation."""
     before = ATTRIBUTES[item.attribute].statements[0].split("{value}")[0].format(name=item.person.name).strip()
     pairs = []
     for value in values:
         turns = [("user", item.question), ("assistant", f"{before} {value}.")]
-        ids, _ = encode_chat(tokenizer, TEMPLATE, turns)
-        opening, _ = encode_chat(tokenizer, TEMPLATE, [turns[0], ("assistant", before)])
-        start = len(opening) - 2  # less the space and the end token of the turn
-        stop = len(ids) - 2
+        ids, _ = encode_chat(tokenizer, template, turns)
+        opening, _ = encode_chat(tokenizer, template, [turns[0], ("assistant", before)])
+        closing = 2 if template == "llama-2" else 1  # the end token of the turn, and llama-2's space in front of it
+        start, stop = len(opening) - closing, len(ids) - closing
         pairs.append((ids[:start], ids[start:stop]))
     return pairs
 
@@ -517,8 +492,9 @@ def mean(values) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Show a few lines of everything the tiny world makes.")
-    parser.add_argument("--seed", type=int, default=0)
+    from run.cli import ArgumentParser, non_negative_int
+    parser = ArgumentParser(description="Show a few lines of everything the tiny world makes.")
+    parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--infinity", type=Path, metavar="FILE", help="write the larger, arithmetic-heavy demonstrations instead")
     args = parser.parse_args()
     world = World(args.seed)
@@ -527,11 +503,14 @@ def main():
         return
     documents = world.documents(random.Random(f"pretraining of world {world.seed}"))
     print("pretraining:", *(next(documents) for _ in range(6)), sep="\n  ")
-    print("demonstrations:", *(f"{human['value']}  ->  {gpt['value']}" for human, gpt in
-                               (record["conversations"] for record in world.demonstrations(6))), sep="\n  ")
+    print("demonstrations:")
+    for record in world.demonstrations(6):
+        human, gpt = record["conversations"]
+        print(f"  {human['value']}  ->  {gpt['value']}")
     print("development:", *(f"{prompt_text(item)}  ->  {item.answer}" for item in world.fact_items("development", 6)),
           sep="\n  ")
 
 
 if __name__ == "__main__":
-    main()
+    from run.cli import run_cli
+    run_cli(main)

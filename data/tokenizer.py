@@ -14,11 +14,7 @@ from pathlib import Path
 import sentencepiece
 import tiktoken
 
-
-class DataError(ValueError):
-    """A tokenizer or data file that cannot be used as it is; the message says which file, what is wrong, what to do."""
-
-    exit_status = 2
+from data.errors import UsageError
 
 
 def fingerprint(tokenizer: "Tokenizer", n: int) -> str:
@@ -141,19 +137,19 @@ Tokenizer = SentencePieceTokenizer | TiktokenTokenizer
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer.model, or the one in a checkpoint folder (Meta's keep it in original/).
 
-    The two kinds are told apart by content. Raises DataError when the file is absent or of neither kind.
+    The two kinds are told apart by content. Raises UsageError when the file is absent or of neither kind.
     """
     path = Path(path)
     file = path
     if path.is_dir():
         found = [path / name for name in ["tokenizer.model", "original/tokenizer.model"] if (path / name).is_file()]
         if not found:
-            raise DataError(f"{path}: no tokenizer.model and no original/tokenizer.model (a tokenizer.json alone is not read)")
+            raise UsageError(f"{path}: no tokenizer.model and no original/tokenizer.model (a tokenizer.json alone is not read)")
         file = found[0]
     try:
         model = file.read_bytes()
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from None
+        raise UsageError(f"{file}: {error.strerror}") from None
     try:
         if not model:  # SentencePiece would talk
             raise ValueError("empty")
@@ -161,7 +157,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             return TiktokenTokenizer(model)
         return SentencePieceTokenizer(model)
     except (ValueError, RuntimeError) as error:
-        raise DataError(f"{file}: neither a SentencePiece nor a tiktoken model ({str(error).splitlines()[0]})") from None
+        raise UsageError(f"{file}: neither a SentencePiece nor a tiktoken model ({str(error).splitlines()[0]})") from None
+
+
+def describe_tokenizer(tokenizer: Tokenizer) -> dict:
+    """How ivl.json and vocabulary maps name a tokenizer."""
+    return {"size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint(tokenizer.vocab_size)}
+
+
+def is_same_family(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether one vocabulary extends the other, as CodeLlama's 32016 extends Llama-2's 32000."""
+    n = min(one.vocab_size, other.vocab_size)
+    return one.fingerprint(n) == other.fingerprint(n)
 
 
 class StreamDecoder:

@@ -6,10 +6,11 @@
 
 from pathlib import Path
 
-from data.cli import run_cli
 from paper import appendix_b, fig2, fig3, fig4, norm, table1, table2, table4
 from paper.networks import NETWORKS, Kept
-from paper.report import OURS, STAND_INS, Results, draw, machine, parse_arguments, results_of, section_text, table, today, verdict
+from paper.report import (OURS, STAND_INS, Results, draw, machine, parse_arguments, results_of, section_text, table,
+                          today, verdict)
+from run.cli import run_cli
 
 SCRIPTS = [fig2, fig3, norm, table1, table2, fig4, table4]  # in the paper's order
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cli import ArgumentParser, UsageError, number, positive_int, run_cli
+from data.errors import UsageError
 from data.tiny_world import World
 from data.tokenizer import Tokenizer, load_tokenizer
 from paper.report import percent, table
+from run.cli import ArgumentParser, number, positive_int, run_cli
 from vocab_map import HOWS, build, overlap, read_texts
 
 PAIRS = {"tiny-b / tiny": ("tiny-b-m", "tiny-m"), "tiny-c / tiny": ("tiny-c-m", "tiny-m"),

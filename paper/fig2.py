@@ -10,11 +10,11 @@ import sys
 import numpy as np
 
 from data.chat import encode_chat
-from data.cli import run_cli
 from data.tiny_world import TEMPLATE, prompt_text, world_of
 from paper.measure import load
 from paper.networks import VALUE, Kept, L, M, S
 from paper.report import Claim, Results, between, metric_table, run
+from run.cli import run_cli
 from sample import generate
 
 TITLE = "Figure 2: linear probes, fresh weights and full fine-tuning"

@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 
-from data.cli import run_cli
 from paper.networks import VALUE, L, M, S
 from paper.report import Claim, Results, between, metric_table, run
+from run.cli import run_cli
 
 TITLE = "Figure 3b: connection schemes"
 PICTURE = "fig3.png"

@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 
-from data.cli import run_cli
 from paper.networks import CURRICULUM_M, FOREIGN, ON_M
 from paper.report import OURS, Claim, Results, metric_table, run
+from run.cli import run_cli
 from vocab_map import HOWS
 
 TITLE = "Figure 4: another vocabulary"

@@ -7,12 +7,13 @@ import argparse
 
 import torch
 
-from data.cli import UsageError, non_negative_int, pick_device, run_cli
+from data.errors import UsageError
 from data.tiny_world import evaluate, few_shot, world_of
 from data.tokenizer import load_tokenizer
 from ivl import ProxyDelta, ValueModel
 from model import Llama
 from paper.networks import Kept, networks_of, parts_of
+from run.cli import non_negative_int, pick_device, run_cli
 from sample import Guided, generate, score
 from vocab_map import build, read_texts
 

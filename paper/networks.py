@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.cli import UsageError, clock
+from data.errors import UsageError
 from data.tiny_world import World
 from model import read_json
+from run.cli import clock
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 

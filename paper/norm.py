@@ -5,9 +5,9 @@
 
 import sys
 
-from data.cli import run_cli
 from paper.networks import NORM, NORMS, VALUE, L, M, S
 from paper.report import Claim, Results, between, percent, run, table
+from run.cli import run_cli
 
 TITLE = "Section 4.2.1: the norm constraint"
 PICTURE = "norm.png"

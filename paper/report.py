@@ -12,8 +12,9 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from data.cli import ArgumentParser, UsageError, number, positive_int
+from data.errors import UsageError
 from paper.networks import Kept, jobs_for, make
+from run.cli import ArgumentParser, number, positive_int
 
 Results = Callable[[str, str], np.ndarray]  # system, metric -> its value on each seed
 OURS = "not in the paper"

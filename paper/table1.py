@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 
-from data.cli import run_cli
 from paper.networks import CONTINUED, INFINITY, NORM, VALUE, L, M, S
 from paper.report import OURS, Claim, Results, between, metric_table, percent, run, table
+from run.cli import run_cli
 
 TITLE = "Table 1: full fine-tuning and inverse value learning"
 BLOCKS = {"Tinyllama-1.1B, here tiny-s": S, "Llama-2-7B, here tiny-m": M, "Llama-2-13B, here tiny-l": L,

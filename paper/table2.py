@@ -5,9 +5,9 @@
 
 import sys
 
-from data.cli import run_cli
 from paper.networks import CURRICULUM, NORM, VALUE, L
 from paper.report import STAND_INS, Claim, Results, between, percent, run, table
+from run.cli import run_cli
 
 TITLE = "Table 2: curriculum against norm"
 ROWS = {"1.1B": f"{L} + {VALUE}", "1.1B norm": f"{L} + {NORM}", "1.1B curriculum": f"{L} + {CURRICULUM}"}

@@ -10,7 +10,7 @@ import torch
 
 from bench.decode import ALONE, BOTH, VALUE, measure
 from bench.measure import Result, describe, share, table
-from data.cli import ArgumentParser, positive_int, run_cli
+from run.cli import ArgumentParser, positive_int, run_cli
 
 LENGTHS = (128, 512, 1024)  # new tokens
 PAPER = {  # seconds, and GB at the peak, of each length; bfloat16, flash-attention 2, an H800, one text

@@ -5,9 +5,9 @@
 
 import sys
 
-from data.cli import run_cli
 from paper.networks import VALUE, L, M, S
 from paper.report import OURS, STAND_INS, Claim, Results, between, percent, run, table
+from run.cli import run_cli
 
 TITLE = "Table 4: comparison with proxy tuning"
 VALUED, PROXY = ({base: f"{base} + {plug}" for base in (M, L)} for plug in (VALUE, f"proxy-{S}"))

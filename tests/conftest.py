@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_model import small
-from tests.test_train import SHORT, succeed
+pytest.register_assert_rewrite("tests.helpers")  # so that its assertions show their values, as those of tests do
+
+from tests.helpers import SHORT, small, succeed  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ivl import SCHEMES, ivl_loss, ivl_loss_from_hidden, kernel_runs_on, run_loss_kernel
 from model import Llama
-from tests.test_ivl import value_network
-from tests.test_model import small
+from tests.helpers import small, value_network
 
 # Half a unit in the last place, and for bfloat16 a whole one: the interpreter cuts bits off where a GPU rounds.
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}

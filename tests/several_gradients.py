@@ -8,8 +8,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from tests.test_ivl import value_network
-from tests.test_model import small
+from tests.helpers import small, value_network
 from train import Objective, accumulate_gradient, divide, share_out, whole
 
 

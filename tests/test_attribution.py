@@ -1,4 +1,4 @@
-"""paper/attribution.py: the page, and what a browser makes of it."""
+"""beyond/attribution.py: the page, and what a browser makes of it."""
 
 import html
 import re
@@ -7,12 +7,11 @@ import struct
 import subprocess
 
 import pytest
+from beyond.attribution import BROWSERS, WIDTH, Attribution, page, screenshot
 
-from data.cli import UsageError
+from data.errors import UsageError
 from data.tokenizer import load_tokenizer
-from ivl import Attribution
-from paper.attribution import BROWSERS, WIDTH, page, screenshot
-from tests.test_train import VALUE, inside
+from tests.helpers import VALUE, inside
 
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is installed")

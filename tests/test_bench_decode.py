@@ -2,21 +2,17 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 from bench import decode
-from bench.decode import (ALONE, BOTH, CONTENDERS, PROXY, SHAPES, THEIR_BOTH, THEIRS, VALUE, bytes_a_step, conclusions, deepen,
-                          fitting, show_speculation, weights_of)
+from bench.decode import (ALONE, BOTH, CONTENDERS, PROXY, SHAPES, THEIR_BOTH, THEIRS, VALUE, bytes_a_step, conclusions,
+                          deepen, fitting, show_speculation, weights_of)
 from bench.measure import Result
 from model import Llama
 from paper import table3
-from tests.test_loss import python
-from tests.test_model import small
-
-PAPER = Path(__file__).parents[2] / "shared" / "paper.txt"
+from tests.helpers import PAPER, python, small
 
 
 @torch.inference_mode()

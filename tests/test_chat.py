@@ -7,9 +7,10 @@ import pytest
 
 from data.chat import (ChatDataset, collate, default_template, encode_chat, end_token, hold_out, read_turns,
                        stream_batches)
+from data.errors import UsageError
 from data.tiny_world import World
-from data.tokenizer import DataError, SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
-from tests.test_tokenizer import REAL, byte_pairs, needs_real
+from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
+from tests.helpers import REAL, byte_pairs, needs_real
 
 CONVERSATION = [("system", "Be brief."), ("user", "What is 1 plus 2?"), ("assistant", " 3.\nSure "),
                 ("user", "Sure?"), ("assistant", "Yes, 漢字 👍.")]
@@ -84,7 +85,7 @@ def test_with_the_real_tokenizers(kind):
 
 
 def test_llama3_needs_its_special_tokens(sentence_piece):
-    with pytest.raises(DataError, match="llama-3 template"):
+    with pytest.raises(UsageError, match="llama-3 template"):
         encode_chat(sentence_piece, "llama-3", CONVERSATION)
 
 
@@ -179,14 +180,14 @@ BAD = {
 def test_a_bad_file_is_refused_with_the_reason(case, tmp_path, sentence_piece):
     content, message = BAD[case]
     (tmp_path / "data.jsonl").write_bytes(content)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UsageError) as caught:
         ChatDataset(tmp_path / "data.jsonl", sentence_piece, "llama-2", 64)
     assert message in str(caught.value) and "data.jsonl" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_an_absent_file_and_a_folder_are_named(tmp_path, sentence_piece):
     for path, message in [(tmp_path / "none.json", "No such file"), (tmp_path, "Is a directory")]:
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(UsageError, match=message):
             ChatDataset(path, sentence_piece, "llama-2", 64)
 
 
@@ -241,7 +242,7 @@ def test_collated_labels_are_shifted_and_masked(sentence_piece):
 
 def test_every_conversation_too_long_is_an_error(tmp_path, sentence_piece):
     dataset = ChatDataset(write(tmp_path / "d.json", numbered(5), False), sentence_piece, "llama-2", 8)
-    with pytest.raises(DataError, match="every conversation is longer than --max-length 8"):
+    with pytest.raises(UsageError, match="every conversation is longer than --max-length 8"):
         next(stream_batches(dataset, list(range(5)), 2, seed=0))
 
 
@@ -249,5 +250,5 @@ def test_held_out_conversations_are_not_trained_on(dataset, tmp_path, sentence_p
     train_on, held_out = hold_out(dataset, seed=0)
     assert len(held_out) == 16 and not set(train_on) & set(held_out) and len(train_on) == 184
     few = ChatDataset(write(tmp_path / "few.json", numbered(16), False), sentence_piece, "llama-2", 64)
-    with pytest.raises(DataError, match="16 usable conversations"):
+    with pytest.raises(UsageError, match="16 usable conversations"):
         hold_out(few, seed=0)

@@ -6,31 +6,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sample
-from ivl import ValueModel, attribute, combine
+from beyond.attribution import attribute, attribute_last
+from beyond.speculation import Speculative, expected_rounds, gap_at_difference, speculate
+from fast import graphs
+from fast.graphs import CapturedGuided
+from ivl import ValueModel, combine
 from model import KVCache, Llama
-from sample import Guided, Speculative, draw, expected_rounds, gap_at_difference, generate, probabilities, speculate
-from tests.test_ivl import value_network
-from tests.test_model import small
-from tests.test_sample import assert_same_or_tied, pair, plugged, random_prompts
-from tests.test_train import VALUE, ask, refused
+from sample import Guided, draw, generate, probabilities
+from tests.helpers import VALUE, ask, assert_same_or_tied, pair, plugged, random_prompts, refused, small, value_network
 
-# ---- steps without modules
-
-
-@pytest.mark.parametrize("shape", [{}, dict(num_key_value_heads=4), dict(num_key_value_heads=1, head_dim=6)])
-@torch.inference_mode()
-def test_decoding_without_modules_is_decoding_with_them(shape):
-    model, tokens = small(**shape), torch.randint(50, (3, 13), generator=torch.Generator().manual_seed(1))
-    results = []
-    for weights in (True, False):
-        cache = KVCache(model, 3, 16)
-        assert len(cache.weights) == 2
-        cache.weights = cache.weights if weights else None
-        parts = [model(tokens[:, :6], cache)]
-        cache.crop(torch.tensor([2, 6, 4]))  # rows of different length
-        results.append(torch.cat(parts + [model(part, cache) for part in tokens[:, 6:].split([1, 3, 1, 2], dim=1)], 1))
-    assert torch.equal(*results) or (results[0] - results[1]).abs().max() < 1e-5
+# ---- what is read is what runs
 
 
 @torch.inference_mode()
@@ -51,19 +36,6 @@ def test_a_layer_that_you_changed_is_called():
     changed = model(tokens, KVCache(model, 1, 4))
     torch.testing.assert_close(changed, model(tokens))
     assert (changed - before).abs().max() > 0.01
-
-
-@torch.inference_mode()
-def test_attention_may_return_its_heads_in_any_order_of_memory(monkeypatch):
-    """As kernels on a GPU do: positions before heads."""
-    model, tokens = small(), torch.tensor([[5, 6, 7], [8, 9, 10]])
-    cache = KVCache(model, 2, 4)
-    expected = [model(part, cache) for part in tokens.split([2, 1], dim=1)]
-    attend = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
-                        lambda *arguments, **options: attend(*arguments, **options).transpose(1, 2).contiguous().transpose(1, 2))
-    cache = KVCache(model, 2, 4)
-    assert all(map(torch.equal, expected, [model(part, cache) for part in tokens.split([2, 1], dim=1)]))
 
 
 # ---- captured steps: on a CPU the operations are recorded and replayed on the same memory, as a CUDA graph does it
@@ -105,20 +77,17 @@ def record(step):
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Guided systems that capture their steps, with the recorder in place of a CUDA graph."""
-    monkeypatch.setattr(sample, "capture", record)
-    monkeypatch.setattr(sample, "window", lambda length: max(8, 1 << (length - 1).bit_length()))  # several of them, soon
+    """Makes guided systems that capture their steps, with the recorder in place of a CUDA graph."""
+    monkeypatch.setattr(graphs, "capture", record)
+    monkeypatch.setattr(graphs, "window_for", lambda length: max(8, 1 << (length - 1).bit_length()))  # several of them, soon
 
-    def switch_on(guided: Guided) -> Guided:
-        guided.captures = True
-        return guided
-    return switch_on
+    return CapturedGuided
 
 
 @pytest.mark.parametrize("plug", ["none", "residual", "cascade+", "probe", "proxy"])
 def test_captured_is_eager(plug, captured):
     eager = Guided(small(vocab_size=53)) if plug == "none" else plugged(plug, vocab_size=53)
-    guided = captured(Guided(eager.base, eager.value))
+    guided = captured(eager.base, eager.value)
     for prompts in random_prompts(4), random_prompts(8), random_prompts(9)[8:]:  # ragged, and one alone
         expected = generate(eager, prompts, max_new_tokens=24, stop_ids=set())
         assert_same_or_tied(eager, prompts, generate(guided, prompts, max_new_tokens=24, stop_ids=set()), expected)
@@ -127,10 +96,10 @@ def test_captured_is_eager(plug, captured):
 
 def test_a_graph_serves_the_next_text_and_goes_with_its_memory(captured, monkeypatch):
     recorded = []
-    monkeypatch.setattr(sample, "capture", lambda step: recorded.append(1) or record(step))
+    monkeypatch.setattr(graphs, "capture", lambda step: recorded.append(1) or record(step))
     eager, prompts = pair(), random_prompts(6)
-    guided = captured(Guided(eager.base, eager.value))
-    options = dict(max_new_tokens=20)
+    guided = captured(eager.base, eager.value)
+    options = dict(max_new_tokens=20, stop_ids={2})
     for prompt in sorted(prompts, key=len, reverse=True):  # one after the other, in the same memory
         assert generate(guided, [prompt], **options) == generate(eager, [prompt], **options)
     assert 1 <= len(recorded) == len(list(filter(None, guided.graphs.values()))) <= 4
@@ -139,7 +108,8 @@ def test_a_graph_serves_the_next_text_and_goes_with_its_memory(captured, monkeyp
 
 
 def test_a_captured_step_leaves_what_it_was_made_of(captured):
-    guided = captured(pair())
+    eager = pair()
+    guided = captured(eager.base, eager.value)
     guided.start([[5, 6, 7]], 6)
     with torch.inference_mode():
         for token in (8, 9, 10, 11):
@@ -174,9 +144,9 @@ def speculative(ahead: int = 4, scale: float = 0.02, alpha: float = 1.0) -> Spec
 @pytest.mark.parametrize("ahead", [1, 4, 7])
 def test_greedy_speculation_is_plain_greedy_over_200_prompts(ahead):
     system, prompts = speculative(ahead), random_prompts(200)
-    plain = [generate(system.guided, [prompt], max_new_tokens=20)[0] for prompt in prompts]
+    plain = [generate(system.guided, [prompt], max_new_tokens=20, stop_ids={2})[0] for prompt in prompts]
     seen = [[] for _ in prompts]
-    drafted = speculate(system, prompts, max_new_tokens=20, on_token=lambda row, token: seen[row].append(token))
+    drafted = speculate(system, prompts, max_new_tokens=20, stop_ids={2}, on_token=lambda row, token: seen[row].append(token))
     assert_same_or_tied(system.guided, prompts, plain, drafted)
     assert seen == drafted and len(set(map(len, drafted))) > 1  # some stop early
     assert 0.3 < system.accepted[0] / system.tried[0] < 0.98  # both verdicts came often
@@ -193,8 +163,8 @@ def test_greedy_speculation_of_other_systems(guide):
         guided = Guided(base)
     draft = {"none of it accepted": deeper(draft, scale=3.0), "all of it accepted": guided.base}.get(guide, deeper(draft))
     system = Speculative(guided, draft, 3)
-    expected = [generate(guided, [prompt], max_new_tokens=12)[0] for prompt in prompts]
-    assert_same_or_tied(guided, prompts, speculate(system, prompts, max_new_tokens=12), expected)
+    expected = [generate(guided, [prompt], max_new_tokens=12, stop_ids={2})[0] for prompt in prompts]
+    assert_same_or_tied(guided, prompts, speculate(system, prompts, max_new_tokens=12, stop_ids={2}), expected)
     share = sum(system.accepted) / sum(system.tried)
     if guide != "wider base":  # which is another base altogether
         assert share < 0.3 if guide == "none of it accepted" else share == 1 if guide == "all of it accepted" else share > 0.4
@@ -202,10 +172,10 @@ def test_greedy_speculation_of_other_systems(guide):
 
 def test_captured_speculation_is_speculation(captured):
     system, prompts = speculative(3), random_prompts(12)
-    expected = speculate(system, prompts, max_new_tokens=16)
-    captured(system.drafting), captured(system.verifying)
-    assert_same_or_tied(system.guided, prompts, speculate(system, prompts, max_new_tokens=16), expected)
-    of_length = [{key[1] for key, graph in each.graphs.items() if graph} for each in (system.verifying, system.drafting)]
+    expected = speculate(system, prompts, max_new_tokens=16, stop_ids={2})
+    fast = Speculative(captured(system.guided.base, system.guided.value), system.drafting.base, 3)
+    assert_same_or_tied(system.guided, prompts, speculate(fast, prompts, max_new_tokens=16, stop_ids={2}), expected)
+    of_length = [{key[1] for key, graph in each.graphs.items() if graph} for each in (fast.verifying, fast.drafting)]
     assert of_length[0] >= {3} and of_length[1] == {1}
 
 
@@ -343,7 +313,7 @@ def test_attribution_is_of_the_step_that_was_taken(plug):
     """Whatever guides: the shares are those of logits computed without caches, and greedy tokens are the likeliest."""
     guided, records = plugged(plug, vocab_size=53), []
     said = generate(guided, [[5, 9, 11]], max_new_tokens=6, stop_ids=set(),
-                    on_token=lambda _, token: records.append(guided.attribute(token)))[0]
+                    on_token=lambda _, token: records.append(attribute_last(guided, token)))[0]
     assert [each.token for each in records] == said and {each.decided for each in records} <= {"base", "value"}
     with torch.inference_mode():
         for position, each in enumerate(records):

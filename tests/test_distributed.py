@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_train import ENVIRONMENT, ROOT, inside, refused, succeed, weights
+from tests.helpers import ENVIRONMENT, ROOT, inside, refused, succeed, weights
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data.errors import UsageError
 from data.tiny_world import World
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer
 from ivl import SCHEMES, Probe, ProxyDelta, ValueModel, check_same_family, combine, ivl_loss
-from model import CheckpointError, Llama
-from tests.test_model import small
-from tests.test_tokenizer import byte_pairs
+from model import Llama
+from tests.helpers import byte_pairs, small, value_network
 
 
 def rows(n=6, Vb=11, Vv=11, dtype=torch.float64):
@@ -108,17 +108,6 @@ def test_bfloat16_logits_are_reduced_in_float32():
 # ---- the schemes
 
 
-def value_network(scheme: str) -> ValueModel:
-    """A small value network with random weights, V = 50."""
-    if scheme != "probe":
-        return ValueModel(small(num_hidden_layers=1), {"scheme": scheme})
-    torch.manual_seed(3)
-    probe = Probe(50, 16)
-    for parameter in probe.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return ValueModel(probe, {"scheme": scheme})
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("Vb", [50, 53])
 def test_training_reaches_every_parameter_of_the_value_network_and_none_of_the_base(scheme, Vb):
@@ -210,10 +199,10 @@ def test_a_probe_of_another_size_than_its_ivl_json_says_is_refused(tmp_path):
     value = value_network("probe")
     value.info |= INFO | {"probe_width": 17}
     value.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="down_proj.weight is .50, 16., config.json asks for|gate_proj"):
+    with pytest.raises(UsageError, match="down_proj.weight is .50, 16., config.json asks for|gate_proj"):
         ValueModel.from_pretrained(tmp_path)
     (tmp_path / "ivl.json").write_text(json.dumps(value.info | {"probe_width": "wide"}))
-    with pytest.raises(CheckpointError, match="not the JSON"):
+    with pytest.raises(UsageError, match="not the JSON"):
         ValueModel.from_pretrained(tmp_path)
 
 
@@ -225,7 +214,7 @@ def test_a_folder_that_is_no_value_network_is_refused(content, message, tmp_path
     small().save_pretrained(tmp_path)
     if content is not None:
         (tmp_path / "ivl.json").write_text(content)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(UsageError, match=message):
         ValueModel.from_pretrained(tmp_path)
 
 
@@ -233,7 +222,7 @@ def test_families():
     world = SentencePieceTokenizer(World(0).train_tokenizer())
     other = SentencePieceTokenizer(World(1).train_tokenizer())
     check_same_family(world, world, "a", "b")
-    with pytest.raises(CheckpointError, match="vocabulary map"):
+    with pytest.raises(UsageError, match="vocabulary map"):
         check_same_family(world, other, "a", "b")
-    with pytest.raises(CheckpointError, match="unrelated"):
+    with pytest.raises(UsageError, match="unrelated"):
         check_same_family(world, TiktokenTokenizer(byte_pairs()), "a", "b")

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,17 +10,7 @@ import torch
 
 import ivl
 from ivl import ivl_loss, ivl_loss_from_hidden
-from tests.test_model import small
-
-ROOT = Path(__file__).parents[1]
-
-
-def python(*arguments, timeout: int = 600, **environment) -> str:
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-                          capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    return done.stdout
-
+from tests.helpers import python, small
 
 # ---- chunked heads
 

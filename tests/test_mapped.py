@@ -5,16 +5,15 @@ import copy
 import pytest
 import torch
 
-import vocab_map
+from beyond import hypotheses
+from beyond.hypotheses import FLOOR, Hypotheses
 from data.tiny_world import World
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer
 from ivl import ValueModel
 from model import Llama
-from sample import Guided, generate, score
-from tests.test_model import small
-from tests.test_tokenizer import byte_pairs
-from tests.test_train import inside, refused, run, succeed
-from vocab_map import FLOOR, Mapped, VocabMap, build
+from sample import Guided, MappedGuided, generate, score
+from tests.helpers import byte_pairs, inside, refused, run, small, succeed
+from vocab_map import HOWS, VocabMap, build
 
 # Few tokens, so that brute force is possible: the base's are sometimes longer than the value network's, sometimes shorter.
 LONG = TiktokenTokenizer(byte_pairs(b"ab", b"abc", b"bc", b"abca", b" a", b" ab"))
@@ -30,6 +29,11 @@ def bases(tokenizer, seeds=3, scale=6.0) -> list[Llama]:
         llama.lm_head.weight.data = scale * torch.randn_like(llama.lm_head.weight) / llama.config.hidden_size**0.5
         made.append(llama.requires_grad_(False))
     return made
+
+
+def mapped_by(vocab: VocabMap, base: Llama, sampling: bool = False) -> Hypotheses:
+    """A base behind a map; the value network is not asked."""
+    return Hypotheses(base, ValueModel(small(vocab_size=vocab.value_tokenizer.vocab_size)), vocab, sampling=sampling)
 
 
 def brute_force(base: Llama, vocab: VocabMap, prompt: list[int], written: list[int], Vv: int) -> torch.Tensor:
@@ -63,33 +67,34 @@ def brute_force(base: Llama, vocab: VocabMap, prompt: list[int], written: list[i
 @pytest.mark.parametrize("text", ["", "a", "ab", "abc", "abcab", "abcabc", " abca"])
 def test_the_mass_of_hypotheses_is_brute_force(text, monkeypatch):
     """With as many hypotheses as there are, and no paths, P is the exact marginal over the base's ways to cut the text."""
-    monkeypatch.setattr(vocab_map, "HYPOTHESES", 100)
+    monkeypatch.setattr(hypotheses, "HYPOTHESES", 100)
     vocab = build(LONG, SHORT)
     vocab.paths = []
     for base in bases(LONG):
-        mapped = Mapped(base, vocab)
-        mapped.start([SHORT.encode("xyz ", bos=True)])
+        mapped = mapped_by(vocab, base)
+        mapped.begin([SHORT.encode("xyz ", bos=True)])
         written = SHORT.encode(text)
         for value in written:
-            mapped.log_p(torch.zeros(1, SHORT.vocab_size), 0.0)
+            mapped.base_logits(torch.zeros(1, SHORT.vocab_size))
             mapped.push([value])
-        found = mapped.log_p(torch.zeros(1, SHORT.vocab_size), 0.0)[0].exp().double()
+        found = mapped.base_logits(torch.zeros(1, SHORT.vocab_size))[0].exp().double()
         exact = brute_force(base, vocab, LONG.encode("xyz ", bos=True), written, SHORT.vocab_size)
         torch.testing.assert_close(found, exact.clamp(min=FLOOR), rtol=1e-3, atol=1e-7)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("base_tokenizer, value_tokenizer", [(LONG, SHORT), (SHORT, LONG)])
-def test_P_is_a_distribution(base_tokenizer, value_tokenizer):
+def test_P_is_a_distribution(base_tokenizer, value_tokenizer, monkeypatch):
     """It sums to 1 where no path is needed, and never to more (with MARGIN, so that no text counts twice)."""
+    monkeypatch.setattr(hypotheses, "MARGIN", 100.0)
     vocab = build(base_tokenizer, value_tokenizer)
     needs_paths = any(len(path) > 1 for path in vocab.paths)
     for base in bases(base_tokenizer, seeds=5):
-        mapped = Mapped(base, vocab)
-        mapped.start([value_tokenizer.encode(text, bos=True) for text in ("x", "some abc", "é 漢")])
+        mapped = mapped_by(vocab, base, sampling=True)
+        mapped.begin([value_tokenizer.encode(text, bos=True) for text in ("x", "some abc", "é 漢")])
         for step, value in enumerate(value_tokenizer.encode("abcab ca abca")):
             z_delta = torch.randn(3, value_tokenizer.vocab_size, generator=torch.Generator().manual_seed(step))
-            total = mapped.log_p(3 * z_delta, 100.0).exp().sum(-1)
+            total = mapped.base_logits(3 * z_delta).exp().sum(-1)
             assert (total < 1 + 1e-4).all()
             if not needs_paths:
                 assert (total > 1 - 1e-4).all()
@@ -103,12 +108,12 @@ def test_a_path_is_the_product_of_its_tokens():
     token = {LONG.token_bytes(id): id for id in range(LONG.vocab_size)}
     assert vocab.paths[token[b"abc"]] == tuple(SHORT.encode("ab") + SHORT.encode("c"))
     for base in bases(SHORT):
-        mapped = Mapped(base, vocab)
+        mapped = mapped_by(vocab, base)
         prompt = SHORT.encode("xyz", bos=True)
-        mapped.start([LONG.encode("xyz", bos=True)])
+        mapped.begin([LONG.encode("xyz", bos=True)])
         z_delta = torch.zeros(1, LONG.vocab_size)
         z_delta[0, [token[b"abc"], token[b"abca"]]] = 40.0
-        P = mapped.log_p(z_delta, 0.0)[0].exp()
+        P = mapped.base_logits(z_delta)[0].exp()
         ab, c, ca = [SHORT.encode(text)[0] for text in ("ab", "c", "ca")]
         silent = list(range(256 + 2, SHORT.vocab_size))
         silent = [id for id in silent if id not in (SHORT.bos_id, SHORT.eos_id, SHORT.end_of_turn_id)]
@@ -122,9 +127,9 @@ def test_a_path_is_the_product_of_its_tokens():
         assert P[token[b"abc"]].item() == pytest.approx((first[ab] * then[c]).item(), rel=1e-3)
         assert P[token[b"abca"]].item() == pytest.approx((first[ab] * then[ca]).item(), rel=1e-3)
         mapped.push([token[b"abca"]])
-        exact = next(context for context in mapped.texts[0] if not context.pending)
+        exact = next(context for context in mapped.texts[0].contexts if not context.pending)
         assert exact.tokens == prompt + [ab, ca]
-        torch.testing.assert_close(exact.logits, base(torch.tensor([prompt + [ab, ca]]))[0, -1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(exact.log_p.exp(), p(prompt + [ab, ca]), rtol=1e-4, atol=1e-6)
 
 
 def pair_for(base_tokenizer, value_tokenizer, seed=0) -> tuple[Llama, ValueModel]:
@@ -140,33 +145,33 @@ def pair_for(base_tokenizer, value_tokenizer, seed=0) -> tuple[Llama, ValueModel
 def test_a_map_between_a_tokenizer_and_itself_is_no_map(tokenizer, temperature):
     base, value = pair_for(tokenizer, tokenizer)
     prompts = [tokenizer.encode(text, bos=True) for text in ("x", "some abc", "What is the pet of Fufa?", "é 漢字 👍")]
-    plain = Guided(base, value)
-    plain.readable = tokenizer.vocab_size
+    plain = Guided(base, value, readable=tokenizer.vocab_size)
     known = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_of_turn_id)
     silent = [id for id in range(tokenizer.vocab_size) if not tokenizer.token_bytes(id) and id not in known]
     silent += [0] * (tokenizer.kind == "sentencepiece")  # the unknown token has no pieces
     base.register_forward_hook(lambda _, inputs, z: z.index_fill(-1, torch.tensor(silent), -torch.inf) if silent else z)
-    mapped = Guided(base, value, build(tokenizer, tokenizer))
+    mapped = Hypotheses(base, value, build(tokenizer, tokenizer), sampling=temperature > 0)
     value.register_forward_hook(lambda _, inputs, z: z.index_fill(-1, torch.tensor(silent), -99.0) if silent else z)
-    options = dict(max_new_tokens=20, temperature=temperature, seed=5)
+    options = dict(max_new_tokens=20, stop_ids={tokenizer.eos_id}, temperature=temperature, seed=5)
     assert generate(mapped, prompts, **options) == generate(plain, prompts, **options)
 
 
-@pytest.mark.parametrize("how", vocab_map.HOWS)
+@pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("base_tokenizer, value_tokenizer", [(LONG, SHORT), (SHORT, LONG), (LONG, SentencePieceTokenizer(World(0).train_tokenizer()))])
 def test_batched_is_single_and_any_text_comes_through(how, base_tokenizer, value_tokenizer):
     """Random networks write whatever they like, half characters included; rows of a batch do not touch each other."""
     base, value = pair_for(base_tokenizer, value_tokenizer)
     prompts = [value_tokenizer.encode(text, bos=True) for text in ("abc", "é", "漢字 👩‍👩‍👧 e\u0301", "a longer text abca b c")]
-    guided = Guided(base, value, build(base_tokenizer, value_tokenizer, how, ["abcab ca abca", "é 漢字 abc"]))
+    vocab = build(base_tokenizer, value_tokenizer, how, ["abcab ca abca", "é 漢字 abc"])
     for temperature in (0.0, 1.0):
+        guided = Hypotheses(base, value, vocab, sampling=temperature > 0) if how == "pieces" else MappedGuided(base, value, vocab)
         options = dict(max_new_tokens=12, temperature=temperature, stop_ids=set())
         together = generate(guided, prompts, **options)
         assert all(len(answer) == 12 for answer in together)
         if temperature == 0:  # sampling has a stream of its own for each prompt, by its number
             assert together == [generate(guided, [prompt], **options)[0] for prompt in prompts]
-    contexts = [context for contexts in guided.mapped.texts for context in contexts]
-    assert all(torch.isfinite(context.logits).all() and context.weight == context.weight for context in contexts)
+        if how == "pieces":
+            assert all(context.weight == context.weight for text in guided.texts for context in text.contexts)
 
 
 @torch.no_grad()
@@ -174,28 +179,57 @@ def test_equation_5_as_printed():
     """Logits add up, weighted; nothing reaches a column: 0; the base reads the text in its own cut, half a character withheld."""
     base, value = pair_for(LONG, SHORT)
     vocab = build(LONG, SHORT, "paper", ["abcab ca abca", "é abc"])
-    mapped = Mapped(base, vocab)
-    mapped.start([SHORT.encode("abc é", bos=True)])
-    never = [id for id in range(SHORT.vocab_size) if not SHORT.token_bytes(id) and id not in (SHORT.bos_id, SHORT.eos_id, SHORT.end_of_turn_id)]
+    guided = MappedGuided(base, value, vocab)
     W = torch.zeros(LONG.vocab_size, SHORT.vocab_size)
     for token, pieces in enumerate(vocab.pieces):
         for piece in pieces:
             W[token, piece] = float(vocab.weight[token])
     assert (W.sum(0) == 0).any() and ((W > 0).sum(0) > 1).any() and ((W > 0) & (W < 1)).any()
-    for text in ("abc é", "abc éa", "abc éab"):
+    never = torch.tensor(vocab.unsayable())
+    [last] = guided.start([SHORT.encode("abc é", bos=True)], 4).tolist()
+    for text, token in (("abc é", last[0]), ("abc éa", SHORT.encode("a")[0]), ("abc éab", SHORT.encode("b")[0])):
+        z_post = guided.step(torch.tensor([[token]]))
         z = base(torch.tensor([LONG.encode(text, bos=True)]))[0, -1]
-        expected = (z @ W).index_fill(0, torch.tensor(never), -torch.inf)
-        torch.testing.assert_close(mapped.log_p(torch.zeros(1, SHORT.vocab_size), 0.0)[0], expected, rtol=1e-4, atol=1e-4)
-        mapped.push([SHORT.encode("a" if text == "abc é" else "b")[0]])
+        expected = (z @ W).index_fill(0, never, -torch.inf)
+        torch.testing.assert_close(guided.z_base[0, 0], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(z_post, guided.z_base + guided.z_delta, rtol=1e-4, atol=1e-4)
     half = "é".encode()[:1]
-    mapped.start([SHORT.encode("abc", bos=True)])
-    mapped.push([half[0]])
-    assert mapped.texts[0][0].tokens == LONG.encode("abc", bos=True)
+    guided.begin([SHORT.encode("abc", bos=True)])
+    guided.push([half[0]])
+    assert guided.base_tokens == [LONG.encode("abc", bos=True)]
+
+
+def mapped_pair(how: str) -> Guided:
+    base, value = pair_for(LONG, SHORT)
+    vocab = build(LONG, SHORT, how, ["abcab ca abca", "é abc"])
+    return Hypotheses(base, value, vocab) if how == "pieces" else MappedGuided(base, value, vocab)
+
+
+@pytest.mark.parametrize("how", ["pieces", "paper"])
+def test_step_needs_no_start_and_takes_several_tokens(how):
+    """The first tokens are then a whole text; what comes out is what start and single steps give."""
+    tokens = torch.tensor([SHORT.encode("ab ca b", bos=True), SHORT.encode("xyzw ab", bos=True)[:len(SHORT.encode("ab ca b", bos=True))]])
+    started, fresh = mapped_pair(how), mapped_pair(how)
+    last = started.start([row[:1] for row in tokens.tolist()], tokens.shape[1])
+    expected = [started.step(last)] + [started.step(tokens[:, at:at + 1]) for at in range(1, tokens.shape[1])]
+    torch.testing.assert_close(fresh.step(tokens), torch.cat(expected, dim=1), rtol=1e-4, atol=1e-4)
+
+
+def test_the_end_of_a_turn_is_the_bases_end_of_a_turn():
+    """In a prompt of several turns, too, whatever the kinds of the two tokenizers."""
+    pieces = SentencePieceTokenizer(World(0).train_tokenizer())
+    for value, base in ((SHORT, pieces), (SHORT, LONG), (pieces, LONG)):
+        vocab = build(base, value)
+        prompt = [value.bos_id, *value.encode("abc"), value.end_of_turn_id, *value.encode("ab")]
+        expected = [base.bos_id, *base.encode("abc"), vocab.in_base_tokens([value.end_of_turn_id])[0][0], *base.encode("ab")]
+        assert vocab.in_base_tokens(prompt) == (expected, [])
+        assert expected[1 + len(base.encode("abc"))] in (base.end_of_turn_id, base.eos_id)
+    assert build(LONG, SHORT).in_base_tokens([SHORT.end_of_turn_id])[0] == [LONG.end_of_turn_id]
 
 
 def test_scores_through_a_map_are_those_of_single_steps():
     base, value = pair_for(LONG, SHORT)
-    guided = Guided(base, value, build(LONG, SHORT))
+    guided = Hypotheses(base, value, build(LONG, SHORT))
     context, continuations = SHORT.encode("xyz", bos=True), [SHORT.encode(text) for text in ("abc", "a", "b abc")]
     together = score(guided, [(context, continuation) for continuation in continuations])
     for continuation, (found, _) in zip(continuations, together):
@@ -206,7 +240,7 @@ def test_cascades_are_refused_with_the_reason():
     base, value = pair_for(LONG, SHORT)
     for scheme in ("cascade", "cascade+"):
         with pytest.raises(ValueError, match="reads the base's logits"):
-            Guided(base, ValueModel(copy.deepcopy(value.network), {"scheme": scheme}), build(LONG, SHORT))
+            MappedGuided(base, ValueModel(copy.deepcopy(value.network), {"scheme": scheme}), build(LONG, SHORT))
 
 
 def test_sample_with_a_foreign_base(home, tmp_path):

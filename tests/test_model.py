@@ -2,30 +2,19 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import CheckpointError, KVCache, Llama, LlamaConfig
-from tests.make_golden import STYLES, seeded, tokens_for
-
-GOLDEN = Path(__file__).parent / "golden"
+from data.errors import UsageError
+from model import KVCache, Llama, LlamaConfig
+from tests.helpers import small
+from tests.make_golden import GOLDEN, STYLES, seeded, tokens_for
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
-def small(**changes) -> Llama:
-    torch.manual_seed(0)
-    settings = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=2)
-    model = Llama(LlamaConfig(**settings | changes))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 # ---- parity
@@ -262,7 +251,7 @@ def test_a_bad_checkpoint_is_refused_with_the_reason(case, tmp_path):
     small().save_pretrained(folder)
     spoil, message = SINGLE[case]
     spoil(folder)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(UsageError) as caught:
         Llama.from_pretrained(folder)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
@@ -303,7 +292,7 @@ def test_a_bad_sharded_checkpoint_is_refused_with_the_reason(case, tmp_path):
     shutil.copytree(GOLDEN / "codellama", folder)
     spoil, message = SHARDED[case]
     spoil(folder)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(UsageError) as caught:
         Llama.from_pretrained(folder)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 

@@ -14,17 +14,16 @@ import numpy as np
 import pytest
 
 import train
-from data.cli import UsageError, run_cli
+from data.errors import UsageError
 from data.tiny_world import World
 from data.tokenizer import load_tokenizer
 from paper import appendix_b, fig2, networks, report, table1, table2, table4
 from paper.__main__ import METRICS, SCRIPTS, document
 from paper.networks import NETWORKS, Job, Kept, jobs_for, make, networks_of, parts_of, with_needs
 from paper.report import STAND_INS, between, percent, table, verdict
-from tests.test_train import inside
+from run.cli import run_cli
+from tests.helpers import PAPER, inside
 from vocab_map import build, overlap
-
-PAPER = Path(__file__).parents[2] / "shared" / "paper.txt"
 
 
 @pytest.mark.parametrize("gaps, expected", [

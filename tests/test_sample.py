@@ -3,42 +3,12 @@
 import pytest
 import torch
 
-from data.cli import clock
-from ivl import SCHEMES, ProxyDelta, ValueModel
+from ivl import SCHEMES
+from run.cli import clock
 from sample import Guided, generate, pick, score
-from tests.test_ivl import value_network
-from tests.test_model import small
+from tests.helpers import assert_same_or_tied, pair, plugged, random_prompts, small
 
 PLUGS = [*SCHEMES, "proxy"]
-
-
-def plugged(plug: str, **base_changes) -> Guided:
-    """A base guided by each thing that can guide it."""
-    proxy = ProxyDelta(small(num_hidden_layers=1), small(num_hidden_layers=1, intermediate_size=64))
-    return Guided(small(**base_changes), proxy if plug == "proxy" else value_network(plug))
-
-
-def pair(**value_changes) -> Guided:
-    return Guided(small(), ValueModel(small(num_hidden_layers=1, **value_changes)))
-
-
-def random_prompts(count: int, longest: int = 20) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(5)
-    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
-    return [torch.randint(3, 50, (length,), generator=generator).tolist() for length in lengths]
-
-
-def assert_same_or_tied(guided: Guided, prompts, ours, theirs) -> None:
-    """Equal token for token; a first difference is forgiven where the top two logits are within 1e-4, once in 200."""
-    ties = 0
-    for prompt, a, b in zip(prompts, ours, theirs, strict=True):
-        if a != b:
-            same = next(i for i in range(max(len(a), len(b))) if a[i:i + 1] != b[i:i + 1])
-            top = guided.logits(torch.tensor([prompt + a[:same]]))[0, -1].topk(2).values
-            assert top[0] - top[1] < 1e-4, (prompt, a, b)
-            ties += 1
-    print(f"{ties} near-ties in {len(prompts)}")
-    assert ties <= max(1, len(prompts) // 200)
 
 
 @torch.no_grad()
@@ -51,8 +21,8 @@ def greedy_without_cache(guided: Guided, prompt: list[int], count: int, stop: in
 
 def test_batched_is_one_at_a_time_over_200_prompts():
     guided, prompts = pair(), random_prompts(200)
-    batched = generate(guided, prompts, max_new_tokens=20)
-    single = [generate(guided, [prompt], max_new_tokens=20)[0] for prompt in prompts]
+    batched = generate(guided, prompts, max_new_tokens=20, stop_ids={2})
+    single = [generate(guided, [prompt], max_new_tokens=20, stop_ids={2})[0] for prompt in prompts]
     assert len(set(map(len, batched))) > 1  # some stop early, so the batch shrinks on its way
     assert_same_or_tied(guided, prompts, batched, single)
 
@@ -63,15 +33,15 @@ def test_cached_is_uncached(plug, Vb):
     guided = Guided(small(vocab_size=Vb)) if plug == "none" else plugged(plug, vocab_size=Vb)
     prompts = random_prompts(20)
     expected = [greedy_without_cache(guided, prompt, 12, stop=2) for prompt in prompts]
-    assert_same_or_tied(guided, prompts, generate(guided, prompts, max_new_tokens=12), expected)
+    assert_same_or_tied(guided, prompts, generate(guided, prompts, max_new_tokens=12, stop_ids={2}), expected)
 
 
 def test_tokens_that_a_network_cannot_read_are_never_said():
     base = small(vocab_size=53)
     base.lm_head.weight.data[50:] *= 100  # the extra rows would win often
     guided, prompts = Guided(base, pair().value), random_prompts(20)
-    assert max(max(ids) for ids in generate(Guided(base), prompts, max_new_tokens=12)) >= 50
-    assert max(max(ids) for ids in generate(guided, prompts, max_new_tokens=12)) < 50
+    assert max(max(ids) for ids in generate(Guided(base), prompts, max_new_tokens=12, stop_ids={2})) >= 50
+    assert max(max(ids) for ids in generate(guided, prompts, max_new_tokens=12, stop_ids={2})) < 50
 
 
 @pytest.mark.parametrize("plug", PLUGS)
@@ -97,8 +67,8 @@ def test_step_needs_no_start(plug):
 def test_alpha_zero_is_the_base_alone():
     guided, prompts = pair(), random_prompts(5)
     off = Guided(guided.base, guided.value, alpha=0.0)
-    assert generate(off, prompts, max_new_tokens=8) == generate(Guided(guided.base), prompts, max_new_tokens=8)
-    assert generate(guided, prompts, max_new_tokens=8) != generate(off, prompts, max_new_tokens=8)
+    assert generate(off, prompts, max_new_tokens=8, stop_ids={2}) == generate(Guided(guided.base), prompts, max_new_tokens=8, stop_ids={2})
+    assert generate(guided, prompts, max_new_tokens=8, stop_ids={2}) != generate(off, prompts, max_new_tokens=8, stop_ids={2})
 
 
 def test_stop_tokens_end_a_row_and_on_token_sees_every_token():
@@ -114,7 +84,7 @@ def test_stop_tokens_end_a_row_and_on_token_sees_every_token():
 
 def test_sampling_is_a_function_of_the_seed_and_not_of_the_batch():
     guided, prompts = pair(), random_prompts(6)
-    draw = dict(max_new_tokens=8, temperature=1.0, top_p=0.9)
+    draw = dict(max_new_tokens=8, stop_ids={2}, temperature=1.0, top_p=0.9)
     batched = generate(guided, prompts, seed=1, **draw)
     assert batched == generate(guided, prompts, seed=1, **draw) != generate(guided, prompts, seed=2, **draw)
     assert batched[0] == generate(guided, prompts[:1], seed=1, **draw)[0]
@@ -155,7 +125,7 @@ def test_scores_are_log_likelihoods():
 def test_an_empty_prompt_is_an_error():
     for prompts in [[], [[]]]:
         with pytest.raises(ValueError, match="at least one"):
-            generate(pair(), prompts, max_new_tokens=1)
+            generate(pair(), prompts, max_new_tokens=1, stop_ids={2})
 
 
 def test_clock():

@@ -1,26 +1,15 @@
 """data/tokenizer.py: both kinds against transformers' own ids, bytes, fingerprints and streaming."""
 
-import base64
 import json
-from pathlib import Path
 
 import pytest
 import sentencepiece
 
+from data.errors import UsageError
 from data.tiny_world import World
-from data.tokenizer import DataError, SentencePieceTokenizer, StreamDecoder, TiktokenTokenizer, load_tokenizer
-
-GOLDEN = Path(__file__).parent / "golden"
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-REAL = {"llama-2": SHARED / "llama2-tokenizer.model", "llama-3": SHARED / "llama3-tokenizer.model"}
-
-needs_real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real tokenizers are not beside the repository")
-
-
-def byte_pairs(*merges: bytes) -> bytes:
-    """A small tokenizer.model in Llama-3's format: all bytes, then these merges."""
-    tokens = [bytes([byte]) for byte in range(256)] + list(merges)
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+from data.tokenizer import SentencePieceTokenizer, StreamDecoder, TiktokenTokenizer, load_tokenizer
+from tests.helpers import REAL, SHARED, byte_pairs, needs_real
+from tests.make_golden import GOLDEN
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +129,12 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_tokenizer_is_refused_with_the_reason(case, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(BAD[case])
-    with pytest.raises(DataError, match="neither a SentencePiece nor a tiktoken model") as caught:
+    with pytest.raises(UsageError, match="neither a SentencePiece nor a tiktoken model") as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path / "tokenizer.model") in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_an_absent_tokenizer_is_named(tmp_path):
     for path, message in [(tmp_path, "no tokenizer.model"), (tmp_path / "x.model", "No such file")]:
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(UsageError, match=message):
             load_tokenizer(path)

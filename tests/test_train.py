@@ -1,8 +1,6 @@
 """train.py and sample.py as a user meets them: real learning in miniature, kills, and bad input."""
 
-import contextlib
 import fcntl
-import io
 import json
 import os
 import random
@@ -17,66 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import sample
 import train
-import vocab_map
-from data.cli import run_cli
 from data.tiny_world import world_of
 from data.tokenizer import load_tokenizer
 from ivl import SCHEMES, ValueModel
 from model import Llama
-from paper import attribution
-from sample import Guided, examine
-from tests.test_model import small
-from tests.test_tokenizer import byte_pairs
-from train import Objective, Settings, accumulate_gradient, learning_rate, table5, tiny_config, widen
-
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def run(folder: Path, *arguments, input: str | None = None) -> subprocess.CompletedProcess:
-    """Run `python SCRIPT ...` in a folder of its own."""
-    script, *rest = map(str, arguments)
-    return subprocess.run([sys.executable, ROOT / script, *rest], cwd=folder, env=ENVIRONMENT, input=input,
-                          capture_output=True, text=True, timeout=900)
-
-
-def succeed(*arguments, **options) -> str:
-    done = run(*arguments, **options)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def inside(folder: Path, script: str, *arguments, input: str = "") -> tuple[int, str, str]:
-    """Status, output and errors of a script run in this process, since importing torch is most of what it does."""
-    before, argv, stdin = os.getcwd(), sys.argv, sys.stdin
-    output, errors, status = io.StringIO(), io.StringIO(), 0
-    os.chdir(folder)
-    sys.argv, sys.stdin = [script, *map(str, arguments)], io.StringIO(input)
-    try:
-        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
-            run_cli({"train.py": train.main, "sample.py": sample.main, "vocab_map.py": vocab_map.main,
-                     "attribution.py": attribution.main}[script])
-    except SystemExit as ended:
-        status = ended.code
-    finally:
-        os.chdir(before)
-        sys.argv, sys.stdin = argv, stdin
-    return status, output.getvalue(), errors.getvalue()
-
-
-def refused(folder: Path, script: str, *arguments) -> str:
-    """The one line that a user's mistake gets, with status 2; a traceback, or anything more, fails the test."""
-    status, _, errors = inside(folder, script, *arguments)
-    assert status == 2 and errors.count("\n") == 1 and errors.startswith(f"{script}: "), errors
-    return errors.strip()
-
-
-SHORT = ["--steps", "60", "--batch-size", "16"]
-
-
-VALUE = Path("out/seed0/value-residual-tiny-s")
+from run import folder
+from run.jobs import tiny_config
+from run.show import examine
+from sample import Guided
+from tests.helpers import (ENVIRONMENT, ROOT, SHORT, VALUE, ask, byte_pairs, inside, refused, run, small, succeed,
+                           weights)
+from train import Objective, Settings, accumulate_gradient, language_loss, learning_rate, table5
 
 # ---- the whole path
 
@@ -109,12 +59,6 @@ def test_the_loss_falls_and_the_metrics_are_those_of_the_saved_network(home):
     steps = [line.split() for line in log.splitlines() if line.startswith("step")]
     first, last = ({"loss": float(line[3]), "ce": float(line[5])} for line in (steps[0], steps[-1]))
     assert last["ce"] < first["ce"] - 0.5
-
-
-def ask(home: Path, *arguments, **options) -> str:
-    status, output, errors = inside(home, "sample.py", "--value", VALUE, "--max-new-tokens", "12", *arguments, **options)
-    assert status == 0, errors
-    return output
 
 
 def test_sample_shows_questions_prompts_and_a_chat(home):
@@ -170,7 +114,7 @@ def test_every_scheme_trains_resumes_and_samples(scheme, checkpoint, chats, tmp_
                "--batch-size", 4, "--save-every", 3, "--lr", "1e-3"]
     before = (checkpoint / "model.safetensors").read_bytes()
     assert inside(tmp_path, *command, "--out", "straight")[0] == 0
-    saves, save = [], train.Run.save
+    saves, save = [], folder.Run.save
 
     def save_and_stop(self, *arguments):
         save(self, *arguments)
@@ -178,7 +122,7 @@ def test_every_scheme_trains_resumes_and_samples(scheme, checkpoint, chats, tmp_
         if len(saves) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.Run, "save", save_and_stop)
+    monkeypatch.setattr(folder.Run, "save", save_and_stop)
     assert inside(tmp_path, *command, "--out", "stopped")[0] == 130
     status, output, errors = inside(tmp_path, *command, "--out", "stopped", "--resume")
     assert status == 0 and "resumed at step 6" in output, errors
@@ -203,27 +147,6 @@ def test_a_probe_on_a_base_with_fewer_logits_is_refused(checkpoint, chats, tmp_p
     assert "fewer: 900 logits, and the probe reads 1024" in message
 
 
-def test_a_base_pretrained_further_has_a_bigger_vocabulary_and_takes_the_same_value_network(home, tmp_path):
-    shutil.copytree(home / "out", tmp_path / "out")
-    status, output, errors = inside(tmp_path, "train.py", "--base", "tiny-s", "--continue", "--steps", 3)
-    assert status == 0 and "pretraining tiny-s-continued" in output, errors
-    folder = tmp_path / "out/seed0/tiny-s-continued"
-    assert Llama.from_pretrained(folder).config.vocab_size == load_tokenizer(folder).vocab_size == 1040
-    assert "tiny-s-continued" in ask(tmp_path, "--base", "tiny-s-continued", "--prompt", "Greet Mira.")
-    assert "exact" in ask(tmp_path, "--base", "tiny-s-continued")
-    assert "continued already" in refused(tmp_path, "train.py", "--base", "tiny-s-continued", "--continue")
-    assert "tiny-l-continued: not there yet; `python train.py --base tiny-l --continue --seed 0`" in refused(
-        tmp_path, "sample.py", "--value", VALUE, "--base", "tiny-l-continued")
-
-
-def test_widening_leaves_the_old_logits_alone():
-    base, tokens = small(tie_word_embeddings=True), torch.randint(50, (2, 6))
-    wider = widen(base, 16)
-    assert wider(tokens).shape == (2, 6, 66)
-    torch.testing.assert_close(wider(tokens)[..., :50], base(tokens))
-    torch.testing.assert_close(wider.lm_head.weight[50], base.lm_head.weight.mean(0))
-
-
 def test_proxy_tuning(home, tmp_path):
     shutil.copytree(home / "out", tmp_path / "out")
     assert inside(tmp_path, "train.py", "--full", "--steps", 20)[0] == 0
@@ -233,7 +156,7 @@ def test_proxy_tuning(home, tmp_path):
     assert shown[0] == 0 and "tiny-s + proxy" in shown[1], shown[2]
     cases = {
         "which is plugged in with --value": ["--expert", VALUE],
-        "choose one": ["--expert", "out/seed0/full-tiny-s", "--value", VALUE],
+        "not allowed with argument": ["--expert", "out/seed0/full-tiny-s", "--value", VALUE],
         "go with --expert": ["--anti-expert", "tiny-s"],
         "go with --expert ": ["--template", "llama-2"],
         "name that with --anti-expert": ["--expert", "out/seed0/tiny-s"],
@@ -254,7 +177,7 @@ def test_another_seed_than_the_worlds_keeps_the_world(home):
 
 def test_a_base_may_come_twice_in_a_curriculum(home, monkeypatch):
     seen = []
-    monkeypatch.setattr(train, "fit", lambda run, network, bases, batches, save_every: seen.append(bases) or run.begin())
+    monkeypatch.setattr(train, "fit", lambda network, loss, bases, batches, run: seen.append(bases) or run.take())
     status, _, errors = inside(home, "train.py", "--base", "tiny-s", "out/seed0/tiny-s", "tiny-s", "--value", "--no-full",
                                "--steps", "3", "--out", "twice")
     assert status == 0, errors
@@ -294,11 +217,11 @@ def test_gradient_accumulation_4_x_1_is_1_x_4(with_base):
     labels = torch.randint(50, (4, 12), generator=torch.Generator().manual_seed(2))
     for row, start in enumerate([2, 6, 0, 11]):  # rows with 10, 6, 12 and 1 supervised tokens
         labels[row, :start] = -100
-    base = small() if with_base else None
+    base, loss = (small(), ValueModel.loss) if with_base else (None, language_loss)
     results = []
     for parts in [[(tokens, labels)], list(zip(tokens.split(1), labels.split(1)))]:
         network = ValueModel(small(num_hidden_layers=1)) if with_base else small(num_hidden_layers=1)
-        metrics = accumulate_gradient(Objective(network, 0.5), base, parts, "float32")
+        metrics = accumulate_gradient(Objective(network, loss, 0.5), base, parts, "float32")
         results.append((metrics, [parameter.grad for parameter in network.parameters()]))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     for whole, split in zip(results[0][1], results[1][1]):
@@ -308,7 +231,7 @@ def test_gradient_accumulation_4_x_1_is_1_x_4(with_base):
 def test_a_part_without_supervised_tokens_counts_nothing():
     tokens, labels = torch.randint(50, (2, 6)), torch.randint(50, (2, 6))
     labels[1] = -100
-    objective = Objective(ValueModel(small()), 0.0)
+    objective = Objective(ValueModel(small()), ValueModel.loss)
     both = accumulate_gradient(objective, small(), list(zip(tokens.split(1), labels.split(1))), "float32")
     one = accumulate_gradient(objective, small(), [(tokens[:1], labels[:1])], "float32")
     assert both == pytest.approx(one)
@@ -334,10 +257,6 @@ def test_table_5():
 
 
 # ---- resuming
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 def assert_identical(a: Path, b: Path) -> None:
@@ -512,17 +431,17 @@ def test_bad_input_to_train(home, checkpoint, chats, tmp_path):
         "argument --batch-size": [*real, "--batch-size", "x"], "argument --l1": [*real, "--l1", "-0.1"],
         "argument --seed": [*real, "--seed", "-1"], "argument --dtype": [*real, "--dtype", "int8"],
         "argument --grad-accum": [*real, "--grad-accum", "0"], "argument --template": [*real, "--template", "chatml"],
-        "choose one": [*real, "--epochs", "1"], "choose one (see": [*real, "--full"],
+        "--epochs: not allowed with argument": [*real, "--epochs", "1"], "--full: not allowed with argument --value": [*real, "--full"],
+        "--fast: not allowed with argument --plain": [*real, "--plain", "--fast"],
         "--l1 means nothing": ["--base", "tiny-s", "--l1", "1"], "--l1 means nothing when fine-tuning": ["--full", "--l1", "1"],
         "--data means nothing": ["--base", "tiny-s", "--data", chats], "--epochs means nothing": ["--base", "tiny-s", "--epochs", "1"],
         "is made for 256 tokens": ["--base", "tiny-s", "--max-length", "300"], "one base": ["--full", "--base", "a", "b"],
         f"{tmp_path}: exists, and is no run": ["--base", "tiny-s", "--out", "."],
-        "'9999999999' is no whole number from 0 to below 2**32": [*real, "--seed", "9999999999"], "unrecognized arguments: --fast": [*real, "--fast"],
+        "'9999999999' is no whole number from 0 to below 2**32": [*real, "--seed", "9999999999"], "unrecognized arguments: --quick": [*real, "--quick"],
         "--value scratch:tiny-q": ["--base", checkpoint, "--value", "scratch:tiny-q", "--data", chats],
         "argument --scheme": ["--base", checkpoint, "--value", "--scheme", "series"], "--scheme means nothing": ["--full", "--scheme", "probe"],
         "for a new --scheme probe": [*real, "--probe-width", "8"], "nothing in scratch:tiny-m for a probe": [
             "--base", checkpoint, "--value", "scratch:tiny-m", "--scheme", "probe", "--data", chats],
-        "--continue means nothing": [*real, "--continue"], "alone: nothing to train": ["--base", checkpoint, "--continue"],
         "names one folder": ["--base", "tiny-s", "tiny-m", "--out", tmp_path / "one"],
     }
     for message, arguments in cases.items():
@@ -555,7 +474,8 @@ def test_bad_input_to_sample(home, checkpoint, tmp_path):
         "no ivl.json": ["--value", checkpoint],
         "truncated": ["--value", tmp_path / "truncated", "--base", home / "out/seed0/tiny-s"],
         "tiny-x: no such tiny model": ["--value", value, "--base", "tiny-x"],
-        "no ivl.json, so": ["--value", ""], "choose one": ["--value", value, "--chat", "--prompt", "hi"],
+        "no ivl.json, so": ["--value", ""], "not allowed with argument --chat": ["--value", value, "--chat", "--prompt", "hi"],
+        "--fast: a captured step": ["--value", value, "--fast"],
         "a value network, which is no base": ["--value", value, "--base", value],
         "`python train.py --base tiny-l": ["--value", value, "--base", "tiny-l"],
         "absent-base: No such file": ["--value", value, "--base", tmp_path / "absent-base"],

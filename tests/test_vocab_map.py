@@ -6,15 +6,14 @@ import random
 import numpy as np
 import pytest
 
-import vocab_map
+from fast import alignment
+from fast.alignment import align_all
+from data.errors import UsageError
 from data.tiny_world import World
-from data.tokenizer import DataError, SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
-from model import CheckpointError
-from tests.test_loss import python
-from tests.test_tokenizer import REAL, SHARED, byte_pairs, needs_real
-from tests.test_train import inside
-from vocab_map import (PieceCosts, Speller, VocabMap, align, align_by_loop, build, levenshtein, normalise, overlap, piece_cost,
-                       share_bytes, spell_out, strongest, without_mark)
+from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
+from tests.helpers import REAL, SHARED, byte_pairs, inside, needs_real, python
+from vocab_map import (HOWS, Speller, VocabMap, align_by_loop, build, levenshtein, normalise, overlap, piece_cost, share_bytes,
+                       spell_out, strongest, without_mark)
 
 HARD = ["漢字かな交じり文、한국어와 العربية", "👩‍👩‍👧‍👦 flags 🇩🇪🇫🇷, e\u0301 n\u0303 a\u030a\u0301", "def f(x):\n\treturn  x ** 2  # ``` \\n\n\n",
         "   three spaces,\ttabs\t\tand " + "=" * 150 + " " * 140 + "end", "0123456789 3.14159 1,000,000", "a", " ", "naïve café — “quotes” …"]
@@ -60,10 +59,11 @@ def test_the_loop_by_hand():
 def assert_same_paths(base, value, texts: list[str], ids: list[tuple[list[int], list[int]]] = ()) -> None:
     base_ids = [base.encode(text, bos=True) for text in texts] + [each for each, _ in ids]
     value_ids = [value.encode(text, bos=True) for text in texts] + [each for _, each in ids]
-    base_pieces, value_pieces = without_mark(base), without_mark(value)
-    paths = align(base_ids, value_ids, PieceCosts(base, value))
-    for b, v, path in zip(base_ids, value_ids, paths, strict=True):
-        assert [tuple(step) for step in path.tolist()] == align_by_loop([base_pieces[id] for id in b], [value_pieces[id] for id in v])
+    base_names, value_names = without_mark(base), without_mark(value)
+    base_pieces = [[base_names[id] for id in text] for text in base_ids]
+    value_pieces = [[value_names[id] for id in text] for text in value_ids]
+    for b, v, path in zip(base_pieces, value_pieces, align_all(base_pieces, value_pieces), strict=True):
+        assert path == align_by_loop(b, v)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -95,22 +95,26 @@ def test_fast_is_the_loop_on_200_texts(real, base, value):
     assert_same_paths(real[base], real[value], gsm8k(0, 200) + ["\n\n".join(gsm8k(0, 10))])
 
 
-def test_bit_parallel_distances(pair):
-    costs = PieceCosts(*pair)
+def test_fast_distances_are_those_of_the_loop(pair):
+    """Pieces that are no UTF-8 and pieces longer than a machine word among them."""
     rng = random.Random(0)
-    names = [index for index, name in enumerate(costs.names) if len(name) > 40] + [rng.randrange(len(costs.names)) for _ in range(300)]
-    a, b = [np.array([rng.choice(names) for _ in range(3000)]) for _ in range(2)]
-    for x, y, code in zip(a, b, costs.measure(a, b).tolist()):
-        assert code & ~costs.CONTAINS == levenshtein(costs.names[x], costs.names[y])
-        assert costs.cost[code] == piece_cost(costs.names[x], costs.names[y])
+    names = without_mark(pair[0]) + without_mark(pair[1])
+    some = [name for name in names if len(name) > 40] + rng.sample(names, 120)
+    costs = alignment.piece_costs(some, some)
+    for i, a in enumerate(some):
+        for j, b in enumerate(some):
+            assert costs[i, j] == piece_cost(a, b)
+    assert levenshtein(b"kitten", b"sitting") == 3
 
 
 def test_a_batch_does_not_change_a_path(pair, monkeypatch):
-    base_ids, value_ids = [[tokenizer.encode(text, bos=True) for text in HARD] for tokenizer in pair]
-    together = align(base_ids, value_ids, PieceCosts(*pair))
-    monkeypatch.setattr(vocab_map, "WIDTH", 1)
-    for one, other in zip(together, align(base_ids, value_ids, PieceCosts(*pair))):
-        assert np.array_equal(one, other)
+    pieces = []
+    for tokenizer in pair:
+        names = without_mark(tokenizer)
+        pieces.append([[names[id] for id in tokenizer.encode(text, bos=True)] for text in HARD])
+    together = align_all(*pieces)
+    monkeypatch.setattr(alignment, "WIDTH", 1)
+    assert together == align_all(*pieces)
 
 
 def test_the_normalisation_is_that_of_a_dense_matrix():
@@ -136,13 +140,13 @@ def test_tokens_that_share_a_byte(pair):
     text = "hell the漢"
     b, v = base.encode(text, bos=True), value.encode(text, bos=True)
     path = share_bytes(base, b, value, v)
-    assert path[0].tolist() == [0, 0] and path[-1].tolist() == [len(b) - 1, len(v) - 1]
+    assert path[0] == (0, 0) and path[-1] == (len(b) - 1, len(v) - 1)
     spans = []
     for tokenizer, ids in ((base, b), (value, v)):
         ends = np.cumsum([len(tokenizer.token_bytes(id)) for id in ids]) - tokenizer.space_in_front
         spans.append(list(zip([0, *ends], ends)))
     expected = {(i, j) for i, (a, z) in enumerate(spans[0]) for j, (c, y) in enumerate(spans[1]) if max(a, c) < min(z, y)}
-    assert {tuple(step) for step in path[1:].tolist()} == expected
+    assert set(path[1:]) == expected and len(path) == len(set(path))
 
 
 # ---- the data-free map
@@ -177,7 +181,7 @@ def test_a_tokenizer_spells_itself(pair, which):
 @needs_real
 def test_overlap_on_held_out_texts(real):
     base, value, texts, held_out = real["llama-3"], real["llama-2"], gsm8k(0, 200), gsm8k(200, 400)
-    found = {how: overlap(held_out, base, value, build(base, value, how, texts).pieces) for how in ("paper", "dtw", "offsets")}
+    found = {how: overlap(held_out, base, value, build(base, value, how, texts, align_all).pieces) for how in ("paper", "dtw", "offsets")}
     pieces = spell_out(base, value)
     assert 0.60 <= found["paper"] <= 0.70 and found["dtw"] >= 0.70 and found["offsets"] >= 0.70
     assert overlap(held_out, base, value, [each[:1] for each in pieces]) >= 0.78
@@ -187,7 +191,7 @@ def test_overlap_on_held_out_texts(real):
 # ---- on disk, and the command
 
 
-@pytest.mark.parametrize("how", vocab_map.HOWS)
+@pytest.mark.parametrize("how", HOWS)
 def test_a_map_survives_its_file(pair, how, tmp_path):
     made = build(*pair, how, ["the hell they live in", "hello world", *HARD])
     made.save(tmp_path / "map.safetensors")
@@ -201,18 +205,18 @@ def test_maps_that_are_refused(pair, tmp_path):
     file = tmp_path / "map.safetensors"
     made = build(*pair)
     made.save(file)
-    with pytest.raises(CheckpointError, match="another tokenizer of the base"):
+    with pytest.raises(UsageError, match="another tokenizer of the base"):
         VocabMap.load(file, *pair[::-1])
     raw = file.read_bytes()
     for damaged in (raw[:len(raw) // 2], b"", b"{}", raw.replace(b"pieces.lengths", b"pieces.lengthz")):
         file.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="damaged"):
+        with pytest.raises(UsageError, match="damaged"):
             VocabMap.load(file, *pair)
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(UsageError, match="no such file"):
         VocabMap.load(tmp_path / "absent", *pair)
     made.pieces = made.pieces[:-1]
     made.save(file)
-    with pytest.raises(CheckpointError, match="not the shape"):
+    with pytest.raises(UsageError, match="not the shape"):
         VocabMap.load(file, *pair)
 
 
@@ -223,7 +227,7 @@ def test_a_tokenizer_that_cannot_spell_every_byte_is_refused(pair):
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a few words of text"] * 50), model_writer=written, model_type="bpe",
                                              vocab_size=24, minloglevel=2)
-    with pytest.raises(DataError, match="without a token for the byte 0"):
+    with pytest.raises(UsageError, match="without a token for the byte 0"):
         build(pair[0], SentencePieceTokenizer(written.getvalue()))
 
 
@@ -240,7 +244,7 @@ def test_the_command(command, tmp_path):
     records = [{"text": "hello the world"}, {"question": "live?", "answer": "the hell"},
                {"messages": [{"role": "user", "content": "hell?"}, {"role": "assistant", "content": "the end"}]}]
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    for how in vocab_map.HOWS:
+    for how in HOWS:
         status, output, errors = inside(tmp_path, *command, "--how", how, "--texts", "texts.txt", "--eval", "held.jsonl")
         assert status == 0, errors
         last = output.splitlines()[-1].split()

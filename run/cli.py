@@ -1,6 +1,6 @@
 """What every script's command line shares: flags, mistakes told in one line, the device, and time in words.
 
-    from data.cli import ArgumentParser, UsageError, run_cli
+    from run.cli import ArgumentParser, run_cli
 """
 
 import argparse
@@ -14,11 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-
-class UsageError(ValueError):
-    """Something that a user asked for and cannot have; the message says what to do instead."""
-
-    exit_status = 2
+from data.errors import UsageError
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -29,10 +25,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script; a user's mistake is one line on stderr and status 2, a bug of ours keeps its traceback.
-
-    A mistake is an exception of a class with an `exit_status`.
-    """
+    """Run a script; a user's mistake is one line on stderr and status 2, a bug of ours keeps its traceback."""
     for stream in (sys.stdout, sys.stderr):  # the name of a file may be no text
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -50,10 +43,8 @@ def run_cli(main: Callable[[], None]) -> None:
         message = "the device is out of memory; --grad-accum, --max-length and --dtype save some"
     except KeyboardInterrupt:
         message, status = "stopped", 130
-    except ValueError as error:
-        if not hasattr(error, "exit_status"):
-            raise
-        message, status = str(error), error.exit_status
+    except UsageError as error:
+        message = str(error)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(5)  # most likely the first process says the same, and torchrun ends the others when one has ended
     print(f"{Path(sys.argv[0]).name}: {message}".replace("\n", "\\n"), file=sys.stderr)

@@ -1,0 +1,320 @@
+"""Decoding through another tokenizer: what a base says of the next VALUE token, where tokens are several of each other's.
+
+    python sample.py --base tiny-b-m        # a base with a byte-level tokenizer, guided by tiny-s's value network
+
+The paper's Eq. (5) adds up logits of base tokens with one target, and has the base read a text cut in
+ways it has never seen (sample.py, MappedGuided). Here the base's probabilities are taken apart instead:
+
+* A base token may be several value tokens long. So a context may be behind what was written: `pending`
+  are the value tokens since then. The base tokens that begin with them are one range once tokens are
+  sorted by their pieces; their mass, by the piece that follows, is P(v). When the pending ones are a whole
+  base token, the base can also have read it; both ways are kept, as hypotheses.
+* A value token may be several base tokens long, a path. No mass would ever reach it, so its path is
+  spelled out, base token by base token, wherever z_delta leaves it a chance to win.
+
+Each text is decoded by itself, in `Text.log_p` and `Text.push`, as if it were alone: generators that YIELD
+what they want the base to read. `together` gathers the wishes of all texts into one base pass.
+tests/test_mapped.py holds P against brute force over all ways to cut a text.
+"""
+
+import copy
+from bisect import bisect_left
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ivl import ValueModel
+from model import KVCache, Llama
+from sample import MappedGuided
+from vocab_map import VocabMap
+
+FLOOR = 1e-12  # the least P(v): what the base rules out can still be said if z_delta outbids log(1e-12) = -27.6
+HYPOTHESES, EXPANSIONS = 3, 8  # contexts of one text; base tokens read for paths in one step
+MARGIN = 5.0  # nats below the best within which a path is worth reading when sampling; 0 when greedy
+UNLIKELY = 30.0  # nats below the best at which a hypothesis is not worth a pass
+
+Tokens = tuple[int, ...]
+
+
+@dataclass
+class Context:
+    """Base tokens that were read, their keys and values (layers, K, L, F), and what the base says comes next."""
+
+    tokens: list[int]
+    keys: Tensor
+    values: Tensor
+    log_p: Tensor  # (Vb,) over the tokens that have pieces
+    weight: float = 0.0  # log of how likely the text was cut in this way, up to a constant
+    pending: Tokens = ()  # value tokens written since
+
+
+Wish = tuple[Context, list[int]]  # a context, and base tokens to read behind it
+
+
+def together(generators: list[Generator], read: Callable[[list[Wish]], list[Context]]) -> list:
+    """Run generators side by side; each yields a list of wishes, and is sent their contexts. Returns what they return."""
+    results = [None] * len(generators)
+    answers: dict[int, list[Context] | None] = dict.fromkeys(range(len(generators)))
+    while answers:
+        # what each of those still running wants
+        wishes = {}
+        for number, answer in answers.items():
+            try:
+                wishes[number] = generators[number].send(answer)
+            except StopIteration as end:
+                results[number] = end.value
+        # one pass for all of them
+        contexts = iter(read([wish for some in wishes.values() for wish in some]) if wishes else [])
+        answers = {number: [next(contexts) for _ in some] for number, some in wishes.items()}
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is the same for all texts
+
+
+class Tables:
+    """A vocabulary map as tensors."""
+
+    def __init__(self, vocab_map: VocabMap, base: Llama, Vv: int):
+        device, self.Vv = base.device, Vv
+        # base tokens sorted by their pieces, of which those that begin alike stand together
+        order = sorted((pieces, token) for token, pieces in enumerate(vocab_map.pieces) if pieces)
+        self.pieces = [pieces for pieces, _ in order]
+        self.tokens = torch.tensor([token for _, token in order], device=device)  # (n,)
+        self.lengths = torch.tensor([len(pieces) for pieces in self.pieces], device=device)  # (n,), in pieces
+        self.flat = torch.tensor([piece for pieces in self.pieces for piece in pieces], device=device)
+        self.starts = self.lengths.cumsum(0) - self.lengths  # (n,), where each one's pieces begin in `flat`
+        # special tokens, and rows beyond the tokenizer's, say nothing
+        self.silent = torch.ones(base.config.vocab_size, dtype=torch.bool, device=device)
+        self.silent[self.tokens] = False
+        self.first_piece = [pieces[0] if pieces else None for pieces in vocab_map.pieces]
+        # value tokens that take several base tokens
+        spelled = [(value, path) for value, path in enumerate(vocab_map.paths) if len(path) > 1]
+        self.path_of = dict(spelled)
+        self.path_value = torch.tensor([value for value, _ in spelled], dtype=torch.long, device=device)  # (paths,)
+        self.path_length = torch.tensor([len(path) for _, path in spelled], device=device)  # (paths,)
+        longest = max((len(path) for _, path in spelled), default=1)
+        padded = [path + (-1,) * (longest - len(path)) for _, path in spelled]
+        self.paths = torch.tensor(padded, dtype=torch.long, device=device).view(-1, longest)  # (paths, longest)
+
+    def range_of(self, pending: Tokens) -> slice:
+        """Where the base tokens that begin with these pieces stand in sorted order."""
+        if not pending:
+            return slice(0, len(self.pieces))
+        behind = (*pending[:-1], pending[-1] + 1)
+        return slice(bisect_left(self.pieces, pending), bisect_left(self.pieces, behind))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One text
+
+
+class Text:
+    """The hypotheses of one text, those likeliest so far first."""
+
+    def __init__(self, tables: Tables, vocab_map: VocabMap, written: list[int]):
+        self.tables, self.map, self.written = tables, vocab_map, list(written)  # in value tokens
+        self.contexts: list[Context] = []
+        # of this step: contexts read along paths, by their base tokens, and what each path's value token weighs
+        self.found: dict[Tokens, Context] = {}
+        self.path_weight: dict[int, float] = {}
+
+    def log_p(self, z_delta: Tensor, sampling: bool) -> Generator[list[Wish], list[Context], Tensor]:
+        """log P of the next value token, (Vv,), floored; z_delta (Vv,), times alpha, tells which paths have a chance."""
+        P = self.mass()  # (Vv,)
+        total = P.sum().clamp(min=1e-30)
+        P = P / total
+        self.found, self.path_weight = {}, {}
+        exact = next((context for context in self.contexts if not context.pending), None)
+        if exact is not None and len(self.tables.paths):
+            yield from self.spell_paths(P, exact, total.log().item(), z_delta, sampling)
+        return P.clamp(min=FLOOR).log()
+
+    def mass(self) -> Tensor:
+        """P (Vv,) up to a factor: base tokens that go on beyond what is pending, by the piece they go on with."""
+        tables = self.tables
+        P = torch.zeros(tables.Vv, device=tables.flat.device)
+        for context in self.contexts:
+            here, depth = tables.range_of(context.pending), len(context.pending)
+            longer = tables.lengths[here] > depth
+            p = (context.log_p[tables.tokens[here]] + context.weight).exp() * longer
+            at = (tables.starts[here] + depth).clamp(max=len(tables.flat) - 1)
+            P.index_add_(0, tables.flat[at], p)
+        return P
+
+    def spell_paths(self, P: Tensor, exact: Context, log_total: float, z_delta: Tensor, sampling: bool
+                    ) -> Generator[list[Wish], list[Context], None]:
+        """Raise P (Vv,) of value tokens that take several base tokens, those first that may yet win.
+
+        What has been read of a path, with z_delta, bounds what its token can reach. While a bound beats
+        the best so far, the base reads one token more of that path.
+        """
+        tables, paths = self.tables, self.tables.paths
+        scored = (exact.log_p + (exact.weight - log_total))[paths[:, 0]]  # (paths,), log p of the part that is read
+        depth = torch.ones_like(scored, dtype=torch.long)  # (paths,), how long that part is
+        z = z_delta[tables.path_value]  # (paths,)
+        best = (P.clamp(min=FLOOR).log() + z_delta).max()
+        margin = MARGIN if sampling else 0.0
+        self.found[()] = exact
+        for _ in range(EXPANSIONS):
+            # the path that could reach most, if the rest of it were certain
+            complete = depth == tables.path_length
+            best = torch.maximum(best, torch.where(complete, scored + z, -torch.inf).max())
+            bound, path = torch.where(complete, -torch.inf, scored + z).max(-1)
+            if bound <= best - margin:
+                break
+            # the base reads one token more of it
+            prefix = tuple(paths[path, :depth[path]].tolist())
+            [child] = yield [(self.found[prefix[:-1]], [prefix[-1]])]
+            child.weight = scored[path].item() + log_total
+            self.found[prefix] = child
+            # which serves all paths that begin in this way
+            begins = (paths[:, :len(prefix)] == torch.tensor(prefix, device=paths.device)).all(-1)
+            same = begins & (depth == len(prefix)) & (tables.path_length > len(prefix))  # (paths,)
+            scored[same] += child.log_p[paths[same, len(prefix)]]
+            depth[same] += 1
+        for path in torch.nonzero(depth == tables.path_length)[:, 0].tolist():
+            value, p = int(tables.path_value[path]), scored[path].exp()
+            self.path_weight[value] = scored[path].item() + log_total
+            if sampling:  # the same text must not count twice: its mass is also where its first base token begins
+                shorter = tables.first_piece[paths[path, 0]]
+                P[shorter] = (P[shorter] - p).clamp(min=0.0)
+            P[value] = torch.maximum(P[value], p)
+
+    def push(self, value: int) -> Generator[list[Wish], list[Context], int]:
+        """Take the value token that the text goes on with into its contexts; returns how many base tokens were read."""
+        self.written.append(value)
+        waiting, options = [], []  # contexts that wait for more pieces, and base tokens that could be read now
+        for context in self.contexts:
+            waiting += self.still_pending(context, value)
+            options += self.whole_tokens(context, value)
+        if value in self.path_weight:
+            options.append(self.rest_of_path(value))
+        # the likeliest of both kinds
+        scores = [score for score, _ in waiting] + [score for score, _, _ in options]
+        scores.sort(reverse=True)
+        least = max(scores[:HYPOTHESES][-1], scores[0] - UNLIKELY) if scores else 0.0
+        kept = [(score, context) for score, context in waiting if score >= least]
+        wanted = [option for option in options if option[0] >= least]
+        pending: Tokens = ()
+        if not kept and not wanted:  # no base token fits what was written: read it again as the base would cut it
+            context, tokens, pending = self.read_again()
+            wanted = [(0.0, context, tokens)]
+        if wanted:
+            children = yield [(context, tokens) for _, context, tokens in wanted]
+            kept += [(score, replace(child, weight=score, pending=pending))
+                     for (score, _, _), child in zip(wanted, children)]
+        kept.sort(key=lambda each: -each[0])
+        top = kept[0][0]
+        self.contexts = [replace(context, weight=context.weight - top) for _, context in kept[:HYPOTHESES]]
+        return sum(len(tokens) for _, _, tokens in wanted)
+
+    def weights(self, context: Context, pending: Tokens) -> tuple[slice, Tensor, Tensor]:
+        """Base tokens that begin with these pieces: where, how likely, and whether they are longer."""
+        here = self.tables.range_of(pending)
+        return (here, context.log_p[self.tables.tokens[here]] + context.weight,
+                self.tables.lengths[here] > len(pending))
+
+    def still_pending(self, context: Context, value: int) -> list[tuple[float, Context]]:
+        """The context as it is, if some base token goes on beyond what is now pending; the log of what can still come."""
+        pending = (*context.pending, value)
+        _, log_p, longer = self.weights(context, pending)
+        if not longer.any():
+            return []
+        return [(log_p[longer].logsumexp(0).item(), replace(context, pending=pending))]
+
+    def whole_tokens(self, context: Context, value: int) -> list[tuple[float, Context, list[int]]]:
+        """Base tokens whose pieces are exactly what is now pending."""
+        here, log_p, longer = self.weights(context, (*context.pending, value))
+        found = []
+        for at in torch.nonzero(~longer)[:, 0].tolist():
+            found.append((log_p[at].item(), context, [int(self.tables.tokens[here.start + at])]))
+        return found
+
+    def rest_of_path(self, value: int) -> tuple[float, Context, list[int]]:
+        """The path of a value token that was spelled out, behind what of it has been read."""
+        path = self.tables.path_of[value]
+        read = max((prefix for prefix in self.found if prefix == path[:len(prefix)]), key=len)
+        return self.path_weight[value], self.found[read], list(path[len(read):])
+
+    def read_again(self) -> tuple[Context, list[int], Tokens]:
+        """The text so far as the base's tokenizer cuts it: a context cropped to what stays the same, the tokens behind it
+        (at least one), and value tokens that end in half a character."""
+        (tokens, withheld), context = self.map.in_base_tokens(self.written), self.contexts[0]
+        same = 0
+        while same < min(len(tokens) - 1, len(context.tokens)) and tokens[same] == context.tokens[same]:
+            same += 1
+        cropped = replace(context, tokens=tokens[:same], keys=context.keys[:, :, :same], values=context.values[:, :, :same])
+        return cropped, tokens[same:], tuple(withheld)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# All texts
+
+
+class Hypotheses(MappedGuided):
+    """MappedGuided by hypotheses and spelled paths instead of Eq. (5). `sampling` reads more paths than greedy needs."""
+
+    def __init__(self, base: Llama, value: ValueModel, vocab_map: VocabMap, alpha: float = 1.0, sampling: bool = False):
+        super().__init__(base, value, vocab_map, alpha)
+        self.sampling = sampling
+        self.tables = Tables(vocab_map, base, value.vocab_size)
+
+    def begin(self, prompts: list[list[int]]) -> None:
+        self.passes = self.steps = 0
+        self.is_new = True
+        self.texts = [Text(self.tables, self.map, prompt) for prompt in prompts]
+        empty = KVCache(self.base, 1, 0)
+        nothing = Context([], empty.keys[:, 0], empty.values[:, 0], torch.empty(0))
+        for text, context in zip(self.texts, self.read_base([(nothing, self.map.in_base_tokens(prompt)[0]) for prompt in prompts])):
+            text.contexts = [context]
+
+    def base_logits(self, z_delta: Tensor) -> Tensor:
+        wanted = [text.log_p(row.float(), self.sampling) for text, row in zip(self.texts, z_delta)]
+        return torch.stack(together(wanted, self.read_counted))
+
+    def push(self, tokens: list[int]) -> None:
+        self.passes += sum(together([text.push(token) for text, token in zip(self.texts, tokens)], self.read_base))
+
+    def read_counted(self, wishes: list[Wish]) -> list[Context]:
+        self.passes += len(wishes)  # of one token each
+        return self.read_base(wishes)
+
+    def read_base(self, wishes: list[Wish]) -> list[Context]:
+        """One base pass: each context continued by some tokens."""
+        parents = [parent for parent, _ in wishes]
+        rows, T = len(wishes), max(len(tokens) for _, tokens in wishes)
+        # the contexts side by side, each padded to the longest
+        cache = KVCache(self.base, rows, max(len(parent.tokens) for parent in parents) + T)
+        padded = torch.zeros(rows, T, dtype=torch.long)
+        for row, (parent, tokens) in enumerate(wishes):
+            length = len(parent.tokens)
+            cache.keys[:, row, :, :length] = parent.keys
+            cache.values[:, row, :, :length] = parent.values
+            cache.lengths[row] = length
+            padded[row, :len(tokens)] = torch.tensor(tokens)
+        cache.look()
+        hidden = self.base.model(padded.to(self.base.device), cache)  # (rows, T, D)
+        last = torch.stack([hidden[row, len(tokens) - 1] for row, (_, tokens) in enumerate(wishes)])  # (rows, D)
+        logits = self.base.lm_head(last).float()  # (rows, Vb)
+        log_p = logits.masked_fill(self.tables.silent, -torch.inf).log_softmax(-1)
+        # and apart again
+        children = []
+        for row, (parent, tokens) in enumerate(wishes):
+            whole = parent.tokens + tokens
+            children.append(Context(whole, cache.keys[:, row, :, :len(whole)], cache.values[:, row, :, :len(whole)], log_p[row]))
+        return children
+
+    def select(self, rows: Tensor) -> None:
+        for cache in self.caches:
+            cache.select(rows)
+        self.texts = [self.fork(self.texts[row]) for row in rows.tolist()]
+
+    @staticmethod
+    def fork(text: Text) -> Text:
+        other = copy.copy(text)
+        other.written = list(text.written)
+        return other

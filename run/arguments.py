@@ -1,0 +1,191 @@
+"""Every flag of the scripts, and what does not fit together.
+
+    python train.py --help        python sample.py --help        python vocab_map.py --help
+"""
+
+import argparse
+from pathlib import Path
+
+import sample
+import train
+import vocab_map
+from data.chat import TEMPLATES, is_unicode
+from data.errors import UsageError
+from ivl import SCHEMES
+from run.cli import ArgumentParser, any_float, non_negative_float, non_negative_int, number, positive_float, positive_int
+from run.jobs import with_a_name
+from vocab_map import HOWS
+
+MOST_AHEAD = 32  # tokens to draft at a time; as many as fast/graphs.py captures in one step
+few = number(int, 0, f"whole number from 1 to {MOST_AHEAD}", MOST_AHEAD + 1)
+
+
+def first_line(script) -> str:
+    return script.__doc__.split("\n\n")[0]
+
+
+def add_twins(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--plain", action="store_true", help="run what the scripts say, also for checkpoints")
+    group.add_argument("--fast", action="store_true", help="run the twins in fast/, also for tiny networks")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# train.py
+
+MEANS_NOTHING = {  # flags that a job has no use for
+    "full": ["l1", "no_full", "scheme", "probe_width"],
+    "pretrain": ["l1", "no_full", "scheme", "probe_width", "data", "template", "epochs"], "value": []}
+DOING = {"full": "fine-tuning in full", "pretrain": "pretraining a base", "value": "training a value network"}
+
+
+def train_arguments() -> argparse.Namespace:
+    """The flags of train.py; besides `job`, and `flags`, the settings that were given."""
+    parser = ArgumentParser(description=first_line(train), epilog="With no flags: --base --value.")
+    what = parser.add_argument_group("what to train")
+    what.add_argument("--base", nargs="*", metavar="B", help="frozen bases in turn: tiny-s, tiny-m, tiny-l or checkpoint "
+                      "folders (default tiny-s); alone: pretrain these tiny bases")
+    job = what.add_mutually_exclusive_group()
+    job.add_argument("--value", nargs="?", const="", metavar="V", help="train a value network; it starts as a copy of the "
+                     "first base, or from a folder, a tiny name, scratch, or scratch:tiny-m")
+    job.add_argument("--full", action="store_true", help="fine-tune the base itself instead, in full")
+    what.add_argument("--no-full", action="store_true", help="leave full fine-tuning out of the tiny world's table")
+    what.add_argument("--scheme", choices=SCHEMES, help="how base and value network connect (default residual)")
+    what.add_argument("--probe-width", type=positive_int, metavar="N",
+                      help=f"inner width of --scheme probe (default {train.PROBE_WIDTH})")
+    what.add_argument("--l1", type=non_negative_float, default=0.0, metavar="LAMBDA", help="weight of the norm of z_delta "
+                      "(default 0). The paper's norm rows have 1.0, as a mean over all positions, prompt and padding included; "
+                      "ours is over the supervised ones, so 1 presses harder here")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="FILE", help="conversations, .json or .jsonl (default: the tiny world's)")
+    data.add_argument("--template", choices=TEMPLATES, help="chat template (default: from the tokenizer's kind)")
+    data.add_argument("--max-length", type=positive_int, metavar="N", help="tokens per conversation (default at most 4096)")
+    how = parser.add_argument_group("how to train (defaults: Table 5's for a checkpoint, our own for tiny ones)")
+    how.add_argument("--lr", type=positive_float, help="peak learning rate")
+    length = how.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=number(float, 0, "positive number up to 10000", 10_001), help="passes over the data")
+    length.add_argument("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
+    how.add_argument("--batch-size", type=positive_int, metavar="N", help="conversations or rows per step, all parts together")
+    how.add_argument("--grad-accum", type=positive_int, metavar="N", help="split a step's batch into N parts to save memory")
+    how.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the computation; trained weights stay float32")
+    how.add_argument("--seed", type=non_negative_int, default=0, help="of everything random (default 0)")
+    how.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="compute layers twice instead of "
+                     "keeping what they computed: less memory, a third more time (default: for checkpoints yes, tiny ones no)")
+    how.add_argument("--shard", action="store_true", help="with torchrun: divide weights, gradients and moments, also the "
+                     "bases', between the processes (FSDP2), instead of keeping them whole in each (DDP)")
+    add_twins(how)
+    where = parser.add_argument_group("where it goes")
+    where.add_argument("--out", metavar="FOLDER", help="the finished folder (default under out/seedN)")
+    where.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the same run")
+    where.add_argument("--save-every", type=positive_int, default=200, metavar="N", help="steps between checkpoints (200)")
+    args = parser.parse_args()
+
+    if args.value is None and args.base is None and not args.full:
+        args.value = ""
+    args.job = "full" if args.full else "pretrain" if args.value is None else "value"
+    args.base = args.base or ["tiny-s"]
+    for name in MEANS_NOTHING[args.job]:
+        if getattr(args, name):
+            parser.error(f"--{name.replace('_', '-')} means nothing when {DOING[args.job]}")
+    args.out = None if args.out is None else with_a_name(args.out)
+    if len(args.base) > 1 and args.job == "pretrain" and args.out:
+        parser.error("--out names one folder, and there are several bases to pretrain")
+    if len(args.base) > 1 and args.job == "full":
+        parser.error("--full fine-tunes one base")
+    settings = ["lr", "epochs", "steps", "batch_size", "grad_accum", "max_length"]
+    args.flags = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------
+# sample.py, and the page of beyond/attribution.py
+
+
+def add_guidance(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """The flags that say what guides what, and how it speaks; returns the group of ways to ask."""
+    guide = parser.add_mutually_exclusive_group()
+    guide.add_argument("--value", metavar="FOLDER", help="a value network (default: the newest under out/)")
+    guide.add_argument("--expert", metavar="FOLDER", help="proxy tuning instead: a small model after post-training")
+    parser.add_argument("--base", metavar="B", help="a checkpoint folder or a tiny name (default: the one it was trained on)")
+    parser.add_argument("--anti-expert", metavar="FOLDER",
+                        help="the expert before post-training (default: what its train.json names)")
+    parser.add_argument("--template", choices=TEMPLATES, help="chat template of the expert (a value network records its own)")
+    parser.add_argument("--alpha", type=any_float, default=1.0, help="weight of z_delta; 0 is the base alone (default 1)")
+    parser.add_argument("--vocab-map", metavar="FILE", help="a map between base and value network of different tokenizers, by "
+                        "vocab_map.py (default: made on the spot, from the tokenizers alone)")
+    ask = parser.add_mutually_exclusive_group()
+    ask.add_argument("--prompt", nargs="+", metavar="TEXT", help="questions to answer (default: some of the tiny world's)")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="per answer (default 256)")
+    parser.add_argument("--temperature", type=non_negative_float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=positive_float, default=1.0, help="sample from the likeliest tokens of this share")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="of sampling")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and computation")
+    add_twins(parser)
+    return ask
+
+
+def parse_guidance(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Arguments of which those that add_guidance added fit together."""
+    args = parser.parse_args()
+    if not args.expert and (args.anti_expert or args.template):
+        parser.error("--anti-expert and --template go with --expert")
+    if args.top_p > 1:
+        parser.error("--top-p is a share, at most 1")
+    for text in args.prompt or []:
+        if not is_unicode(text):
+            parser.error("--prompt is not UTF-8")
+    return args
+
+
+def sample_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(description=first_line(sample))
+    ask = add_guidance(parser)
+    ask.add_argument("--chat", action="store_true", help="a conversation in the terminal")
+    parser.add_argument("--explain", action="store_true", help="say of each token who decided, the base or the value network")
+    parser.add_argument("--speculate", type=few, metavar="K", help="let a small base with the same value network draft K tokens, "
+                        "which the base verifies in one pass; what is said stays the same")
+    parser.add_argument("--draft", metavar="B", help="that small base (default: the one the value network was trained on)")
+    args = parse_guidance(parser)
+    if args.explain and (args.chat or args.speculate):
+        parser.error("--explain goes with --prompt or the tiny world's questions, one token at a time")
+    if args.draft and not args.speculate:
+        parser.error("--draft goes with --speculate")
+    return args
+
+
+def page_arguments(doc: str) -> argparse.Namespace:
+    """The flags of beyond/attribution.py."""
+    parser = ArgumentParser(description=doc.split("\n\n")[0])
+    add_guidance(parser)
+    parser.add_argument("--out", type=Path, default=Path("out/attribution.html"), metavar="FILE", help="(default %(default)s)")
+    parser.add_argument("--screenshot", type=Path, metavar="PNG", help="a picture of the page, too; needs Chromium")
+    parser.add_argument("--height", type=positive_int, default=900, metavar="PIXELS", help="of the picture (default 900)")
+    args = parse_guidance(parser)
+    args.chat = False
+    for path in (args.out, args.screenshot):
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"{path}: there is no folder {path.parent}")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------
+# vocab_map.py
+
+
+def vocab_map_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(description=first_line(vocab_map))
+    parser.add_argument("--base-tokenizer", required=True, metavar="A", help="the base's, a file or a checkpoint folder")
+    parser.add_argument("--value-tokenizer", required=True, metavar="B", help="the value network's")
+    parser.add_argument("--how", choices=HOWS, default="pieces", help="from the tokenizers alone (pieces, the default), or "
+                        "counted in texts: Algorithm 1 (paper), its counts alone (dtw), or by shared bytes (offsets)")
+    parser.add_argument("--texts", type=Path, metavar="FILE", help="what to count in: .txt, or .jsonl with text, question and "
+                        "answer, or conversations")
+    parser.add_argument("--eval", type=Path, metavar="FILE", help="held-out texts to report the overlap on")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the map, map.safetensors for instance")
+    add_twins(parser)
+    args = parser.parse_args()
+    if args.how != "pieces" and not args.texts:
+        parser.error(f"--how {args.how} counts in texts; name some with --texts")
+    if not args.out.parent.is_dir():
+        raise UsageError(f"--out {args.out}: there is no folder {args.out.parent}")
+    return args

@@ -1,0 +1,222 @@
+"""The folder of a run: OUT, the finished one, and OUT.training, where the run lives until then.
+
+    python train.py --resume        # go on where a run was stopped, or killed
+
+OUT.training holds a lock, settings.json and one step-N folder, the newest checkpoint: state.safetensors,
+state.json. Checkpoints and OUT appear by one atomic rename each, so a reader never meets half of one.
+"""
+
+import itertools
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data.errors import UsageError, read_json
+from data.tokenizer import Tokenizer, load_tokenizer
+from ivl import ValueModel
+from model import Llama
+from run.cli import clock
+from run.processes import Alone
+from train import Settings
+
+
+class Run:
+    """What train.fit asks of the place where a network is trained: checkpoints, and a line now and then."""
+
+    def __init__(self, out: Path, settings: Settings, resume: bool, save_every: int, processes: Alone):
+        self.out, self.settings, self.save_every, self.processes = out, settings, save_every, processes
+        self.work = out.with_name(out.name + ".training")
+        saved = self.work / "settings.json"
+        self.refuse_foreign(saved)
+        if self.finished:
+            check_same_settings(out / "train.json", settings, resume)
+            shutil.rmtree(self.work, ignore_errors=True)  # a kill between the last rename and the removal left it
+            return
+        self.has_settings = saved.exists() and (resume or bool(self.checkpoints()))  # no checkpoint: nothing to lose
+        if self.has_settings:
+            check_same_settings(saved, settings, resume)
+
+    def refuse_foreign(self, saved: Path) -> None:
+        """UsageError where something is in either place that train.py did not write."""
+        if self.out.exists() and not self.finished and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UsageError(f"{self.out}: exists, and is no run of train.py; choose another --out")
+        for path in (self.out, self.work):
+            if path.is_symlink():
+                raise UsageError(f"{path}: a symbolic link; give the folder itself as --out")
+        ours = re.compile(r"lock|settings\.(json|new)|step-\d+|step\.tmp|final\.tmp")
+        if self.work.exists():
+            all_ours = all(ours.fullmatch(path.name) for path in self.work.iterdir())
+            orphaned = self.checkpoints() and not saved.exists() and not self.finished
+            if not all_ours or orphaned:
+                raise UsageError(f"{self.work}: exists, and is no run of train.py; choose another --out")
+
+    @property
+    def finished(self) -> bool:
+        return (self.out / "train.json").is_file()
+
+    def checkpoints(self) -> list[Path]:
+        """Oldest first; more than one only if a kill came between the rename and the removal."""
+        return sorted(self.work.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+    # -- while it trains
+
+    def begin(self, network: Llama | ValueModel, optimizer: torch.optim.AdamW, batches: Callable) -> tuple[int, Iterator]:
+        """Take the folder and put its newest checkpoint back: the first step to do, and the batches from there on.
+
+        A start that fails leaves nothing behind.
+        """
+        if self.has_settings:
+            self.processes.first_does(self.take)  # before a checkpoint is read that another process may be replacing
+        state = self.restore(network, optimizer)
+        stream = batches(state["position"], self.settings.grad_accum * self.processes.count)
+        stream = itertools.chain([next(stream)], stream)  # the first batch shows that the data can be used
+        if not self.has_settings:
+            self.processes.first_does(self.take)
+        self.started, self.first, self.reported, self.tokens = time.monotonic(), state["step"], 0.0, 0
+        return state["step"], stream
+
+    def take(self) -> None:
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.work / "lock")  # held until this process ends, however it ends
+        try:
+            self.lock.acquire(blocking=False)
+        except Timeout:
+            raise UsageError(f"{self.work}: another process is training there") from None
+        if not self.has_settings:
+            (self.work / "settings.new").write_text(json.dumps(vars(self.settings), indent=2) + "\n")
+            (self.work / "settings.new").replace(self.work / "settings.json")
+        for path in [*self.work.glob("*.tmp"), *self.checkpoints()[:-1]]:  # what a kill left behind
+            shutil.rmtree(path)
+
+    def check_finite(self, step: int, loss: float, norm: float) -> None:
+        """Stop before a step whose loss or gradient is no number."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        kept = self.checkpoints()
+        newest = f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was written yet"
+        raise UsageError(f"step {step + 1}: the loss is {loss}, its gradient's norm {norm}; stopped. {newest}; "
+                         "a smaller --lr may do, in another --out")
+
+    def report(self, step: int, metrics: dict[str, float], tokens: int) -> None:
+        """A line about how it goes, every two seconds."""
+        self.tokens += tokens  # padding included
+        elapsed, done = time.monotonic() - self.started, step + 1
+        if elapsed - self.reported < 2 and done < self.settings.steps and step > self.first:
+            return
+        self.reported = elapsed
+        shown = [f"loss {metrics['loss']:.3f}"]
+        if "base_ce" in metrics:
+            shown += [f"ce {metrics['ce']:.3f}", f"|z_delta| {metrics['l1']:.3f}", f"base ce {metrics['base_ce']:.3f}"]
+        left = elapsed / (done - self.first) * (self.settings.steps - done)
+        shown += [f"{self.tokens / elapsed / 1000:.1f}k tokens/s", f"{clock(left)} left"]
+        print(f"step {done:5d}/{self.settings.steps}  " + "  ".join(shown), flush=True)
+
+    # -- checkpoints
+
+    def save(self, network: Llama | ValueModel, optimizer: torch.optim.AdamW, state: dict) -> None:
+        """Publish a checkpoint, then drop the older ones."""
+        tensors = {}
+        for name, parameter in network.named_parameters():
+            tensors[f"weight.{name}"] = self.processes.whole(parameter)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if parameter in optimizer.state:
+                    tensors[f"{moment}.{name}"] = self.processes.whole(optimizer.state[parameter][moment])
+        self.processes.first_does(lambda: self.write_checkpoint(tensors, state))
+
+    def write_checkpoint(self, tensors: dict[str, Tensor], state: dict) -> None:
+        temporary, older = self.work / "step.tmp", self.checkpoints()
+        temporary.mkdir()
+        save_file(tensors, temporary / "state.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state) + "\n")
+        temporary.rename(self.work / f"step-{state['step']}")
+        for path in older:
+            shutil.rmtree(path)
+
+    def restore(self, network: Llama | ValueModel, optimizer: torch.optim.AdamW) -> dict:
+        """Put the newest checkpoint back, if there is one, and return how far it came: step and position in the data."""
+        found = self.checkpoints()
+        if not found:
+            return {"step": 0, "position": None}
+        device = "cpu" if self.processes.shard else str(network.device)
+        try:
+            state = read_json(found[-1] / "state.json")
+            tensors = load_file(found[-1] / "state.safetensors", device=device)
+            self.check_state(state, tensors, network)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise UsageError(f"{found[-1]}: unreadable ({error}); delete it to start over") from None
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                parameter.copy_(self.processes.slice_of(tensors[f"weight.{name}"], parameter))
+                if f"exp_avg.{name}" in tensors:
+                    step = torch.tensor(float(state["step"]), device=parameter.device)
+                    optimizer.state[parameter] = {"step": step}
+                    for moment in ("exp_avg", "exp_avg_sq"):
+                        whole = tensors[f"{moment}.{name}"]
+                        optimizer.state[parameter][moment] = self.processes.slice_of(whole, parameter)
+        print(f"resumed at step {state['step']}")
+        return state
+
+    def check_state(self, state: dict, tensors: dict[str, Tensor], network: Llama | ValueModel) -> None:
+        """Some error unless this is a checkpoint of this network, on its way through these settings."""
+        if not 0 < state["step"] < self.settings.steps or not all(type(each) is int for each in state["position"]):
+            raise ValueError("not of this run")
+        for name, parameter in network.named_parameters():
+            for kind in ("weight", "exp_avg", "exp_avg_sq"):
+                if kind == "weight" or f"exp_avg.{name}" in tensors:
+                    tensors[f"{kind}.{name}"].view_as(parameter)
+
+    # -- the end
+
+    def publish(self, network: Llama | ValueModel, tokenizer: Tokenizer, metrics: dict) -> None:
+        """Write the finished folder and rename it to OUT."""
+        self.processes.first_does(lambda: self.write_final(network, tokenizer, metrics))
+        print(f"saved {self.out}")
+
+    def write_final(self, network: Llama | ValueModel, tokenizer: Tokenizer, metrics: dict) -> None:
+        final, start = self.work / "final.tmp", Path(self.settings.start)
+        network.save_pretrained(final)
+        (final / "tokenizer.model").write_bytes(tokenizer.model)
+        for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]:  # for other programs
+            if (start / name).is_file() and load_tokenizer(start).model == tokenizer.model:
+                shutil.copy(start / name, final)
+        (final / "train.json").write_text(json.dumps(vars(self.settings), indent=2) + "\n")
+        (final / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        final.rename(self.out)
+        self.lock.release()
+        shutil.rmtree(self.work)
+
+
+def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
+    """Refuse to touch the run whose settings are in `file`, unless it is to be resumed and has the same."""
+    state, advice = "unfinished", "go on with --resume"
+    if file.name == "train.json":
+        state, advice = "finished", "choose another --out or --seed"
+    if not resume:
+        raise UsageError(f"{file.parent}: a run is there already, {state}; {advice}, or delete the folder")
+    found = read_json(file)
+    wanted = json.loads(json.dumps(vars(settings)))
+    for name in wanted | found:
+        if wanted.get(name) != found.get(name):
+            leave_out = ", or leave the comparison out with --no-full" if settings.job == "full" else ""
+            raise UsageError(f"{file.parent}: a run with other settings is there: {name} was {found.get(name)!r}, now "
+                             f"{wanted.get(name)!r}; choose another --out, or delete the folder{leave_out}")
+
+
+def read_metrics(folder: Path, system: str = "base") -> dict[str, dict[str, float | None]]:
+    """What a finished folder's metrics.json says: system -> metric -> value."""
+    systems = read_json(folder / "metrics.json")
+    names = [list(metrics) if isinstance(metrics, dict) else [] for metrics in systems.values()]
+    if system not in systems or not names[0] or any(each != names[0] for each in names) or not all(
+            value is None or isinstance(value, (int, float)) for metrics in systems.values() for value in metrics.values()):
+        raise UsageError(f"{folder}/metrics.json: not what train.py writes there; delete the folder and train again")
+    return systems

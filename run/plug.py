@@ -1,0 +1,232 @@
+"""Find and load what a command names, and check that it fits together.
+
+    python sample.py --base tiny-l --value out/seed0/value-residual-tiny-s
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from data.chat import TEMPLATES, default_template
+from data.checkpoint import read_value_info
+from data.errors import UsageError, read_json
+from data.tiny_world import TINY_SIZES, World, world_of
+from data.tokenizer import Tokenizer, describe_tokenizer, is_same_family, load_tokenizer
+from ivl import SCHEMES, ProxyDelta, ValueModel
+from model import Llama
+from run.cli import pick_device
+from run.twins import choose_guided
+from sample import Guided, MappedGuided, generate
+from vocab_map import VocabMap, build
+
+# ---------------------------------------------------------------------------------------------------------
+# Names
+
+
+def find_tiny(name: str, homes: list[Path]) -> Path | None:
+    """Where the tiny base of this name is or, if it is in none of `homes`, would be; None for the path of a checkpoint."""
+    if name in TINY_SIZES:
+        return next((home / name for home in homes if (home / name).is_dir()), homes[-1] / name)
+    if name.startswith("tiny-") and not Path(name).exists():
+        raise UsageError(f"{name}: no such tiny model; there are {', '.join(TINY_SIZES)}")
+    return None
+
+
+def newest_value() -> Path:
+    found = sorted(Path("out").glob("**/ivl.json"), key=lambda path: path.stat().st_mtime)
+    found = [path for path in found if not any(part.endswith(".training") for part in path.parts)]
+    if not found:
+        raise UsageError("no value network under out/ yet; `python train.py` trains one, in about 2 minutes on two cores")
+    return found[-1].parent
+
+
+def trained_on(value: Path, info: dict) -> Path:
+    """The base that a value network records; beside it if out/ was moved as a whole."""
+    recorded = Path(info["bases"][0])
+    beside = value.parent / recorded.name
+    return beside if beside.is_dir() and not recorded.is_dir() else recorded
+
+
+def find_base(name: str, value: Path, info: dict) -> Path:
+    """The folder of the base to guide, as asked for."""
+    path = find_tiny(name, [value.parent, Path(info["bases"][0]).parent])
+    if path is None:
+        return Path(name)
+    if not path.is_dir():
+        world = world_of(value)
+        command = f"python train.py --base {name} --seed {world.seed if world else 0}"
+        raise UsageError(f"{path}: not there yet; `{command}` makes it, in a few minutes")
+    return path
+
+
+def refuse_value_network(flag: str, path: Path) -> None:
+    if (path / "ivl.json").exists():
+        raise UsageError(f"{flag} {path}: a value network, which is no base; --value takes one")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def check_recorded(tokenizer: Tokenizer, info: dict, value: Path) -> None:
+    """UsageError if the tokenizer beside a value network is not the one it was trained with."""
+    if describe_tokenizer(tokenizer) != info["tokenizer"]:
+        raise UsageError(f"{value}: its tokenizer.model is not the one that its ivl.json records")
+
+
+def check_same_family(base_tokenizer: Tokenizer, value_tokenizer: Tokenizer, base: str, value: str) -> None:
+    """UsageError unless one vocabulary extends the other."""
+    if not is_same_family(base_tokenizer, value_tokenizer):
+        raise UsageError(f"{base} and {value} have unrelated vocabularies ({base_tokenizer.vocab_size} and "
+                         f"{value_tokenizer.vocab_size} tokens), so they cannot be trained together; plugging one into "
+                         "the other while decoding takes a vocabulary map, which sample.py makes")
+
+
+def choose_map(args, base: Tokenizer, value: Tokenizer, scheme: str) -> VocabMap | None:
+    """The vocabulary map that was asked for, or one made from the tokenizers where they are unrelated."""
+    if not args.vocab_map and is_same_family(base, value):
+        return None
+    if scheme != "residual":
+        raise UsageError(f"a value network of scheme {scheme} reads the base's logits over its own vocabulary, so it has no use "
+                         "for a base with another tokenizer; a residual one has")
+    if args.vocab_map:
+        return VocabMap.load(args.vocab_map, base, value)
+    print("the base has another tokenizer than the value network: made a vocabulary map from the two (vocab_map.py)", flush=True)
+    return build(base, value)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Loading
+
+
+@dataclass
+class Speaker:
+    """Something that can be asked: a guided base, how text becomes its tokens, and how it answers."""
+
+    name: str
+    guided: Guided
+    tokenizer: Tokenizer
+    template: str
+    generate: Callable = generate
+
+
+@dataclass
+class Plugged:
+    """What a command of sample.py asks for, loaded."""
+
+    guided: Speaker  # the base with something plugged in
+    alone: Speaker  # the same base by itself
+    on_its_own: Callable[[], Speaker] | None  # what is plugged in, in the base it was trained on, where that is another
+    guide: str  # what guides, in words
+    world: World | None
+    base_path: Path
+    own_path: Path  # the base that the value network was trained on, or the anti-expert
+
+
+def plug_in(args) -> Plugged:
+    """Load and check everything that guided decoding needs.
+
+    UsageError where things do not fit, or where there is nothing to ask: no --prompt, no chat, no tiny world.
+    """
+    value_path, info, own_path = find_guide(args)
+    base_path = find_base(args.base, value_path, info) if args.base else own_path
+    refuse_value_network("--base", base_path)
+    # the tokenizers of the base and of what z_delta is made of
+    plugs = [value_path, own_path] if args.expert else [value_path]
+    base_tokenizer, *tokenizers = [load_tokenizer(path) for path in [base_path, *plugs]]
+    if not args.expert:
+        check_recorded(tokenizers[0], info, value_path)
+    for path, other in zip(plugs, tokenizers):
+        check_same_family(tokenizers[0], other, str(value_path), str(path))
+    tokenizer = min(tokenizers, key=lambda each: each.vocab_size)  # what all of them can read
+    vocab_map = choose_map(args, base_tokenizer, tokenizer, info["scheme"])
+    if vocab_map is None:
+        tokenizer = base_tokenizer = min(tokenizer, base_tokenizer, key=lambda each: each.vocab_size)
+    world = world_of(base_path)
+    if not (world or args.chat or args.prompt):
+        raise UsageError("this base is not from the tiny world, which brings its own questions; ask with --prompt or --chat")
+    # the networks
+    device, dtype = pick_device(args.dtype, tiny=world is not None)
+    kind = choose_guided(args, world is not None, device) if vocab_map is None else None
+    print(f"base {base_path}, {describe_guide(args, value_path, own_path, info)}")
+    load = partial(Llama.from_pretrained, dtype=getattr(torch, dtype), device=device)
+    if args.expert:
+        value = ProxyDelta(*map(load, plugs))
+    else:
+        value = ValueModel.from_pretrained(value_path, getattr(torch, dtype), device)
+    base = load(base_path)
+    check_probe(value, base, base_path)
+    plug = "proxy" if args.expert else "value"
+    template, alone_template = info["template"], info["template"]
+    if vocab_map is None:
+        guided = kind(base, value, args.alpha, tokenizer.vocab_size)
+    else:
+        guided = guide_mapped(base, value, vocab_map, args)
+        if template == "llama-3" and base_tokenizer.kind != "tiktoken":
+            alone_template = default_template(base_tokenizer)  # it lacks the other's special tokens
+    kind = kind or Guided
+    alone = kind(base, readable=base_tokenizer.vocab_size if vocab_map else guided.readable)
+
+    def on_its_own() -> Speaker:
+        own = kind(load(own_path), value, args.alpha, tokenizer.vocab_size)
+        return Speaker(f"{own_path.name} + {plug}", own, tokenizer, template)
+
+    is_other = own_path.resolve() != base_path.resolve() and own_path.is_dir()
+    return Plugged(guided=Speaker(f"{base_path.name} + {plug}", guided, tokenizer, template),
+                   alone=Speaker(f"{base_path.name} alone", alone, base_tokenizer, alone_template),
+                   on_its_own=on_its_own if is_other else None,
+                   guide="proxy tuning" if args.expert else "the value network",
+                   world=world, base_path=base_path, own_path=own_path)
+
+
+def find_guide(args) -> tuple[Path, dict, Path]:
+    """The folder of the value network or expert, what is known of it, and the base it was trained on."""
+    if args.expert:
+        path, info = Path(args.expert), read_expert(args)
+    else:
+        path = newest_value() if args.value is None else Path(args.value)
+        info = read_value_info(path, SCHEMES)
+    if not args.anti_expert:
+        return path, info, trained_on(path, info)
+    return path, info, find_base(args.anti_expert, path, info)
+
+
+def read_expert(args) -> dict:
+    """What a value network's ivl.json would say of proxy tuning, with the anti-expert in place of its base."""
+    expert = Path(args.expert)
+    if (expert / "ivl.json").exists():
+        raise UsageError(f"--expert {expert}: a value network, which is plugged in with --value")
+    record = read_json(expert / "train.json") if (expert / "train.json").is_file() else {}
+    untuned = [args.anti_expert] if args.anti_expert else record.get("bases")
+    if not isinstance(untuned, list) or not untuned or not isinstance(untuned[0], str):
+        raise UsageError(f"--expert {expert}: it does not record what it was tuned from; name that with --anti-expert")
+    template = args.template or record.get("template") or default_template(load_tokenizer(expert))
+    if template not in TEMPLATES:
+        raise UsageError(f"{expert}/train.json: template {template!r} is not supported; choose one with --template")
+    return {"bases": untuned, "template": template, "scheme": "residual"}
+
+
+def describe_guide(args, value: Path, own: Path, info: dict) -> str:
+    if args.expert:
+        return f"proxy tuning by {value} less {own}"
+    return f"value network {value} ({info['scheme']})"
+
+
+def check_probe(value: ValueModel | ProxyDelta, base: Llama, path: Path) -> None:
+    if isinstance(value, ValueModel) and value.scheme == "probe" and base.config.vocab_size < value.vocab_size:
+        raise UsageError(f"{path}: {base.config.vocab_size} logits, and the probe reads {value.vocab_size}")
+
+
+def guide_mapped(base: Llama, value: ValueModel, vocab_map: VocabMap, args) -> MappedGuided:
+    """By Eq. (5) through maps of the paper's kind; by hypotheses and spelled paths through the one that needs no data."""
+    if vocab_map.how != "pieces":
+        return MappedGuided(base, value, vocab_map, args.alpha)
+    try:
+        from beyond.hypotheses import Hypotheses
+    except ImportError:
+        raise UsageError("decoding through a map made from the tokenizers alone takes beyond/hypotheses.py, which is not there; "
+                         "vocab_map.py --how paper makes a map that needs no more than sample.py") from None
+    return Hypotheses(base, value, vocab_map, args.alpha, sampling=args.temperature > 0)

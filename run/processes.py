@@ -1,0 +1,170 @@
+"""Several processes that train one network, one for each GPU: DistributedDataParallel, or FSDP2 with --shard.
+
+    torchrun --nproc_per_node=8 train.py --base PATH --value --data chats.json --shard
+
+Every process reads the same batches and computes its own share of their parts. With DDP each holds the
+whole network, and gradients are averaged. With --shard each holds a slice of every weight, gradient and
+moment, and of the frozen base's weights, and a layer is put together just before it computes.
+
+The loop in train.py knows OneProcess, whose methods are identities; SeveralProcesses fills them.
+"""
+
+import datetime
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from data.errors import UsageError
+from ivl import Probe, ValueModel
+from model import Llama
+from train import Objective, OneProcess, Part
+
+
+@contextmanager
+def join_processes(args) -> Iterator["Alone"]:
+    """One process or, under torchrun, this one among the others, with a GPU of its own; the first does the talking."""
+    if "LOCAL_RANK" not in os.environ:
+        if args.shard:
+            raise UsageError("--shard divides the weights between processes; start them with torchrun --nproc_per_node=N")
+        yield Alone()
+        print_core_seconds()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+    yield SeveralProcesses(args.shard)
+    print_core_seconds()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # DTensor's caches keep gloo's threads, and one that is still busy when Python ends would abort it
+
+
+def print_core_seconds() -> None:
+    """What this process and those it started have computed so far."""
+    print(f"{sum(os.times()[:4]):.0f} core-seconds")
+
+
+class Alone(OneProcess):
+    """What a run's folder, too, asks of processes."""
+
+    shard = False
+
+    def first_does(self, action: Callable[[], None]) -> None:
+        """The first process acts, the others wait."""
+        action()
+
+    def divide_base(self, base: Llama) -> Llama:
+        """A frozen base, where the processes keep it."""
+        return base
+
+    def slice_of(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+        """What this process holds of a whole tensor that belongs to a parameter."""
+        return tensor
+
+    def undivided(self, network: Llama | ValueModel) -> Llama | ValueModel:
+        """The network as a single process has it."""
+        return network
+
+
+class SeveralProcesses(Alone):
+    def __init__(self, shard: bool):
+        self.rank, self.count, self.shard = dist.get_rank(), dist.get_world_size(), shard
+        self.parallel: DistributedDataParallel | None = None
+
+    def share_out(self, objective: Objective, dtype: str) -> nn.Module:
+        if self.shard:
+            halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            return divide(objective, halved if dtype == "bfloat16" else MixedPrecisionPolicy())
+        self.parallel = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+        return self.parallel
+
+    def mine(self, parts: list[Part]) -> Iterator[Part]:
+        """Parts rank, rank + count, ..., made up with parts of no supervised token so that all have the same number.
+
+        Gradients are averaged at the last one of a step.
+        """
+        blank = parts[0][0], torch.full_like(parts[0][1], -100)
+        even = parts + [blank] * (-len(parts) % self.count)
+        own = even[self.rank::self.count]
+        for number, part in enumerate(own, 1):
+            if self.parallel is not None:
+                self.parallel.require_backward_grad_sync = number == len(own)  # as DDP's no_sync does
+            yield part
+
+    def sum(self, numbers: dict[str, float]) -> dict[str, float]:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        summed = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+        dist.all_reduce(summed)
+        return dict(zip(numbers, summed.tolist()))
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """Put together from the slices of all processes; all of them have to ask."""
+        return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+    def first_does(self, action: Callable[[], None]) -> None:
+        """If the first fails, all fail."""
+        dist.barrier()  # nobody is still looking at the files
+        failure = [None]
+        if self.rank == 0:
+            try:
+                action()
+            except (UsageError, OSError) as error:
+                failure = [str(error)]
+        dist.broadcast_object_list(failure)
+        if failure[0]:
+            raise UsageError(failure[0])
+
+    def divide_base(self, base: Llama) -> Llama:
+        return divide(base, MixedPrecisionPolicy()) if self.shard else base
+
+    def slice_of(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+        if not isinstance(parameter, DTensor):
+            return tensor
+        tensor = tensor.to(parameter.device)
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+    def undivided(self, network: Llama | ValueModel) -> Llama | ValueModel:
+        """Itself or, where it is sharded, a whole one in every process."""
+        if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+            return network
+        if isinstance(network, ValueModel):
+            return ValueModel(self.undivided(network.network), network.info)
+        with torch.device("meta"):
+            if isinstance(network, Llama):
+                plain = Llama(network.config)
+            else:
+                plain = Probe(network.vocab_size, network.gate_proj.out_features)
+        plain.load_state_dict({name: self.whole(tensor) for name, tensor in network.state_dict().items()}, assign=True)
+        if isinstance(plain, Llama):
+            plain.tie()
+        return plain
+
+
+def divide(module: nn.Module, policy: MixedPrecisionPolicy) -> nn.Module:
+    """Shard a module in place, layer by layer; the embedding, the head and the rest belong to the module itself."""
+    for layers in [part for part in module.modules() if isinstance(part, nn.ModuleList)]:
+        for layer in layers:
+            fully_shard(layer, mp_policy=policy)
+    fully_shard(module, mp_policy=policy, reshard_after_forward=False)  # a loss reads lm_head's weight after the forward pass
+    if isinstance(module, Llama):
+        register_fsdp_forward_method(module, "hidden_and_head")
+    return module
+
+
+def load_frozen(processes: Alone, path: Path, args) -> Llama:
+    """A base that is not trained; with --shard its weights go from the file into the slices, and never whole to a GPU."""
+    base = Llama.from_pretrained(path, getattr(torch, args.dtype), "cpu" if processes.shard else args.device)
+    return processes.divide_base(base.requires_grad_(False))

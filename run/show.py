@@ -1,0 +1,168 @@
+"""What a person sees: questions with every system's answer, tables, a chat, and what beyond/ has to say of an answer."""
+
+import sys
+import time
+from functools import partial
+
+from data.chat import Turn, encode_chat, end_token
+from data.errors import UsageError
+from data.tiny_world import TEMPLATE, World, evaluate, print_metrics, prompt_text
+from data.tokenizer import StreamDecoder, Tokenizer
+from run.plug import Plugged, Speaker
+from sample import Guided, generate, score
+
+# ---------------------------------------------------------------------------------------------------------
+# The tiny world
+
+
+def examine(guided: Guided, world: World, tokenizer: Tokenizer, template: str = TEMPLATE, split: str = "development"
+            ) -> dict[str, float]:
+    """The tiny world's metrics (data/tiny_world.py, evaluate) of a base or a guided base."""
+    stop_ids = {end_token(tokenizer, template), tokenizer.eos_id}
+    answer = partial(generate, guided, max_new_tokens=48, stop_ids=stop_ids)
+    return evaluate(world, tokenizer, lambda prompts: answer(prompts), partial(score, guided), split, template)
+
+
+def show_world(plugged: Plugged, count: int = 6) -> None:
+    """Questions of the development split with every system's answer, then the metrics of all of them.
+
+    Of two systems, the first questions as they come; of three, such as only the last answers rightly.
+    """
+    speakers = [plugged.alone, plugged.guided]
+    if plugged.on_its_own:  # what does the bigger base add?
+        speakers.insert(1, plugged.on_its_own())
+    items = plugged.world.fact_items("development")
+    answers = {speaker.name: answer_all(speaker, [prompt_text(item) for item in items]) for speaker in speakers}
+    shown = list(range(len(items)))
+    if len(speakers) > 2:
+        last = speakers[-1].name
+        shown = [index for index in shown
+                 if [name for name in answers if answers[name][index] == items[index].answer] == [last]]
+        print(f"{len(shown)} of {len(items)} questions only {last} answers rightly; {min(count, len(shown))} of them:")
+    print()
+    width = max(map(len, answers)) + 2
+    for index in shown[:count]:
+        print(prompt_text(items[index]))
+        for name in answers:
+            print(f"    {name:{width}}{answers[name][index]}")
+        print(f"    {'truth':{width}}{items[index].answer}\n")
+    print("On development people, whom no demonstration mentions (288 questions: about +-.03):")
+    print_metrics({speaker.name: examine(speaker.guided, plugged.world, speaker.tokenizer, speaker.template)
+                   for speaker in speakers})
+
+
+def answer_all(speaker: Speaker, questions: list[str]) -> list[str]:
+    prompts = [encode_chat(speaker.tokenizer, speaker.template, [("user", question)])[0] for question in questions]
+    stop_ids = {end_token(speaker.tokenizer, speaker.template), speaker.tokenizer.eos_id}
+    answers = generate(speaker.guided, prompts, max_new_tokens=48, stop_ids=stop_ids)
+    return [speaker.tokenizer.decode(ids).strip() for ids in answers]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Questions that somebody asks
+
+
+def room_for_answer(speaker: Speaker, prompt: list[int], args) -> int:
+    """How many tokens an answer may have: as many as asked for, or as the checkpoints have positions for."""
+    llamas = [speaker.guided.base, *speaker.guided.llamas]
+    longest = min(llama.config.max_position_embeddings for llama in llamas)
+    if len(prompt) >= longest:
+        raise UsageError(f"the conversation is {len(prompt)} tokens long, and the checkpoint ends at {longest}")
+    return min(args.max_new_tokens, longest - len(prompt))
+
+
+def prepare(speaker: Speaker, turns: list[Turn], args) -> tuple[list[int], dict]:
+    """The prompt that asks for the assistant's next turn, and how `generate` is to answer it."""
+    prompt, _ = encode_chat(speaker.tokenizer, speaker.template, turns)
+    options = dict(max_new_tokens=room_for_answer(speaker, prompt, args), temperature=args.temperature, top_p=args.top_p,
+                   seed=args.seed, stop_ids={end_token(speaker.tokenizer, speaker.template), speaker.tokenizer.eos_id})
+    return prompt, options
+
+
+def answer(speaker: Speaker, turns: list[Turn], args, on_token=None) -> str:
+    """The assistant's next turn."""
+    prompt, options = prepare(speaker, turns, args)
+    ids = speaker.generate(speaker.guided, [prompt], on_token=on_token, **options)[0]
+    return speaker.tokenizer.decode(ids).strip()
+
+
+def show_answers(plugged: Plugged, args) -> None:
+    """Each question, answered by the base alone and by the guided one."""
+    width = max(len(plugged.alone.name), len(plugged.guided.name)) + 2
+    for text in args.prompt:
+        print(f"\n{text}")
+        for speaker in (plugged.alone, plugged.guided):
+            print(f"    {speaker.name:{width}}{answer(speaker, [('user', text)], args)}", flush=True)
+
+
+def show_chat(plugged: Plugged, args) -> None:
+    """A conversation in the terminal; what is said is printed as it comes."""
+    speaker = plugged.guided
+    if args.speculate:
+        from beyond.speculation import speculating
+        speaker = speculating(plugged, args)
+    if sys.stdin is None:
+        raise UsageError("--chat reads questions from standard input, which is closed")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
+    print("An empty line begins a new conversation, the end of input (Ctrl-D) leaves.")
+    turns: list[Turn] = []
+    while True:
+        try:
+            question = input("you> ").strip()
+        except EOFError:
+            print()
+            return
+        if not question:
+            turns = []
+            continue
+        try:
+            said = answer_aloud(speaker, [*turns, ("user", question)], args)
+        except UsageError as error:
+            print(f"({error}; an empty line begins a new one)")
+            continue
+        turns += [("user", question), ("assistant", said)]
+
+
+def answer_aloud(speaker: Speaker, turns: list[Turn], args) -> str:
+    decoder, started, count = StreamDecoder(speaker.tokenizer), time.monotonic(), 0
+
+    def on_token(_, token: int) -> None:
+        nonlocal count
+        count += 1
+        print(decoder.push(token), end="", flush=True)
+
+    said = answer(speaker, turns, args, on_token)
+    print(decoder.finish())
+    print(f"    {count} tokens, {count / (time.monotonic() - started):.1f} tokens/s", file=sys.stderr)
+    return said
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is past the paper
+
+
+def questions_of(plugged: Plugged, args, count: int) -> list[str]:
+    """What was asked with --prompt, or some of the tiny world's questions."""
+    return args.prompt or [prompt_text(item) for item in plugged.world.fact_items("development")[:count]]
+
+
+def show_explained(plugged: Plugged, args) -> None:
+    """Who decided on each token (beyond/attribution.py)."""
+    try:
+        from beyond.attribution import explain, print_attributions
+    except ImportError:
+        raise UsageError("--explain takes beyond/attribution.py, which is not there") from None
+    for text in questions_of(plugged, args, 3):
+        records = explain(plugged.guided, text, args)
+        print(f"\n{text}\n{plugged.guided.tokenizer.decode([each.token for each in records]).strip()}")
+        print_attributions(plugged.guided.tokenizer, records, plugged.guide)
+
+
+def show_speculation(plugged: Plugged, args) -> None:
+    """The same answers by speculation, and whether it paid (beyond/speculation.py)."""
+    try:
+        from beyond.speculation import compare_with_plain
+    except ImportError:
+        raise UsageError("--speculate takes beyond/speculation.py, which is not there") from None
+    compare_with_plain(plugged, questions_of(plugged, args, 48), args)

@@ -1,0 +1,64 @@
+"""Which twin runs: the plain way of the scripts, or the fast one of fast/. Chosen here and nowhere else.
+
+    python train.py --fast        python sample.py --plain
+
+Tiny networks take the plain way, on any device: what a student edits is what runs. Checkpoints take the
+fast one. --plain and --fast decide otherwise. What was chosen is printed, with the reason. Where fast/
+has been deleted, everything is plain.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from data.errors import UsageError
+from data.tokenizer import Tokenizer
+from ivl import ValueModel
+from sample import Guided
+from train import language_loss
+from vocab_map import align_all
+
+TINY_VOCABULARY = 10_000  # tokens; the tiny world's tokenizers have at most 2600, real ones at least 32000
+HAS_FAST = (Path(__file__).parents[1] / "fast").is_dir()
+
+
+def takes_fast(what: str, args, tiny: bool, hindrance: str = "") -> bool:
+    """Whether the fast twin of something runs; says so. A hindrance is why it cannot, if it cannot."""
+    if not HAS_FAST:
+        hindrance = "there is no folder fast/"
+    if args.fast and hindrance:
+        raise UsageError(f"--fast: {hindrance}")
+    if args.plain or args.fast:
+        fast, reason = args.fast, "as asked"
+    elif tiny:
+        fast, reason = False, "as always for tiny networks; --fast changes that"
+    elif hindrance:
+        fast, reason = False, hindrance
+    else:
+        fast, reason = True, "as always for checkpoints; --plain changes that"
+    print(f"{what}: {'fast' if fast else 'plain'} ({reason})", flush=True)
+    return fast
+
+
+def choose_loss(trains_value: bool, args, tiny: bool) -> Callable:
+    """The loss of a value network on a base, or of a network by itself."""
+    if takes_fast("loss", args, tiny):
+        from fast import loss
+        return loss.value_loss if trains_value else loss.language_loss
+    return ValueModel.loss if trains_value else language_loss
+
+
+def choose_guided(args, tiny: bool, device: str) -> type[Guided]:
+    """The class that takes guided steps."""
+    hindrance = "" if device.startswith("cuda") else "a captured step is a CUDA graph, and there is no CUDA device"
+    if takes_fast("decoding", args, tiny, hindrance):
+        from fast.graphs import CapturedGuided
+        return CapturedGuided
+    return Guided
+
+
+def choose_alignment(args, base: Tokenizer, value: Tokenizer) -> Callable:
+    """Algorithm 1's paths."""
+    if takes_fast("alignment", args, max(base.vocab_size, value.vocab_size) <= TINY_VOCABULARY):
+        from fast import alignment
+        return alignment.align_all
+    return align_all
