@@ -8,6 +8,7 @@ and tiny-l, and at 128 tokens a pair of 23M and 110M parameters. Weights are ran
 tokens as asked for, greedily; transformers guides by a second model in a LogitsProcessor, with a cache of its own.
 """
 
+import argparse
 import functools
 import json
 import statistics
@@ -19,15 +20,17 @@ import torch
 
 from bench.measure import Result, compare, copy_bandwidth, describe, progress, ratio, share, table, times
 from bench.train import SHAPES as TRAINED_SHAPES
+from beyond.speculation import Passes, Speculative, measure_passes, predicted_speed_up, speculate
 from data.chat import encode_chat
 from data.errors import UsageError
 from data.tiny_world import PIECES, TEMPLATE, TINY_SIZES, prompt_text, world_of
 from data.tokenizer import load_tokenizer
+from fast.graphs import CapturedGuided
 from ivl import ProxyDelta, ValueModel
 from model import Llama, LlamaConfig
-from run.cli import ArgumentParser, number, positive_int, run_cli
-from sample import (LONGEST_CAPTURED, Guided, Passes, Speculative, generate, measure_passes, predicted_speed_up,
-                    speculate)
+from run.arguments import few
+from run.cli import ArgumentParser, positive_int, run_cli
+from sample import Guided, generate
 
 PROMPT = 32  # tokens before the first new one
 
@@ -73,9 +76,18 @@ def decoding(name: str, value: str, base: str, batch: int, tokens: int, dtype: s
     if name in (THEIRS, THEIR_BOTH):
         return transformers_decoding(name, value, base, prompts, tokens)
     llamas = [Llama(SHAPES[shape]).requires_grad_(False) for shape in networks_of(name, value, base)]
-    plug = ProxyDelta(*llamas[1:]) if name == PROXY else ValueModel(llamas[1]) if name == BOTH else None
-    guided = Guided(llamas[0], plug)
+    plug = None
+    if name == PROXY:
+        plug = ProxyDelta(*llamas[1:])
+    elif name == BOTH:
+        plug = ValueModel(llamas[1])
+    guided = guided_on(llamas[0].device.type)(llamas[0], plug)
     return lambda: generate(guided, prompts, max_new_tokens=tokens, stop_ids=set()) and None
+
+
+def guided_on(device: str) -> type[Guided]:
+    """What takes the steps: on a GPU the fast way, as checkpoints are decoded there."""
+    return CapturedGuided if device == "cuda" else Guided
 
 
 def transformers_decoding(name: str, value: str, base: str, prompts: list[list[int]], tokens: int) -> Callable[[], None]:
@@ -192,8 +204,9 @@ def speculation(home: Path, layers: int, ahead: list[int], rounds: int, device: 
     tokenizer = load_tokenizer(home / "tiny-s")
     items = world_of(home / "tiny-s").fact_items("development")[:48]
     prompts = [encode_chat(tokenizer, TEMPLATE, [("user", prompt_text(item))])[0] for item in items]
-    guided = Guided(deepen(base, layers) if layers else base, value)
-    options = dict(max_new_tokens=48)
+    kind = guided_on(device)
+    guided = kind(deepen(base, layers) if layers else base, value)
+    options = dict(max_new_tokens=48, stop_ids={tokenizer.eos_id})
 
     def timed(say, system) -> tuple[float, list[list[int]]]:
         started = time.perf_counter()
@@ -201,8 +214,8 @@ def speculation(home: Path, layers: int, ahead: list[int], rounds: int, device: 
         return time.perf_counter() - started, answers
 
     systems = {K: Speculative(guided, draft, K) for K in ahead}
-    unguided = Guided(guided.base)
-    alone = {"big": Speculative(unguided, draft, 1), "small": Speculative(Guided(draft), draft, 1)}
+    unguided = kind(guided.base)
+    alone = {"big": Speculative(unguided, draft, 1), "small": Speculative(kind(draft), draft, 1)}
     found = {"answers": len(prompts), "differing": 0, "plain": [], "unguided": [], "big": [], "small": [], "K": {}}
     passes, taken = {K: [] for K in ahead}, {K: [] for K in ahead}
     for turn in range(rounds):
@@ -251,54 +264,87 @@ def show_speculation(found: dict) -> str:
     return "\n".join([table(rows), "", *(f"- {line}" for line in lines)])
 
 
-def main():
+# ---------------------------------------------------------------------------------------------------------
+
+
+def arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--tokens", type=positive_int, nargs="+", metavar="N", help="new tokens (default 128 512 1024)")
-    parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 8], metavar="B",
-                        help="texts at a time (default 1 8)")
-    parser.add_argument("--pair", nargs=2, metavar="SHAPE", help=f"value network and base, of {', '.join(SHAPES)}")
-    parser.add_argument("--speculate", type=Path, metavar="HOME", help="speculation instead, with the networks in this folder")
-    few = number(int, 0, f"whole number from 1 to {LONGEST_CAPTURED}", LONGEST_CAPTURED + 1)
-    parser.add_argument("--ahead", type=few, nargs="+", default=[1, 2, 3, 4, 6, 8], metavar="K", help="tokens to draft at a time")
-    parser.add_argument("--layers", type=positive_int, default=28, metavar="N", help="of the deepened tiny-l (default 28)")
+    shapes = parser.add_argument_group("Table 3")
+    shapes.add_argument("--tokens", type=positive_int, nargs="+", metavar="N", help="new tokens (default 128 512 1024)")
+    shapes.add_argument("--batch", type=positive_int, nargs="+", metavar="B", help="texts at a time (default 1 8)")
+    shapes.add_argument("--pair", nargs=2, metavar="SHAPE", help=f"value network and base, of {', '.join(SHAPES)}")
+    trained = parser.add_argument_group("speculation")
+    trained.add_argument("--speculate", type=Path, metavar="HOME",
+                         help="measure this instead, with the networks in this folder")
+    trained.add_argument("--ahead", type=few, nargs="+", metavar="K",
+                         help="tokens to draft at a time (default 1 2 3 4 6 8)")
+    trained.add_argument("--layers", type=positive_int, metavar="N", help="of the deepened tiny-l (default 28)")
     parser.add_argument("--rounds", type=positive_int, default=3, help="(default 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     args = parser.parse_args()
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
-    if args.speculate and (args.tokens or args.pair):
-        parser.error("--tokens and --pair do not go with --speculate, whose answers end by themselves")
-    if args.layers < tiny_shape("tiny-l").num_hidden_layers:
-        parser.error(f"--layers {args.layers}: tiny-l has {tiny_shape('tiny-l').num_hidden_layers} to begin with")
+    if args.speculate is None:
+        unused, reason = ("ahead", "layers"), "goes with --speculate"
+    else:
+        unused, reason = ("tokens", "batch", "pair"), "does not go with --speculate, whose answers come one by one and end by themselves"
+    for name in unused:
+        if getattr(args, name) is not None:
+            parser.error(f"--{name} {reason}")
+    args.batch = args.batch or [1, 8]
+    args.ahead = args.ahead or [1, 2, 3, 4, 6, 8]
+    args.layers = args.layers or 28
+    least = tiny_shape("tiny-l").num_hidden_layers
+    if args.layers < least:
+        parser.error(f"--layers {args.layers}: tiny-l has {least} to begin with")
+    return args
+
+
+def bench_speculation(args: argparse.Namespace, device: str) -> dict:
+    """The numbers of --json, printed as tables as they come."""
+    folders = [args.speculate / name for name in ("tiny-s", "tiny-l", "value-residual-tiny-s")]
+    for folder in folders:
+        if not (folder / "train.json").is_file():
+            raise UsageError(f"{folder}: not there; `python train.py` and `python train.py --base tiny-l` make it")
+    print(f"{describe(device)}, float32\n")
+    numbers = {}
+    for what, layers in (("as it was trained", 0), (f"deepened to {args.layers} layers", args.layers)):
+        numbers[what] = speculation(args.speculate, layers, args.ahead, args.rounds, device)
+        print(f"tiny-l {what}, guided by the value network of tiny-s; tiny-s drafts\n\n"
+              f"{show_speculation(numbers[what])}\n", flush=True)
+    return numbers
+
+
+def bench_table_3(args: argparse.Namespace, device: str) -> dict:
+    """The numbers of --json, printed as tables as they come."""
+    pairs = [args.pair] if args.pair else PAIRS[device]
+    for name in args.pair or []:
+        if name not in SHAPES:
+            raise UsageError(f"--pair {name}: no such shape; there are {', '.join(SHAPES)}")
+    bandwidth = copy_bandwidth(device, threads=1)
+    print(f"{describe(device)}; a copy moves {bandwidth / 1e9:.4g} GB/s\n")
+    numbers = {}
+    for value, base in pairs:
+        contenders = fitting(value, base, device)
+        left_out = [name for name in CONTENDERS if name not in contenders]
+        if left_out:
+            print(f"{value} and {base}: no room beside the others for {', '.join(left_out)}\n")
+        for tokens in args.tokens or ([128] if base == "110M" else [128, 512, 1024]):
+            for batch in args.batch:
+                results = measure(value, base, batch, tokens, device, args.rounds, contenders)
+                print(f"A {value} value network on a {base} base: {tokens} new tokens, {batch} at a time\n\n"
+                      f"{show(results, value, base, batch, tokens, device, bandwidth)}\n", flush=True)
+                about = f"{value} on {base}, {tokens} tokens, batch {batch}"
+                numbers[about] = {name: vars(each) for name, each in results.items()}
+    return numbers
+
+
+def main():
+    args = arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
-    numbers = {"device": describe(device)}
-    if args.speculate:
-        folders = [args.speculate / name for name in ("tiny-s", "tiny-l", "value-residual-tiny-s")]
-        if missing := [folder for folder in folders if not (folder / "train.json").is_file()]:
-            raise UsageError(f"{missing[0]}: not there; `python train.py` and `python train.py --base tiny-l` make it")
-        print(f"{describe(device)}, float32\n")
-        for what, layers in (("as it was trained", 0), (f"deepened to {args.layers} layers", args.layers)):
-            numbers[what] = speculation(args.speculate, layers, args.ahead, args.rounds, device)
-            print(f"tiny-l {what}, guided by the value network of tiny-s; tiny-s drafts\n\n{show_speculation(numbers[what])}\n",
-                  flush=True)
-    else:
-        pairs = [args.pair] if args.pair else PAIRS[device]
-        if unknown := [name for pair in pairs for name in pair if name not in SHAPES]:
-            raise UsageError(f"--pair {unknown[0]}: no such shape; there are {', '.join(SHAPES)}")
-        bandwidth = copy_bandwidth(device, threads=1)
-        print(f"{describe(device)}; a copy moves {bandwidth / 1e9:.4g} GB/s\n")
-        for value, base in pairs:
-            contenders = fitting(value, base, device)
-            if left_out := [name for name in CONTENDERS if name not in contenders]:
-                print(f"{value} and {base}: no room beside the others for {', '.join(left_out)}\n")
-            for tokens in args.tokens or ([128] if base == "110M" else [128, 512, 1024]):
-                for batch in args.batch:
-                    results = measure(value, base, batch, tokens, device, args.rounds, contenders)
-                    print(f"A {value} value network on a {base} base: {tokens} new tokens, {batch} at a time\n\n"
-                          f"{show(results, value, base, batch, tokens, device, bandwidth)}\n", flush=True)
-                    about = f"{value} on {base}, {tokens} tokens, batch {batch}"
-                    numbers[about] = {name: vars(each) for name, each in results.items()}
+    bench = bench_table_3 if args.speculate is None else bench_speculation
+    numbers = {"device": describe(device)} | bench(args, device)
     if args.json:
         args.json.write_text(json.dumps(numbers, indent=2) + "\n")
 

@@ -5,7 +5,7 @@
 
 Two tables for each vocabulary. The first begins at logits and ends at the gradient of z_delta. Its floor is memory: per
 pair of logits, the kernel moves both twice and a gradient once (10 bytes in bf16), and no program less than each once (6).
-The second begins at hidden states and includes both heads, where never holding all logits shows.
+The second begins at hidden states and includes both heads, where never holding all logits (fast/loss.py) shows.
 """
 
 import functools
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure import Result, compare, copy_bandwidth, describe, ratio, table, times
-from ivl import ivl_loss, ivl_loss_from_hidden
+from fast.loss import value_loss_from_hidden
+from ivl import ivl_loss
 from run.cli import ArgumentParser, positive_int, run_cli
 
 L1 = 1.0  # lambda of Table 5
@@ -63,7 +64,7 @@ def from_hidden(loss: Callable, chunked: bool, N: int, V: int, D: int, dtype: to
     def step():
         h_value.grad = W_value.grad = None
         if chunked:
-            ivl_loss_from_hidden(h_base, W_base, h_value, W_value, labels, L1)[0].backward()
+            value_loss_from_hidden(h_base, W_base, h_value, W_value, labels, L1)[0].backward()
         else:
             loss(h_base @ W_base.T, h_value @ W_value.T, labels).backward()
     return step
@@ -111,7 +112,7 @@ def main():
             "logits": {"eager": logits(eager, False), "torch.compile": logits(eager, True)}
             | ({"Liger, no norm": logits(liger, False)} if device == "cuda" else {}) | {"ivl_loss": logits(ours, False)},
             "hidden": {"eager": hidden(eager, False), "ivl_loss": hidden(ours, False),
-                       "ivl_loss_from_hidden": hidden(None, True)}}
+                       "value_loss_from_hidden": hidden(None, True)}}
         numbers["sizes"].append({"rows": N, "vocab": V, "hidden": D})
         for start in [args.only] if args.only else contenders:
             results = compare(contenders[start], device, args.rounds, calls)

@@ -1,4 +1,4 @@
-"""A whole step of value training, tokens per second and peak memory, against the same step with all logits in fp32.
+"""A whole step of value training, tokens per second and peak memory: ours of fast/loss.py, against ValueModel.loss.
 
     python -m bench.train
 
@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from torch import Tensor
 
 from bench.measure import Result, compare, describe, ratio, table, times
+from fast.loss import value_loss
 from ivl import ValueModel
 from model import Llama, LlamaConfig
 from run.cli import ArgumentParser, positive_int, run_cli
@@ -31,29 +30,14 @@ SHAPES = {  # as in the checkpoints' config.json: V, D, the MLP's width, layers,
 }
 
 
-class Plain(nn.Module):
-    """The loss as one writes it down: all logits of both networks, in fp32."""
-
-    def __init__(self, value: ValueModel, l1: float):
-        super().__init__()
-        self.value, self.l1 = value, l1
-
-    def forward(self, base: Llama, tokens: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            z_base = base(tokens).float()  # (B, T, Vb)
-        z_delta = self.value(tokens).float()  # (B, T, Vv)
-        ce = F.cross_entropy((z_base + z_delta).flatten(0, 1), labels.flatten())
-        return ce + self.l1 * z_delta.abs().mean(), {"ce": ce.detach()}
-
-
-def training(objective: Callable, value: str, base: str, checkpointing: bool, tokens: int, dtype: str) -> Callable[[], None]:
+def training(loss: Callable, value: str, base: str, checkpointing: bool, tokens: int, dtype: str) -> Callable[[], None]:
     """A step of training a value network of one shape on a base of another."""
     network = ValueModel(Llama(SHAPES[value]))
     network.network.model.gradient_checkpointing = checkpointing
     torch.set_default_dtype(getattr(torch, dtype))
     frozen = Llama(SHAPES[base]).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
-    objective = objective(network, 1.0)
+    objective = Objective(network, loss, 1.0)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     T = min(tokens, *(SHAPES[name].max_position_embeddings for name in (value, base)))
     text = torch.randint(32000, (tokens // T, T + 1), device="cpu")  # as the loader gives them
@@ -91,9 +75,9 @@ def main():
     numbers = {"device": describe(device), "tokens": tokens, "pairs": {}}
     for value, base in [("TinyLlama", "TinyLlama"), ("TinyLlama", "Llama-2-7B")] if device == "cuda" else [("20M", "20M")]:
         step = functools.partial(functools.partial, training, value=value, base=base, tokens=tokens, dtype=dtype)
-        contenders = {"plain, all logits in fp32": step(objective=Plain, checkpointing=True),
-                      "ours": step(objective=Objective, checkpointing=True),
-                      "ours, no gradient checkpointing": step(objective=Objective, checkpointing=False)}
+        contenders = {"plain": step(loss=ValueModel.loss, checkpointing=True),
+                      "ours": step(loss=value_loss, checkpointing=True),
+                      "ours, no gradient checkpointing": step(loss=value_loss, checkpointing=False)}
         results = compare(contenders, device, args.rounds, 1)
         print(f"A {value} value network on a {base} base\n\n{show(results, tokens)}\n", flush=True)
         numbers["pairs"][f"{value} on {base}"] = {name: vars(result) for name, result in results.items()}

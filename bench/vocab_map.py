@@ -4,8 +4,8 @@
     python -m bench.vocab_map                                                        # on those of the tiny world
     python -m bench.vocab_map --decode out/seed0       # decoding, with what `python -m paper.fig4 --seeds 1` trained there
 
-The loop's rivals: the same loop with each cell's distance by the editdistance package, as the authors have it (where it is
-installed), the loop with a distance remembered for each pair of pieces, and the fast path, one text at a time and all at once.
+Four contenders: the loop with each cell's distance by the editdistance package, as the authors have it (where it is
+installed), the loop as it is, which remembers each pair's distance, and fast/alignment.py, one text at a time and all at once.
 """
 
 import functools
@@ -18,16 +18,21 @@ import torch
 
 import vocab_map
 from bench.measure import Result, compare, describe, ratio, table, times
-from data.chat import encode_chat
+from data.chat import encode_chat, read_texts
 from data.errors import UsageError
 from data.tiny_world import TEMPLATE, World, prompt_text, world_of
 from data.tokenizer import Tokenizer, load_tokenizer
+from fast.alignment import align_all
 from ivl import ValueModel
 from model import Llama
 from run.cli import ArgumentParser, positive_int, run_cli
-from sample import Guided, generate
+from run.plug import guide_mapped
+from sample import Guided, MappedGuided, generate
 
 SIZES = {200: (64, 64), 2000: (4, 32)}  # value tokens in a text; how many such texts for the slow loops, and for the fast path
+EDITDISTANCE, REMEMBERING = "loop, editdistance in each cell", "loop, distances remembered"
+ONE_AT_A_TIME, ALL_AT_ONCE = "fast, one at a time", "fast, all at once"
+CONTENDERS = [EDITDISTANCE, REMEMBERING, ONE_AT_A_TIME, ALL_AT_ONCE]
 FAMILIES = {"no map": "tiny-l", "pieces, longer tokens": "tiny-b-l", "pieces, shorter tokens": "tiny-c-l",
             "paper, longer tokens": "tiny-b-l", "paper, shorter tokens": "tiny-c-l"}
 
@@ -39,7 +44,7 @@ def corpus(tokenizers: list[str], texts: Path | None) -> tuple[Tokenizer, Tokeni
     """Tokenizers of base and value network, and texts in both."""
     if texts:
         base, value = map(load_tokenizer, tokenizers)
-        return base, value, vocab_map.read_texts(texts)
+        return base, value, read_texts(texts)
     world = World(0)
     documents = world.documents(random.Random("bench"))
     return world.tokenizer_for("tiny-b-m"), world.tokenizer_for("tiny-m"), [next(documents) for _ in range(6000)]
@@ -75,41 +80,36 @@ def aligning(how: str, size: int, source: tuple[list[str], Path | None]) -> Call
     texts = joined(texts, value, size)[:texts_of(how, size)]
     if len(texts) < texts_of(how, size):
         raise ValueError(f"too few texts for {texts_of(how, size)} of {size} tokens")
-    ids = [[tokenizer.encode(text, bos=True) for text in texts] for tokenizer in (base, value)]
-    if how.startswith("loop"):
-        pieces = [[[names[id] for id in text] for text in side]
-                  for side, names in zip(ids, map(vocab_map.without_mark, (base, value)))]
-        remember = "remembered" in how
-        if not remember:
-            by_editdistance(b"", b"")  # not installed?
-            vocab_map.piece_cost = by_editdistance  # in this process alone
+    pieces = pieces_of(base, texts), pieces_of(value, texts)
 
-        def step():
-            if remember:
-                vocab_map.piece_cost.cache_clear()
-            for pair in zip(*pieces):
-                vocab_map.align_by_loop(*pair)
-        return step
-    costs = vocab_map.PieceCosts(base, value)
+    def remembering():
+        vocab_map.piece_cost.cache_clear()  # of this step's pairs alone
+        vocab_map.align_all(*pieces)
 
-    def step():
-        if "seen" not in how:
-            costs.forget()
-        if "one at a time" in how:
-            for base_ids, value_ids in zip(*ids):
-                vocab_map.align([base_ids], [value_ids], costs)
-        else:
-            vocab_map.align(*ids, costs)
-    return step
+    def one_at_a_time():
+        for base_pieces, value_pieces in zip(*pieces):
+            align_all([base_pieces], [value_pieces])
+
+    if how == EDITDISTANCE:
+        by_editdistance(b"", b"")  # not installed?
+        vocab_map.piece_cost = by_editdistance  # in this process alone
+        return lambda: vocab_map.align_all(*pieces) and None
+    if how == REMEMBERING:
+        return remembering
+    if how == ONE_AT_A_TIME:
+        return one_at_a_time
+    return lambda: align_all(*pieces) and None
 
 
-CONTENDERS = ["loop, editdistance in each cell", "loop, distances remembered", "fast, one at a time", "fast, all at once",
-              "fast, all at once, pairs seen before"]
+def pieces_of(tokenizer: Tokenizer, texts: list[str]) -> list[list[bytes]]:
+    """Each text's tokens as Algorithm 1 compares them."""
+    names = vocab_map.without_mark(tokenizer)
+    return [[names[id] for id in tokenizer.encode(text, bos=True)] for text in texts]
 
 
 def show_alignment(results: dict[str, Result], size: int) -> str:
     rows = [["", "ms a text (range)", "times faster than editdistance", "than the remembering loop", "MB more at the peak"]]
-    slow, loop = [results[name] for name in CONTENDERS[:2]]
+    slow, loop = results[EDITDISTANCE], results[REMEMBERING]
     for name, result in results.items():
         result.seconds = [seconds / texts_of(name, size) for seconds in result.seconds]
     for name, result in results.items():
@@ -124,7 +124,7 @@ def show_alignment(results: dict[str, Result], size: int) -> str:
 def counting(how: str, source: tuple[list[str], Path | None]) -> Callable[[], None]:
     """A step that makes a map from all texts, tokenizing included."""
     base, value, texts = corpus(*source)
-    return lambda: vocab_map.build(base, value, how, texts) and None
+    return lambda: vocab_map.build(base, value, how, texts, align_all) and None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -137,10 +137,12 @@ def decoding(name: str, home: Path, batch: int) -> tuple[Guided, list[list[int]]
     base, value, world = Llama.from_pretrained(folders[0]), ValueModel.from_pretrained(folders[1]), world_of(folders[0])
     base_tokenizer, tokenizer = map(load_tokenizer, folders)
     how = name.partition(",")[0]
-    texts = vocab_map.read_texts(home / "demonstrations.jsonl") if how == "paper" else None
-    made = None if how == "no map" else vocab_map.build(base_tokenizer, tokenizer, how, texts)
     items = world.fact_items("development")[:batch]
-    return Guided(base, value, made), [encode_chat(tokenizer, TEMPLATE, [("user", prompt_text(item))])[0] for item in items]
+    prompts = [encode_chat(tokenizer, TEMPLATE, [("user", prompt_text(item))])[0] for item in items]
+    if how == "no map":
+        return Guided(base, value), prompts
+    texts = read_texts(home / "demonstrations.jsonl") if how == "paper" else None
+    return guide_mapped(base, value, vocab_map.build(base_tokenizer, tokenizer, how, texts, align_all)), prompts
 
 
 def decode(name: str, home: Path, batch: int, tokens: int) -> Callable[[], None]:
@@ -185,7 +187,7 @@ def main():
             for name in FAMILIES:
                 guided, prompts = decoding(name, args.decode, batch)
                 generate(guided, prompts, max_new_tokens=tokens, stop_ids=set())
-                passes[name] = guided.mapped.passes / guided.mapped.steps if guided.mapped else 1.0
+                passes[name] = guided.passes / guided.steps if isinstance(guided, MappedGuided) else 1.0
             step = functools.partial(functools.partial, decode, home=args.decode, batch=batch, tokens=tokens)
             results = compare({name: step(name) for name in FAMILIES}, "cpu", args.rounds, 4)
             print(f"Decoding {tokens} tokens of {batch} answers at a time, one thread\n\n"

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from data.chat import read_texts
 from data.errors import UsageError
 from data.tiny_world import World
 from data.tokenizer import Tokenizer, load_tokenizer
+from fast.alignment import align_all
 from paper.report import percent, table
 from run.cli import ArgumentParser, number, positive_int, run_cli
-from vocab_map import HOWS, build, overlap, read_texts
+from vocab_map import HOWS, build, overlap
 
 PAIRS = {"tiny-b / tiny": ("tiny-b-m", "tiny-m"), "tiny-c / tiny": ("tiny-c-m", "tiny-m"),
          "tiny / tiny-b": ("tiny-m", "tiny-b-m"), "tiny / tiny-c": ("tiny-m", "tiny-c-m")}
@@ -24,7 +26,7 @@ ROWS = [*HOWS[1:], "first piece", HOWS[0]]  # by how much they find
 
 def overlaps(base: Tokenizer, value: Tokenizer, counted: list[str], held_out: list[str]) -> dict[str, tuple[float, float]]:
     """For each of ROWS the overlap on texts counted in, and on held-out ones."""
-    spelled = {how: build(base, value, how, counted).pieces for how in HOWS}
+    spelled = {how: build(base, value, how, counted, align_all).pieces for how in HOWS}
     spelled["first piece"] = [each[:1] for each in spelled["pieces"]]
     return {row: (overlap(counted, base, value, spelled[row]), overlap(held_out, base, value, spelled[row])) for row in ROWS}
 

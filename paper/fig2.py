@@ -88,7 +88,8 @@ def failures() -> str:
         answers = {}
         for name, (guided, tokenizer) in systems.items():
             prompts = [encode_chat(tokenizer, TEMPLATE, [("user", prompt_text(item))])[0] for item in items[:40]]
-            answers[name] = [tokenizer.decode(ids).strip() for ids in generate(guided, prompts, max_new_tokens=40)]
+            said = generate(guided, prompts, max_new_tokens=40, stop_ids={tokenizer.eos_id})
+            answers[name] = [tokenizer.decode(ids).strip() for ids in said]
         wrong = [index for index, item in enumerate(items[:40]) if answers["probe"][index] != item.answer]
         for index in wrong[:1]:
             shown.append("\n".join([f"    Instruct: {prompt_text(items[index])}", f"    probe:    {answers['probe'][index]}",

@@ -3,38 +3,37 @@
     python -m paper.measure --seed 0 tiny-l "tiny-l + value-residual-tiny-s" "tiny-l + proxy-tiny-s"
 """
 
-import argparse
-
 import torch
 
+from data.chat import read_texts
 from data.errors import UsageError
 from data.tiny_world import evaluate, few_shot, world_of
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
+from fast.alignment import align_all
 from ivl import ProxyDelta, ValueModel
 from model import Llama
 from paper.networks import Kept, networks_of, parts_of
-from run.cli import non_negative_int, pick_device, run_cli
-from sample import Guided, generate, score
-from vocab_map import build, read_texts
+from run.cli import ArgumentParser, non_negative_int, pick_device, run_cli
+from run.plug import guide_mapped
+from sample import Guided, MappedGuided, generate, score
+from vocab_map import build
 
 
-def load(system: str, kept: Kept, device: str) -> tuple[Guided, object]:
+def load(system: str, kept: Kept, device: str) -> tuple[Guided, Tokenizer]:
     """The system, and the tokenizer that all its networks can read; with a vocabulary map, the value network's."""
     base, plug, alpha, how = parts_of(system)
     folders = [kept.home / network for network in networks_of(system)]
-    networks = [Llama.from_pretrained(folders[0], torch.float32, device)]
+    base_network, value = Llama.from_pretrained(folders[0], torch.float32, device), None
     if plug.startswith("proxy-"):
-        networks.append(ProxyDelta(*(Llama.from_pretrained(folder, torch.float32, device) for folder in folders[1:])))
+        value = ProxyDelta(*(Llama.from_pretrained(folder, torch.float32, device) for folder in folders[1:]))
     elif plug:
-        networks.append(ValueModel.from_pretrained(folders[1], torch.float32, device))
+        value = ValueModel.from_pretrained(folders[1], torch.float32, device)
     tokenizers = [load_tokenizer(folder) for folder in folders]
     if how:  # counted, if at all, in what the value network learnt from
-        vocab_map = build(*tokenizers, how, read_texts(kept.home / "demonstrations.jsonl"))
-        return Guided(*networks, vocab_map, alpha), tokenizers[1]
+        vocab_map = build(*tokenizers, how, read_texts(kept.home / "demonstrations.jsonl"), align_all)
+        return guide_mapped(base_network, value, vocab_map, alpha), tokenizers[1]
     tokenizer = min(tokenizers, key=lambda each: each.vocab_size)
-    guided = Guided(*networks, alpha=alpha)
-    guided.readable = min(guided.readable, tokenizer.vocab_size)
-    return guided, tokenizer
+    return Guided(base_network, value, alpha, tokenizer.vocab_size), tokenizer
 
 
 def measure(system: str, kept: Kept, device: str) -> dict[str, float]:
@@ -44,18 +43,19 @@ def measure(system: str, kept: Kept, device: str) -> dict[str, float]:
     """
     guided, tokenizer = load(system, kept, device)
     world = world_of(kept.home / networks_of(system)[0])
-    base_passes = []
+    is_mapped, base_passes = isinstance(guided, MappedGuided), []
 
     def answer(prompts):
-        answers = generate(guided, prompts, max_new_tokens=48)
-        base_passes.append(guided.mapped.passes / guided.mapped.steps if guided.mapped else 1.0)
+        answers = generate(guided, prompts, max_new_tokens=48, stop_ids={tokenizer.eos_id})
+        if is_mapped:
+            base_passes.append(guided.passes / guided.steps)
         return answers
 
     def likelihood(pairs):
         return score(guided, pairs)
 
     metrics = evaluate(world, tokenizer, answer, likelihood, "evaluation")
-    if guided.mapped:
+    if is_mapped:
         return metrics | {"base passes": base_passes[0]}
     new = evaluate(world, tokenizer, answer, likelihood, "new evaluation")
     return metrics | {
@@ -65,7 +65,7 @@ def measure(system: str, kept: Kept, device: str) -> dict[str, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("systems", nargs="+", metavar="SYSTEM")
     args = parser.parse_args()

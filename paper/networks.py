@@ -1,6 +1,6 @@
 """What paper/ trains and measures, made when it is not there and kept under out/seedN.
 
-Every network is trained by a command of train.py that anybody can type, in a process of its own with one thread;
+Every network is trained by a command that anybody can type, in a process of its own with one thread;
 every system, a base alone or with something plugged in, is measured once on the evaluation people. A system has a
 name such as "tiny-l", "tiny-l + value-residual-tiny-s", "tiny-l + value-residual-tiny-s x 0.5" (alpha),
 "tiny-l + proxy-tiny-s" (proxy tuning) or "tiny-b-l + value-residual-tiny-m via pieces" (a vocabulary map of that kind).
@@ -15,21 +15,22 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.errors import UsageError
+from data.errors import UsageError, read_json
 from data.tiny_world import World
-from model import read_json
 from run.cli import clock
 
-TRAIN = Path(__file__).parents[1] / "train.py"
+ROOT = Path(__file__).parents[1]
+TRAIN, CONTINUE = (str(ROOT / "train.py"),), ("-m", "paper.continued")
 
 
 @dataclass(frozen=True)
 class Network:
     """How a folder of this name under out/seedN comes about."""
 
-    flags: str  # of train.py
+    flags: str
     needs: tuple[str, ...] = ()  # networks that must be there before
     seconds: int = 25  # about, on one core; for the ETA alone
+    program: tuple[str, ...] = TRAIN  # what takes the flags
 
 
 VALUE, S, M, L = "value-residual-tiny-s", "tiny-s", "tiny-m", "tiny-l"
@@ -50,12 +51,12 @@ NETWORKS = {  # the longest first, so that two processes end at about the same t
     M: Network("--base tiny-m", (), 130),
     "tiny-b-m": Network("--base tiny-b-m", (), 125),
     S: Network("--base tiny-s", (), 80),
-    CONTINUED: Network("--base tiny-m --continue", (M,), 45),
+    CONTINUED: Network("--base tiny-m", (M,), 45, CONTINUE),
     INFINITY: Network(ON_INFINITY + INFINITY, (S,), 65),
     f"{INFINITY}-l1-1": Network(ON_INFINITY + f"{INFINITY}-l1-1 --l1 1", (S,), 65),
     "full-tiny-l": Network("--base tiny-l --full", (L,), 45),
     "full-tiny-m": Network("--base tiny-m --full", (M,)),
-    "full-tiny-m-continued": Network("--base tiny-m-continued --full", (CONTINUED,)),
+    "full-tiny-m-continued": Network("--base {home}/tiny-m-continued --full", (CONTINUED,)),
     "full-tiny-s": Network("--base tiny-s --full", (S,), 18),
     VALUE: Network(ON_S, (S,)),
     **{f"{VALUE}-l1-{l1:g}": Network(f"{ON_S} --l1 {l1:g}", (S,)) for l1 in NORMS},
@@ -91,6 +92,12 @@ def networks_of(system: str) -> list[str]:
     return [base, plug] if plug else [base]
 
 
+def command_of(network: str, home: Path) -> list[str]:
+    """What makes a network, less the seed."""
+    found = NETWORKS[network]
+    return [*found.program, *found.flags.format(home=home).split()]
+
+
 def with_needs(networks: Iterable[str]) -> list[str]:
     """These networks and all that they need, in the order of NETWORKS."""
     wanted, unseen = set(), list(networks)
@@ -106,7 +113,7 @@ def with_needs(networks: Iterable[str]) -> list[str]:
 
 
 class Kept:
-    """out/seedN/measured: a file for each system measured, and networks.json with what train.py has vouched for.
+    """out/seedN/measured: a file for each system measured, and networks.json with what its command has vouched for.
 
     Both know the time of the train.json of their networks, so a network trained anew is measured anew.
     """
@@ -174,8 +181,7 @@ def jobs_for(systems: Iterable[str], seed: int) -> list[Job]:
     todo = [name for name in needed if not kept.has(name)]
     jobs = []
     for name in todo:
-        flags = NETWORKS[name].flags.format(home=kept.home).split()
-        command = [sys.executable, str(TRAIN), *flags, "--seed", str(seed), "--resume"]
+        command = [sys.executable, *command_of(name, kept.home), "--seed", str(seed), "--resume"]
         job = Job(name, seed, command, 4 if kept.made(name) else NETWORKS[name].seconds,
                   [need for need in NETWORKS[name].needs if need in todo],
                   finish=lambda core_seconds, name=name: kept.vouch(name, core_seconds))
@@ -195,7 +201,7 @@ def jobs_for(systems: Iterable[str], seed: int) -> list[Job]:
 
 def make(jobs: list[Job], processes: int) -> None:
     """Run the jobs, so many at a time, each when its needs are there; UsageError with the reason if one fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TRAIN.parent)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     waiting, running = list(jobs), {}
     started, cores, expected, done = time.monotonic(), 0.0, 0.0, 0
     try:

@@ -164,7 +164,7 @@ def plug_in(args) -> Plugged:
     if vocab_map is None:
         guided = kind(base, value, args.alpha, tokenizer.vocab_size)
     else:
-        guided = guide_mapped(base, value, vocab_map, args)
+        guided = guide_mapped(base, value, vocab_map, args.alpha, sampling=args.temperature > 0)
         if template == "llama-3" and base_tokenizer.kind != "tiktoken":
             alone_template = default_template(base_tokenizer)  # it lacks the other's special tokens
     kind = kind or Guided
@@ -220,13 +220,14 @@ def check_probe(value: ValueModel | ProxyDelta, base: Llama, path: Path) -> None
         raise UsageError(f"{path}: {base.config.vocab_size} logits, and the probe reads {value.vocab_size}")
 
 
-def guide_mapped(base: Llama, value: ValueModel, vocab_map: VocabMap, args) -> MappedGuided:
+def guide_mapped(base: Llama, value: ValueModel, vocab_map: VocabMap, alpha: float = 1.0, sampling: bool = False
+                 ) -> MappedGuided:
     """By Eq. (5) through maps of the paper's kind; by hypotheses and spelled paths through the one that needs no data."""
     if vocab_map.how != "pieces":
-        return MappedGuided(base, value, vocab_map, args.alpha)
+        return MappedGuided(base, value, vocab_map, alpha)
     try:
         from beyond.hypotheses import Hypotheses
     except ImportError:
         raise UsageError("decoding through a map made from the tokenizers alone takes beyond/hypotheses.py, which is not there; "
                          "vocab_map.py --how paper makes a map that needs no more than sample.py") from None
-    return Hypotheses(base, value, vocab_map, args.alpha, sampling=args.temperature > 0)
+    return Hypotheses(base, value, vocab_map, alpha, sampling)

@@ -50,6 +50,7 @@ def inside(folder: Path, script: str, *arguments, input: str = "") -> tuple[int,
     import train
     import vocab_map
     from beyond import attribution
+    from paper import continued
     before, argv, stdin = os.getcwd(), sys.argv, sys.stdin
     output, errors, status = io.StringIO(), io.StringIO(), 0
     os.chdir(folder)
@@ -57,7 +58,7 @@ def inside(folder: Path, script: str, *arguments, input: str = "") -> tuple[int,
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
             run_cli({"train.py": train.main, "sample.py": sample.main, "vocab_map.py": vocab_map.main,
-                     "attribution.py": attribution.main}[script])
+                     "attribution.py": attribution.main, "continued.py": continued.main}[script])
     except SystemExit as ended:
         status = ended.code
     finally:

@@ -3,13 +3,19 @@
 Final weights would hide a wrong scale: Adam's steps do not depend on the gradient's size.
 """
 
+import itertools
 import sys
 
 import torch
 import torch.distributed as dist
 
+import fast.loss
+from ivl import SCHEMES, ValueModel
+from run.processes import SeveralProcesses
 from tests.helpers import small, value_network
-from train import Objective, accumulate_gradient, divide, share_out, whole
+from train import Objective, OneProcess, accumulate_gradient, language_loss
+
+FULL = "full"  # in a scheme's place: a network by itself
 
 
 def parts_of_a_step() -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -20,33 +26,41 @@ def parts_of_a_step() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(tokens[:1], labels[:1]), (tokens[1:3], labels[1:3]), (tokens[3:], labels[3:])]
 
 
-def gradients(scheme: str, shard: bool, checkpointing: bool) -> tuple[dict[str, float], list[torch.Tensor]]:
-    network, base = value_network(scheme) if scheme else small(num_hidden_layers=2), small(vocab_size=53) if scheme else None
-    for llama in [network] if not scheme else network.llamas:
+def gradients(scheme: str, checkpointing: bool, twin: str, processes: OneProcess
+              ) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """A step's metrics and the gradient of every parameter, with a plain loss or a fast one."""
+    if scheme == FULL:
+        network, base = small(num_hidden_layers=2), None
+        llamas, loss = [network], language_loss if twin == "plain" else fast.loss.language_loss
+    else:
+        network, base = value_network(scheme), small(vocab_size=53).requires_grad_(False)
+        llamas, loss = network.llamas, ValueModel.loss if twin == "plain" else fast.loss.value_loss
+    for llama in llamas:
         llama.model.gradient_checkpointing = checkpointing
-    objective = share_out(network, 0.3, shard, "float32") if dist.is_initialized() else Objective(network, 0.3)
-    if shard:
-        base = base and divide(base.requires_grad_(False))
+    objective = processes.share_out(Objective(network, loss, 0.3), "float32")
+    if base is not None and isinstance(processes, SeveralProcesses):
+        base = processes.divide_base(base)
     for _ in range(2):  # the second time over what the first has left behind
         objective.zero_grad(set_to_none=True)
-        metrics = accumulate_gradient(objective, base, parts_of_a_step(), "float32")
-    return metrics, [whole(parameter.grad) for parameter in network.parameters()]
+        metrics = accumulate_gradient(objective, base, parts_of_a_step(), "float32", processes)
+    return metrics, [processes.whole(parameter.grad) for parameter in network.parameters()]
 
 
 def main():
-    kinds = [(scheme, checkpointing) for scheme in ["residual", "cascade", "cascade+", "probe", ""] for checkpointing in (False, True)]
-    alone = {kind: gradients(kind[0], False, kind[1]) for kind in kinds}
+    kinds = list(itertools.product([*SCHEMES, FULL], [False, True]))
+    alone = {kind: gradients(*kind, "plain", OneProcess()) for kind in kinds}
     dist.init_process_group("gloo")
     assert dist.get_world_size() == 2
-    for kind in kinds:
-        for shard in (False, True):
-            metrics, found = gradients(kind[0], shard, kind[1])
-            for name, value in alone[kind][0].items():
-                assert abs(metrics[name] - value) < 1e-5 * max(1, abs(value)), (kind, shard, name, metrics, alone[kind][0])
-            for ours, theirs in zip(found, alone[kind][1], strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=f"{kind} {shard}")
-            if dist.get_rank() == 0:
-                print("same", *kind, "sharded" if shard else "whole", file=sys.stderr)
+    for kind, twin, shard in itertools.product(kinds, ["plain", "fast"], [False, True]):
+        metrics, found = gradients(*kind, twin, SeveralProcesses(shard))
+        expected, exact = alone[kind]
+        assert metrics.keys() == expected.keys()
+        for name, value in expected.items():
+            assert abs(metrics[name] - value) < 1e-5 * max(1, abs(value)), (kind, twin, shard, name, metrics, expected)
+        for ours, theirs in zip(found, exact, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=f"{kind} {twin} {shard}")
+        if dist.get_rank() == 0:
+            print("same", *kind, twin, "sharded" if shard else "whole", file=sys.stderr)
     dist.destroy_process_group()
 
 

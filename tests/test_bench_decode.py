@@ -10,8 +10,10 @@ from bench import decode
 from bench.decode import (ALONE, BOTH, CONTENDERS, PROXY, SHAPES, THEIR_BOTH, THEIRS, VALUE, bytes_a_step, conclusions,
                           deepen, fitting, show_speculation, weights_of)
 from bench.measure import Result
+from fast.graphs import CapturedGuided
 from model import Llama
 from paper import table3
+from sample import Guided
 from tests.helpers import PAPER, python, small
 
 
@@ -82,12 +84,28 @@ def test_table_3_beside_the_papers():
 def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     for arguments, message in [(["--pair", "tiny-s", "nothing"], "--pair nothing: no such shape"),
                                (["--ahead", "40"], "from 1 to 32"), (["--tokens", "0"], "positive whole"),
-                               (["--speculate", str(tmp_path)], "not there; `python train.py`")]:
+                               (["--speculate", str(tmp_path)], "not there; `python train.py`"),
+                               (["--ahead", "4"], "--ahead goes with --speculate"),
+                               (["--layers", "8"], "--layers goes with --speculate"),
+                               (["--speculate", str(tmp_path), "--layers", "2"], "tiny-l has 4 to begin with"),
+                               (["--speculate", str(tmp_path), "--batch", "1"], "--batch does not go with --speculate"),
+                               (["--speculate", str(tmp_path), "--tokens", "8"], "--tokens does not go with --speculate"),
+                               (["--speculate", str(tmp_path), "--pair", "tiny-s", "tiny-l"], "--pair does not go with")]:
         monkeypatch.setattr("sys.argv", ["decode.py", *arguments])
         with pytest.raises(SystemExit) as ended:
             decode.run_cli(decode.main)
         errors = capsys.readouterr().err
         assert ended.value.code == 2 and errors.count("\n") == 1 and message in errors
+
+
+def test_flags_that_were_not_given_have_their_usual_values(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["decode.py"])
+    args = decode.arguments()
+    assert (args.batch, args.ahead, args.layers, args.rounds) == ([1, 8], [1, 2, 3, 4, 6, 8], 28, 3)
+
+
+def test_on_a_gpu_steps_are_captured():
+    assert decode.guided_on("cuda") is CapturedGuided and decode.guided_on("cpu") is Guided
 
 
 @pytest.mark.slow

@@ -1,0 +1,156 @@
+"""Pretrain a tiny base further, as CodeLlama continues Llama-2: Table 1 plugs the same value network into what comes out.
+
+    python -m paper.continued --base tiny-m                # makes out/seed0/tiny-m-continued
+    python sample.py --base out/seed0/tiny-m-continued     # with a value network that has seen neither
+
+Half of the text is about new people, whom no other base has read of. The vocabulary grows by 16 tokens.
+"""
+
+import argparse
+import dataclasses
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from data.errors import UsageError
+from data.tiny_world import PIECES, World, world_of
+from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from model import Llama
+from run.arguments import add_twins
+from run.cli import ArgumentParser, non_negative_int, positive_int, run_cli
+from run.jobs import Job, complete, pretrained_first, pretraining_run, with_a_name
+from run.plug import refuse_value_network
+from run.processes import Alone, join_processes
+from train import TINY_PRETRAINING, pretrain
+
+SETTINGS = TINY_PRETRAINING | dict(lr=2e-3, steps=390)  # 0.8M tokens
+# As CodeLlama's vocabulary extends Llama-2's by 16, so does this one: some documents begin with one of
+# these. A value network of the family has never seen them, and z_delta is 0 there.
+MARKERS = [f"<doc{number}>" for number in range(16)]
+
+# ---------------------------------------------------------------------------------------------------------
+# What is new: text, tokens, and their weights
+
+
+def continued_documents(world: World, rng: random.Random) -> Iterator[str]:
+    """Endless documents: half of them on new people, a tenth with a marker in front.
+
+    The other half is more of the old text, without which the old people would be forgotten.
+    """
+    for document in world.documents(rng):
+        if rng.random() < 0.5:
+            person = rng.choice(world.new_people)
+            document = world.add_noise(world.sentences(rng, person), rng)
+        if rng.random() < 0.1:
+            document = f"{rng.choice(MARKERS)} {document}"
+        yield document
+
+
+def add_pieces(model: bytes, pieces: list[str]) -> bytes:
+    """A SentencePiece model with user-defined pieces behind its own.
+
+    A tokenizer.model is a protocol buffer, whose field 1, one message per piece (text, score, type), is
+    repeated; such fields may stand anywhere in the file, so what is appended is read as more pieces.
+    """
+    for piece in pieces:
+        text = piece.encode()
+        message = bytes([0x0A, len(text)]) + text  # field 1: the text
+        message += bytes([0x15, 0, 0, 0, 0])  # field 2: the score, 0.0
+        message += bytes([0x18, 4])  # field 3: the type, user-defined
+        model += bytes([0x0A, len(message)]) + message
+    return model
+
+
+def widen(base: Llama, rows: int) -> Llama:
+    """A copy of a base with `rows` more tokens, whose embeddings begin at the mean of all others."""
+    config = dataclasses.replace(base.config, vocab_size=base.config.vocab_size + rows)
+    wider = Llama(config).to(base.device)
+    weights = base.state_dict()
+    for name, tensor in wider.state_dict().items():  # these share memory with the parameters
+        old = weights[name]
+        tensor[:len(old)] = old
+        if len(tensor) > len(old):
+            tensor[len(old):] = old.mean(0)
+    return wider
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The job: train.pretrain, with another beginning
+
+
+class Continued(Job):
+    """A pretraining whose first weights are those of a base, widened."""
+
+    def first_weights(self) -> Llama:
+        base = Llama.from_pretrained(self.settings.start, torch.float32, self.args.device)
+        self.network = widen(base, len(MARKERS))
+        self.announce()
+        return self.network
+
+
+def jobs_for(args: argparse.Namespace, processes: Alone) -> Iterator[Job]:
+    """A tiny base that is not there yet is pretrained first."""
+    complete(args, processes)
+    start = yield from pretrained_first(args.base[0], args, processes)
+    yield from continuing(start, args.out or args.home / f"{start.name}-continued", args, processes)
+
+
+def continuing(start: Path, out: Path, args: argparse.Namespace, processes: Alone) -> Iterator[Job]:
+    """The base in `start`, further, unless it is finished already."""
+    world, tokenizer = check_start(start)
+    run = pretraining_run(str(start), world, out, args, SETTINGS | args.flags, processes)
+    if run.finished:
+        print(f"{out}: finished already")
+        return
+
+    def documents() -> Iterator[str]:
+        return continued_documents(world, random.Random(f"continued pretraining of world {world.seed}"))
+
+    wider = SentencePieceTokenizer(add_pieces(tokenizer.model, MARKERS))
+    yield Continued(run, args, wider, None, world, documents=documents)
+
+
+def check_start(start: Path) -> tuple[World, Tokenizer]:
+    """The world and the tokenizer of a base that can be pretrained further."""
+    refuse_value_network("--base", start)
+    world = world_of(start)
+    if world is None:
+        raise UsageError(f"--base {start}: no tiny base, and the text to go on with is the tiny world's")
+    tokenizer = load_tokenizer(start)
+    if tokenizer.kind != "sentencepiece":
+        raise UsageError(f"--base {start}: its tokenizer is byte-level, and pieces are added to SentencePiece's")
+    if tokenizer.vocab_size != PIECES:
+        raise UsageError(f"--base {start}: continued already")
+    return world, tokenizer
+
+
+def arguments() -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--base", nargs=1, default=["tiny-m"], metavar="B",
+                        help="tiny-s, tiny-m, tiny-l or the folder of one (default tiny-m)")
+    parser.add_argument("--steps", type=positive_int, metavar="N", help=f"(default {SETTINGS['steps']})")
+    parser.add_argument("--batch-size", type=positive_int, metavar="N", help=f"rows per step (default {SETTINGS['batch_size']})")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="of everything random (default 0)")
+    parser.add_argument("--out", metavar="FOLDER", help="(default B-continued, under out/seedN)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the same run")
+    add_twins(parser)
+    # what train.py has flags for, and a job asks for
+    parser.set_defaults(dtype=None, gradient_checkpointing=False, shard=False, save_every=200)
+    args = parser.parse_args()
+    args.out = None if args.out is None else with_a_name(args.out)
+    settings = ("steps", "batch_size")
+    args.flags = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
+    return args
+
+
+def main():
+    args = arguments()
+    with join_processes(args) as processes:
+        for job in jobs_for(args, processes):
+            pretrain(job)
+
+
+if __name__ == "__main__":
+    run_cli(main)

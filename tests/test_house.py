@@ -1,0 +1,284 @@
+"""The house: what is read is what runs, imports run one way, and fast/ and beyond/ can be taken away."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.chat import encode_chat
+from data.tiny_world import CHOICES, World, evaluate, prompt_text
+from run import show
+from tests.exercises import EXERCISES, edited
+from tests.helpers import ENVIRONMENT, ROOT, inside
+
+SCRIPTS = ["ivl", "model", "sample", "train", "vocab_map"]
+# What a file of each kind may import at its top; main(), which is a script's last function, may import run/.
+ALLOWED = {
+    "data": {"data"}, "model": {"data"}, "ivl": {"data", "model"}, "vocab_map": {"data", "model", "ivl"},
+    "sample": {"data", "model", "ivl", "vocab_map"}, "train": {"data", "model", "ivl", "vocab_map", "sample"},
+    "fast": {"data", *SCRIPTS, "fast"}, "beyond": {"data", *SCRIPTS, "fast", "beyond"},
+    "run": {"data", *SCRIPTS, "fast", "beyond", "run"}}
+OURS = {*ALLOWED, "paper", "bench", "tests"}
+
+
+def files() -> list[Path]:
+    return sorted(path for path in ROOT.glob("**/*.py") if not any(part.startswith((".", "venv", "out")) for part in
+                                                                   path.relative_to(ROOT).parts))
+
+
+def imports(tree: ast.AST) -> list[tuple[str, int]]:
+    """Packages of ours that a tree imports anywhere in it, with the line."""
+    found = []
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        found += [(name.partition(".")[0], node.lineno) for name in names if name.partition(".")[0] in OURS]
+    return found
+
+
+def is_main(node: ast.AST) -> bool:
+    """The function main, or what is done when a file is run."""
+    return isinstance(node, ast.FunctionDef) and node.name == "main" or isinstance(node, ast.If) and "__main__" in ast.dump(node)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if room in ALLOWED:
+        for node in tree.body:
+            late = room in {"data", *SCRIPTS} and is_main(node) or room == "beyond" and not isinstance(node, (ast.Import, ast.ImportFrom))
+            for package, line in imports(node):
+                assert package in ALLOWED[room] | ({"run"} if late else set()), f"{path.name}:{line} imports {package}"
+    elif room in ("paper", "bench"):
+        assert not {package for package, _ in imports(tree)} & {"tests"}
+    if room in SCRIPTS:
+        functions = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        assert functions[-1].name == "main" or room in ("ivl", "model")
+    if room == "tests":
+        modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        assert not [module for module in modules if module.startswith("tests.test_")]
+
+
+# ---- what is read is what runs
+
+
+def copy_of_the_house(folder: Path, *left_out: str) -> Path:
+    """A copy of the code in a folder of its own."""
+    ignore = shutil.ignore_patterns("out", ".git", "venv", ".venv", "__pycache__", "tests", *left_out)
+    return shutil.copytree(ROOT, folder / "house", ignore=ignore)
+
+
+def python(house: Path, *arguments: str, **environment: str) -> str:
+    done = subprocess.run([sys.executable, *arguments], cwd=house, env=ENVIRONMENT | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def said(output: str) -> str:
+    """What a run printed, less its speed, and which twin it took."""
+    output = re.sub(r"  [\d.]+k tokens/s.*|\d+ core-seconds|, \d+ s left|made in .*", "", output)
+    kept = [line for line in output.splitlines() if not line.startswith(("loss: ", "decoding: ", "step"))]
+    return "\n".join(kept)
+
+
+TRAIN = ["train.py", "--base", "--value", "--no-full", "--steps", "20", "--batch-size", "8"]
+
+
+def test_without_fast_and_beyond_everything_that_the_paper_says_remains(home, tmp_path):
+    """The same metrics, to the digit, with them and without."""
+    results = {}
+    for name, left_out, flags in (("with", [], []), ("without", ["fast", "beyond"], ["--plain"])):
+        house = copy_of_the_house(tmp_path / name, *left_out)
+        assert (house / "fast").exists() == (house / "beyond").exists() == (not left_out)
+        shutil.copytree(home / "out", house / "out", ignore=shutil.ignore_patterns("value-*"))
+        results[name] = said(python(house, *TRAIN, *flags)) + said(python(house, "sample.py", *flags))
+        if left_out:
+            for flag in ("--explain", "--speculate=2"):
+                done = subprocess.run([sys.executable, "sample.py", flag], cwd=house, env=ENVIRONMENT, capture_output=True, text=True)
+                assert done.returncode == 2 and "which is not there" in done.stderr and done.stderr.count("\n") == 1
+            done = subprocess.run([sys.executable, *TRAIN, "--fast", "--out", "x"], cwd=house, env=ENVIRONMENT, capture_output=True, text=True)
+            assert done.returncode == 2 and "there is no folder fast/" in done.stderr
+    assert results["with"] == results["without"] and "base+value" in results["with"]
+
+
+CALLED = """
+import runpy, sys
+calls = set()
+def watch(frame, event, argument):
+    if event == "call":
+        calls.add((frame.f_code.co_filename, frame.f_code.co_qualname if sys.version_info >= (3, 11) else frame.f_code.co_name))
+script, sys.argv = sys.argv[1], sys.argv[1:]
+sys.setprofile(watch)
+try:
+    runpy.run_path(script, run_name="__main__")
+finally:
+    sys.setprofile(None)
+    for file, name in sorted(calls):
+        print("called", file.rpartition("/")[2], name)
+"""
+
+
+def table_of_the_readme() -> list[tuple[str, str, str]]:
+    """File, function and command of each pointer in the README's table: its cells are the paper, the code, the command."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Where the paper is in the code")[2].partition("\n## ")[0]
+    found = []
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) != 3 or cells[0].startswith(("paper", "---")):
+            continue
+        command = re.search(r"`([^`]*)`", cells[2])[1]
+        file = ""
+        for name in re.findall(r"`([^`]*)`", cells[1]):
+            if name.endswith(".py"):
+                file = name
+            else:
+                found.append((file, name, command))
+    return found
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="qualified names of functions take Python 3.11")
+def test_every_function_that_the_readme_names_is_called_by_the_command_it_names(home, tmp_path):
+    house = copy_of_the_house(tmp_path)
+    shutil.copytree(home / "out", house / "out")
+    table = table_of_the_readme()
+    assert len(table) > 20
+    called = {}
+    for command in dict.fromkeys(command for *_, command in table):
+        arguments = command.removeprefix("python ").split()
+        if arguments[0] == "train.py":
+            few = ["--steps", "2", "--batch-size", "2"]
+            comparing = "--value" in arguments and "--no-full" not in arguments
+            arguments += few + ["--out", f"out/{len(called)}"] + (["--no-full"] if comparing else [])
+        elif arguments[0] == "sample.py" and "--speculate" not in arguments:
+            arguments += ["--max-new-tokens", "4"]
+        if "tiny-l" in arguments and not (house / "out/seed0/tiny-l").exists():
+            python(house, "train.py", "--base", "tiny-l", "--steps", "2", "--batch-size", "2")
+        if "tiny-b-m" in command and not (house / "out/seed0/tiny-b-m").exists():
+            python(house, "train.py", "--base", "tiny-b-m", "--steps", "2", "--batch-size", "2")
+        if "full-tiny-s" in command and not (house / "out/seed0/full-tiny-s").exists():
+            python(house, "train.py", "--full", "--steps", "2", "--batch-size", "2")
+        if "map.safetensors" in command and arguments[0] == "sample.py":
+            pass  # the map's command stands above it in the table
+        output = python(house, "-c", CALLED, *arguments)
+        called[command] = {tuple(line.split()[1:]) for line in output.splitlines() if line.startswith("called ")}
+    for file, name, command in table:
+        assert (file.rpartition("/")[2], name) in called[command], f"{name} of {file} by {command}"
+
+
+EDITED = """
+import torch
+from ivl import ValueModel
+from model import KVCache, Llama
+from sample import Guided
+tokens = torch.tensor([[5, 9, 11, 20, 21]])
+base = Llama.from_pretrained("out/seed0/tiny-s")
+value = ValueModel.from_pretrained("out/seed0/value-residual-tiny-s")
+guided = Guided(base, value)
+with torch.inference_mode():
+    whole = guided.logits(tokens)
+    parts = torch.cat([guided.step(part) for part in tokens.split([2, 1, 1, 1], dim=1)], dim=1)
+print(*[z[0, -1, 7].item() for z in (whole, parts)])
+"""
+
+
+def test_an_edit_of_a_layer_changes_cached_and_uncached_logits_alike(home, tmp_path):
+    house = copy_of_the_house(tmp_path)
+    shutil.copytree(home / "out", house / "out")
+    before = [float(number) for number in python(house, "-c", EDITED).split()]
+    source = (house / "model.py").read_text()
+    assert source.count("F.silu") == 1
+    (house / "model.py").write_text(source.replace("F.silu", "F.gelu"))
+    after = [float(number) for number in python(house, "-c", EDITED).split()]
+    assert before[0] == pytest.approx(before[1], abs=1e-4) and after[0] == pytest.approx(after[1], abs=1e-4)
+    assert abs(after[0] - before[0]) > 1e-3
+
+
+# ---- other systems
+
+
+def test_the_main_job_needs_nothing_that_only_unix_has(home, tmp_path):
+    """fcntl and resource are hidden, as on Windows: train and sample."""
+    house = copy_of_the_house(tmp_path)
+    shutil.copytree(home / "out", house / "out", ignore=shutil.ignore_patterns("value-*"))
+    (house / "sitecustomize.py").write_text("import sys\nsys.modules['fcntl'] = sys.modules['resource'] = None\n")
+    assert "base+value" in python(house, *TRAIN, PYTHONPATH=str(house))
+    assert "tiny-s + value" in python(house, "sample.py", "--prompt", "Hello", PYTHONPATH=str(house))
+
+
+def test_every_main_ends_in_one_line(home, tmp_path):
+    """Also those of data/: a mistake, and a reader who leaves."""
+    for arguments, message in ((["data/tiny_world.py", "--infinity", "/dev/full/x"], ""), (["data/chat.py", "absent", "--tokenizer", "absent"], "absent")):
+        done = subprocess.run([sys.executable, "-m", arguments[0][:-3].replace("/", "."), *arguments[1:]], cwd=ROOT, env=ENVIRONMENT,
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+    existing = tmp_path / "mine.jsonl"
+    existing.write_text("mine")
+    done = subprocess.run([sys.executable, "-m", "data.tiny_world", "--infinity", str(existing)], cwd=ROOT, env=ENVIRONMENT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "not what world 0 makes" in done.stderr and existing.read_text() == "mine"
+    reading, writing = os.pipe()
+    os.close(reading)
+    data = home / "out/seed0/demonstrations.jsonl"
+    done = subprocess.run([sys.executable, "-m", "data.chat", str(data), "--tokenizer", str(home / "out/seed0/tiny-s"), "--show", "300"],
+                          cwd=ROOT, env=ENVIRONMENT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert "Traceback" not in done.stderr and done.returncode in (141, 120), done.stderr
+
+
+# ---- templates
+
+
+def test_an_examination_is_in_the_template_of_what_is_examined(home):
+    """Questions, ends of turns and choices: who answers rightly in llama-3 has all the points there, none in llama-2."""
+    world = World(0)
+    tokenizer = world.tokenizer_for("tiny-b-m")
+    items = {prompt_text(item): item.answer for item in world.fact_items("development") + world.sum_items("development")}
+    prompts = {tuple(encode_chat(tokenizer, "llama-3", [("user", question)])[0]): question for question in items}
+
+    def answer(asked):
+        assert all(tuple(prompt) in prompts for prompt in asked)
+        return [[*tokenizer.encode(items[prompts[tuple(prompt)]]), tokenizer.end_of_turn_id] for prompt in asked]
+
+    def score(pairs):
+        for context, continuation in pairs:
+            text = tokenizer.decode(context + continuation)
+            assert text.endswith(tokenizer.decode(continuation)) and context[0] == tokenizer.bos_id
+            assert re.search(r"\n\n[A-Z].* \w+\.$", text.rpartition("assistant")[2]), text  # the beginning of an answer, a value
+        return [(float(number % CHOICES == 0), True) for number in range(len(pairs))]
+
+    metrics = evaluate(world, tokenizer, answer, score, template="llama-3")
+    assert metrics == dict(exact=1.0, know=1.0, ins=1.0, arith=1.0, mc=1.0, fk=1.0)
+
+
+def test_train_and_sample_examine_in_the_template_of_the_value_network(home, tmp_path, monkeypatch):
+    shutil.copytree(home / "out", tmp_path / "out")
+    seen = []
+    monkeypatch.setattr(show, "evaluate", lambda *arguments: seen.append(arguments[-1]) or {"exact": 0.0})
+    assert inside(tmp_path, "train.py", "--base", "tiny-b-s", "--steps", "2", "--batch-size", "2")[0] == 0
+    status, _, errors = inside(tmp_path, "train.py", "--base", "tiny-b-s", "--value", "--no-full", "--template", "llama-3", "--steps", "2",
+                               "--batch-size", "2", "--out", "other")
+    assert status == 0 and seen == ["llama-2", "llama-3", "llama-3"], errors
+    assert inside(tmp_path, "sample.py", "--value", "other")[0] == 0
+    assert seen[3:] == ["llama-3", "llama-3"]
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_the_edits_of_the_exercises_fit_the_code(name, tmp_path):
+    exercise = EXERCISES[name]
+    if exercise.file:
+        file = tmp_path / exercise.file
+        file.parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / exercise.file, file)
+        edited(exercise, tmp_path)
+        ast.parse(file.read_text(encoding="utf-8"))
+    assert f"\n{name.partition(',')[0]}. **" in (ROOT / "README.md").read_text(encoding="utf-8")
