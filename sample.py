@@ -181,7 +181,7 @@ class MappedGuided(Guided):
         longest_new = max(len(tokens) - same for tokens, same in zip(rows, kept))
         if max(kept) + longest_new > self.base_cache.capacity:
             kept = [0] * len(rows)
-            self.base_cache = KVCache(self.base, len(rows), 2 * max(map(len, rows)))
+            self.base_cache = KVCache(self.base, len(rows), 2 * max(map(len, rows)) + 64)
         self.base_cache.crop(torch.tensor(kept, device=self.base.device))
         new = [tokens[same:] for tokens, same in zip(rows, kept)]
         hidden = self.base.model(pad(new).to(self.base.device), self.base_cache)  # (B, T, D)

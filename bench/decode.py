@@ -285,9 +285,11 @@ def arguments() -> argparse.Namespace:
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
     if args.speculate is None:
-        unused, reason = ("ahead", "layers"), "goes with --speculate"
+        unused = ("ahead", "layers")
+        reason = "goes with --speculate"
     else:
-        unused, reason = ("tokens", "batch", "pair"), "does not go with --speculate, whose answers come one by one and end by themselves"
+        unused = ("tokens", "batch", "pair")
+        reason = "does not go with --speculate, whose answers come one by one and end by themselves"
     for name in unused:
         if getattr(args, name) is not None:
             parser.error(f"--{name} {reason}")

@@ -3,8 +3,8 @@
     python train.py --fast        # on tiny networks, too; checkpoints take it by themselves
 
 `value_loss` replaces ValueModel.loss in ivl.py, `language_loss` the one in train.py. Both give the same
-loss, metrics and gradients, says tests/test_loss.py, and both call the plain formula for each chunk of
-rows, so what you change in ivl_loss changes here too.
+loss, metrics and gradients, says tests/test_loss.py. value_loss calls ivl_loss for each chunk of rows, so
+what you change in that formula changes here too.
 
 4096 tokens of two networks with 32000 logits are 1 GB in fp32, and the plain loss makes five or more
 tensors of that size on its way. Here one chunk's logits are made, the loss is taken and differentiated,

@@ -1,9 +1,10 @@
-"""Pretrain a tiny base further, as CodeLlama continues Llama-2: Table 1 plugs the same value network into what comes out.
+"""Pretrain a tiny base further, as CodeLlama continues Llama-2 (Table 1).
 
     python -m paper.continued --base tiny-m                # makes out/seed0/tiny-m-continued
-    python sample.py --base out/seed0/tiny-m-continued     # with a value network that has seen neither
+    python sample.py --base out/seed0/tiny-m-continued     # a value network plugged into it
 
-Half of the text is about new people, whom no other base has read of. The vocabulary grows by 16 tokens.
+Half of the text is about new people, whom no other base has read of, and the vocabulary grows by 16
+tokens. A value network of the family, which has seen neither, is plugged in as it is.
 """
 
 import argparse
@@ -120,7 +121,7 @@ def check_start(start: Path) -> tuple[World, Tokenizer]:
         raise UsageError(f"--base {start}: no tiny base, and the text to go on with is the tiny world's")
     tokenizer = load_tokenizer(start)
     if tokenizer.kind != "sentencepiece":
-        raise UsageError(f"--base {start}: its tokenizer is byte-level, and pieces are added to SentencePiece's")
+        raise UsageError(f"--base {start}: its tokenizer is byte-level; only SentencePiece's take more pieces")
     if tokenizer.vocab_size != PIECES:
         raise UsageError(f"--base {start}: continued already")
     return world, tokenizer
@@ -131,7 +132,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", nargs=1, default=["tiny-m"], metavar="B",
                         help="tiny-s, tiny-m, tiny-l or the folder of one (default tiny-m)")
     parser.add_argument("--steps", type=positive_int, metavar="N", help=f"(default {SETTINGS['steps']})")
-    parser.add_argument("--batch-size", type=positive_int, metavar="N", help=f"rows per step (default {SETTINGS['batch_size']})")
+    parser.add_argument("--batch-size", type=positive_int, metavar="N",
+                        help=f"rows per step (default {SETTINGS['batch_size']})")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of everything random (default 0)")
     parser.add_argument("--out", metavar="FOLDER", help="(default B-continued, under out/seedN)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the same run")

@@ -1,11 +1,13 @@
 """Folders that several test files train in."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share the cores (pytest.ini), and networks here are tiny
 pytest.register_assert_rewrite("tests.helpers")  # so that its assertions show their values, as those of tests do
 
 from tests.helpers import SHORT, small, succeed  # noqa: E402

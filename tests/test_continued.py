@@ -8,11 +8,11 @@ from itertools import islice
 import pytest
 import torch
 
-from data.tiny_world import World
+from data.tiny_world import TINY_SIZES, World
 from data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from model import Llama
 from paper.continued import MARKERS, add_pieces, continued_documents, widen
-from tests.helpers import VALUE, ask, inside, refused, small, weights
+from tests.helpers import VALUE, ask, byte_pairs, inside, refused, small, weights
 
 SHORT = ["--steps", 3, "--batch-size", 4]
 CONTINUED = "out/seed0/tiny-s-continued"
@@ -76,18 +76,21 @@ def test_it_begins_at_the_base_and_not_at_random_weights(continued_home):
 
 
 def test_a_base_that_is_not_there_is_pretrained_first_and_what_is_finished_is_left(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("data.tiny_world").tiny_world.TINY_SIZES, "tiny-s", ((64, 1, 4, 2, 64), 4096, 5e-3))
+    monkeypatch.setitem(TINY_SIZES, "tiny-s", ((64, 1, 4, 2, 64), 4096, 5e-3))
     status, output, errors = inside(tmp_path, "continued.py", "--base", "tiny-s", "--seed", 3, *SHORT)
     assert status == 0 and "pretraining tiny-s," in output and "saved out/seed3/tiny-s-continued" in output, errors
     status, output, _ = inside(tmp_path, "continued.py", "--base", "tiny-s", "--seed", 3, "--resume", *SHORT)
     assert status == 0 and "out/seed3/tiny-s-continued: finished already" in output and "step" not in output
 
 
-def test_what_cannot_be_continued(continued_home, checkpoint):
+def test_what_cannot_be_continued(continued_home, checkpoint, tmp_path):
+    shutil.copy(continued_home / "out/seed0/tiny-s/train.json", tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(byte_pairs())
     for message, arguments in {
             "continued already": ["--base", CONTINUED],
             "a value network, which is no base": ["--base", VALUE],
             "no tiny base": ["--base", checkpoint],
+            "its tokenizer is byte-level": ["--base", tmp_path],
             "no such tiny model": ["--base", "tiny-x"],
             "a run is there already, finished": ["--base", "tiny-s", *SHORT],
             "with other settings": ["--base", "tiny-s", "--resume"],

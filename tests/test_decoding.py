@@ -141,7 +141,7 @@ def speculative(ahead: int = 4, scale: float = 0.02, alpha: float = 1.0) -> Spec
     return Speculative(Guided(guided.base, guided.value, alpha=alpha), deeper(guided.base, scale=scale), ahead)
 
 
-@pytest.mark.parametrize("ahead", [1, 4, 7])
+@pytest.mark.parametrize("ahead", [4, pytest.param(1, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)])
 def test_greedy_speculation_is_plain_greedy_over_200_prompts(ahead):
     system, prompts = speculative(ahead), random_prompts(200)
     plain = [generate(system.guided, [prompt], max_new_tokens=20, stop_ids={2})[0] for prompt in prompts]
@@ -233,10 +233,11 @@ def test_the_chi_square_test_catches_a_two_percent_error():
         assert (statistic > critical(freedom)) == (wrong is not None), wrong
 
 
-@pytest.mark.parametrize("temperature, top_p", [(0.8, 0.95), pytest.param(1.0, 1.0, marks=pytest.mark.slow)])
-def test_sampled_speculation_has_the_distribution_of_plain_sampling(temperature, top_p):
+@pytest.mark.parametrize("temperature, top_p, draws", [(0.8, 0.95, 2_000), pytest.param(0.8, 0.95, DRAWS, marks=pytest.mark.slow),
+                                                       pytest.param(1.0, 1.0, DRAWS, marks=pytest.mark.slow)])
+def test_sampled_speculation_has_the_distribution_of_plain_sampling(temperature, top_p, draws):
     system, p = sampling(temperature, top_p)
-    pairs = torch.tensor(speculate(system, [[5]] * DRAWS, max_new_tokens=2, temperature=temperature, top_p=top_p, stop_ids=set()))
+    pairs = torch.tensor(speculate(system, [[5]] * draws, max_new_tokens=2, temperature=temperature, top_p=top_p, stop_ids=set()))
     assert 0.1 < system.accepted[0] / system.tried[0] < 0.9
     statistic, freedom = chi_square(torch.bincount(12 * pairs[:, 0] + pairs[:, 1], minlength=144), p)
     print(f"chi-square {statistic:.1f} with {freedom} degrees of freedom; {critical(freedom):.1f} would fail")

@@ -76,6 +76,7 @@ def test_killed_and_resumed_in_two_processes_is_one_process(shard, home, checkpo
     assert status == 0 and output.strip(), errors
 
 
+@pytest.mark.slow
 def test_pretraining_in_two_processes(home, tmp_path):
     """From fresh weights, on rows of text, with the tiny world's evaluation at the end; tied embeddings, sharded."""
     command = [ROOT / "train.py", "--base", "tiny-s", "--steps", 6, "--batch-size", 6]

@@ -111,19 +111,21 @@ def test_without_fast_and_beyond_everything_that_the_paper_says_remains(home, tm
 
 
 CALLED = """
-import runpy, sys
+import importlib, sys
+from data.tiny_world import World
+from run import arguments, jobs, plug, show  # so that importing is not watched
+from run.cli import run_cli
+facts, sums = World.fact_items, World.sum_items
+World.fact_items = lambda world, split, count=288: facts(world, split, 6)  # a short examination
+World.sum_items = lambda world, split: sums(world, split)[:2]
+sys.argv = sys.argv[1:]
+main = importlib.import_module(sys.argv[0].removesuffix(".py")).main
 calls = set()
-def watch(frame, event, argument):
-    if event == "call":
-        calls.add((frame.f_code.co_filename, frame.f_code.co_qualname if sys.version_info >= (3, 11) else frame.f_code.co_name))
-script, sys.argv = sys.argv[1], sys.argv[1:]
-sys.setprofile(watch)
-try:
-    runpy.run_path(script, run_name="__main__")
-finally:
-    sys.setprofile(None)
-    for file, name in sorted(calls):
-        print("called", file.rpartition("/")[2], name)
+sys.setprofile(lambda frame, event, _: event == "call" and calls.add(frame.f_code))
+run_cli(main)
+sys.setprofile(None)
+for code in calls:
+    print("called", code.co_filename.rpartition("/")[2], code.co_qualname)
 """
 
 
@@ -134,7 +136,7 @@ def table_of_the_readme() -> list[tuple[str, str, str]]:
     found = []
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        if len(cells) != 3 or cells[0].startswith(("paper", "---")):
+        if len(cells) != 3 or cells[0].startswith(("the paper", "---")):
             continue
         command = re.search(r"`([^`]*)`", cells[2])[1]
         file = ""
@@ -146,33 +148,34 @@ def table_of_the_readme() -> list[tuple[str, str, str]]:
     return found
 
 
+COMMANDS = list(dict.fromkeys(command for *_, command in table_of_the_readme()))
+QUICK = ["python train.py", "python sample.py"]  # the others take three minutes together
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="qualified names of functions take Python 3.11")
-def test_every_function_that_the_readme_names_is_called_by_the_command_it_names(home, tmp_path):
+@pytest.mark.parametrize("command", [pytest.param(command, marks=[] if command in QUICK else pytest.mark.slow) for command in COMMANDS])
+def test_every_function_that_the_readme_names_is_called_by_the_command_it_names(command, home, tmp_path):
+    assert set(QUICK) < set(COMMANDS)
     house = copy_of_the_house(tmp_path)
     shutil.copytree(home / "out", house / "out")
-    table = table_of_the_readme()
-    assert len(table) > 20
-    called = {}
-    for command in dict.fromkeys(command for *_, command in table):
-        arguments = command.removeprefix("python ").split()
-        if arguments[0] == "train.py":
-            few = ["--steps", "2", "--batch-size", "2"]
-            comparing = "--value" in arguments and "--no-full" not in arguments
-            arguments += few + ["--out", f"out/{len(called)}"] + (["--no-full"] if comparing else [])
-        elif arguments[0] == "sample.py" and "--speculate" not in arguments:
-            arguments += ["--max-new-tokens", "4"]
-        if "tiny-l" in arguments and not (house / "out/seed0/tiny-l").exists():
-            python(house, "train.py", "--base", "tiny-l", "--steps", "2", "--batch-size", "2")
-        if "tiny-b-m" in command and not (house / "out/seed0/tiny-b-m").exists():
-            python(house, "train.py", "--base", "tiny-b-m", "--steps", "2", "--batch-size", "2")
-        if "full-tiny-s" in command and not (house / "out/seed0/full-tiny-s").exists():
-            python(house, "train.py", "--full", "--steps", "2", "--batch-size", "2")
-        if "map.safetensors" in command and arguments[0] == "sample.py":
-            pass  # the map's command stands above it in the table
-        output = python(house, "-c", CALLED, *arguments)
-        called[command] = {tuple(line.split()[1:]) for line in output.splitlines() if line.startswith("called ")}
-    for file, name, command in table:
-        assert (file.rpartition("/")[2], name) in called[command], f"{name} of {file} by {command}"
+    arguments = command.removeprefix("python ").split()
+    few = ["--steps", "2", "--batch-size", "2"]
+    for name, flags in (("tiny-l", "--base tiny-l"), ("tiny-b-m", "--base tiny-b-m"), ("full-tiny-s", "--full")):
+        if name in command:
+            python(house, "-c", CALLED, "train.py", *flags.split(), *few)
+    if "--vocab-map" in arguments:
+        makes = next(other for other in COMMANDS if "vocab_map.py" in other)
+        python(house, *makes.removeprefix("python ").split())
+    if arguments[0] == "train.py":
+        trains_value = len(arguments) == 1 or "--value" in arguments
+        arguments += few + ["--out", "out/mine"] + (["--no-full"] if trains_value else [])
+    elif arguments[0] == "sample.py" and "--speculate" not in arguments:
+        arguments += ["--max-new-tokens", "4"]
+    output = python(house, "-c", CALLED, *arguments)
+    called = {tuple(line.split()[1:]) for line in output.splitlines() if line.startswith("called ")}
+    for file, name, other in table_of_the_readme():
+        if other == command:
+            assert (file.rpartition("/")[2], name) in called, f"{name} of {file}"
 
 
 EDITED = """

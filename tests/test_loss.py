@@ -213,7 +213,7 @@ def test_a_label_outside_the_vocabulary_is_an_error_here_too():
 
 def test_the_kernels_in_the_interpreter():
     pytest.importorskip("triton")
-    output = python("-m", "pytest", "-p", "no:cacheprovider", "tests/interpreted_kernel.py", TRITON_INTERPRET="1")
+    output = python("-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "tests/interpreted_kernel.py", TRITON_INTERPRET="1")
     assert "skipped" not in output and "100%" in output
 
 
@@ -290,6 +290,7 @@ print(json.dumps({name: vars(result) for name, result in results.items()}))
 """
 
 
+@pytest.mark.slow
 def test_chunked_takes_a_quarter_of_the_memory():
     numbers = json.loads(python("-c", MEMORY))
     eager, chunked = numbers["eager"], numbers["chunked"]

@@ -132,6 +132,7 @@ def hardly_trained(monkeypatch):
     monkeypatch.setattr(networks, "NETWORKS", hardly)
 
 
+@pytest.mark.slow
 def test_a_script_makes_what_it_needs_is_stopped_goes_on_and_keeps_everything(tmp_path, monkeypatch, hardly_trained):
     vouch, vouched = Kept.vouch, []
 

@@ -302,7 +302,7 @@ def check_kills(folder: Path, base: Path, chats: Path, kills: int, seed: int) ->
 
 
 def test_killed_and_resumed_is_never_stopped(checkpoint, chats, tmp_path):
-    check_kills(tmp_path, checkpoint, chats, kills=4, seed=0)
+    check_kills(tmp_path, checkpoint, chats, kills=3, seed=0)
 
 
 @pytest.mark.slow
