@@ -269,7 +269,8 @@ class Hypotheses(MappedGuided):
         self.texts = [Text(self.tables, self.map, prompt) for prompt in prompts]
         empty = KVCache(self.base, 1, 0)
         nothing = Context([], empty.keys[:, 0], empty.values[:, 0], torch.empty(0))
-        for text, context in zip(self.texts, self.read_base([(nothing, self.map.in_base_tokens(prompt)[0]) for prompt in prompts])):
+        contexts = self.read_base([(nothing, self.map.in_base_tokens(prompt)[0]) for prompt in prompts])
+        for text, context in zip(self.texts, contexts):
             text.contexts = [context]
 
     def base_logits(self, z_delta: Tensor) -> Tensor:
