@@ -36,7 +36,8 @@ def combine(z_base: Tensor, z_delta: Tensor, alpha: float = 1.0) -> Tensor:
     """Eq. (3): stop_gradient(z_base) + alpha * z_delta, for (..., Vb) and (..., Vv) -> (..., Vb).
 
     alpha is ours: 1 in the paper, 0 is the base alone. Where one vocabulary extends the other, z_delta
-    is 0 on the tokens that it lacks, and what it has beyond Vb is dropped.
+    is 0 on the tokens that it lacks, and what it has beyond Vb is dropped. (So much for the loss; while
+    decoding, such tokens are never said, since one of the networks could not read them: Guided.post.)
     """
     Vb, Vv = z_base.shape[-1], z_delta.shape[-1]
     if Vv > Vb:
@@ -53,13 +54,16 @@ def ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0) -
     Rows whose label is -100 count in neither term; any other label outside 0..Vb-1 is a ValueError.
 
     Both terms are means over the supervised rows, the norm also over the vocabulary. The paper writes
-    a sum, but its lambda of 1.0 (Table 5) goes with a mean. Its authors take that over all positions,
-    prompt and padding included; we take it where the value network is used.
+    a sum, but its lambda of 1.0 (Table 5) goes with a mean. The authors average the norm over all
+    positions, prompt and padding included; we over the supervised ones, where the value network is used.
 
     Returns the loss and {ce, l1, acc, base_ce, base_acc}, the last two being what the base alone would
-    get: 0-dimensional tensors, 0 when no row is supervised. On a GPU the Triton kernel below does it.
+    get: 0-dimensional tensors, 0 when no row is supervised. On a GPU the Triton kernel below computes
+    all of it, also under --plain: to change the formula there, take the `if` with the kernel out.
     """
-    z_base, z_delta, labels = z_base.detach().flatten(0, -2), z_delta.flatten(0, -2), labels.flatten()  # (N, V), (N,)
+    z_base = z_base.detach().flatten(0, -2)  # (N, Vb)
+    z_delta = z_delta.flatten(0, -2)  # (N, Vv)
+    labels = labels.flatten()  # (N,)
     supervised = labels != -100
     count = max(1, int(supervised.sum()))
     if (labels[supervised] < 0).any() or (labels >= z_base.shape[-1]).any():
@@ -68,8 +72,8 @@ def ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0) -
         ce, norm, metrics = kernel_loss(z_base, z_delta, labels, count)
         return ce + l1 * norm, metrics
 
-    z_base, z_delta, labels = z_base[supervised], at_least_float(z_delta[supervised]), labels[supervised]
-    z_base = at_least_float(z_base)
+    z_base, z_delta = at_least_float(z_base[supervised]), at_least_float(z_delta[supervised])  # N counts these rows from here
+    labels = labels[supervised]
     z_post = combine(z_base, z_delta)  # (N, Vb), Eq. (3)
     ce = F.cross_entropy(z_post, labels, reduction="sum") / count  # Eq. (4)
     norm = z_delta.abs().mean(-1).sum() / count  # Section 4.2.1
@@ -255,8 +259,8 @@ class ValueModel(nn.Module):
     cascade+   that plus the embedding of the token at the position
     probe      the base's logits at the position, and nothing before it
 
-    `info` is what ivl.json holds: scheme, l1, template, bases, data, seed, the tokenizer's size and
-    fingerprint. `llamas` are the networks that need a KV cache while decoding.
+    `info` is what ivl.json holds: scheme, l1, template, bases, data, seed, steps, the tokenizer's size
+    and fingerprint, a probe's width. `llamas` are the networks that need a KV cache while decoding.
     """
 
     def __init__(self, network: "Llama | Probe", info: dict | None = None):
@@ -276,12 +280,12 @@ class ValueModel(nn.Module):
         return self.network.device
 
     def forward(self, tokens: Tensor, base_logits: Tensor | None = None,
-                cache: list[KVCache] | None = None) -> Tensor:
+                caches: list[KVCache] | None = None) -> Tensor:
         """Eq. (2): tokens (B, T), and the base's logits (B, T, Vb) unless residual -> z_delta (B, T, Vv).
 
-        `cache` holds a KVCache for each of `llamas`.
+        `caches` holds a KVCache for each of `llamas`.
         """
-        own_cache = cache[0] if cache else None
+        own_cache = caches[0] if caches else None
         if self.scheme == "residual":
             return self.network(tokens, own_cache)
         if base_logits is None:
@@ -382,9 +386,9 @@ class ProxyDelta(nn.Module):
         return self.expert.device
 
     def forward(self, tokens: Tensor, base_logits: Tensor | None = None,
-                cache: list[KVCache] | None = None) -> Tensor:
+                caches: list[KVCache] | None = None) -> Tensor:
         """tokens (B, T) -> z_delta (B, T, Vv)."""
-        expert_cache, anti_cache = cache or (None, None)
+        expert_cache, anti_cache = caches or (None, None)
         z_expert = self.expert(tokens, expert_cache)[..., :self.vocab_size]
         z_anti_expert = self.anti_expert(tokens, anti_cache)[..., :self.vocab_size]
         return z_expert - z_anti_expert

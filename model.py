@@ -5,9 +5,10 @@
 Submodules carry the names of Hugging Face checkpoints, so a state dict loads without renaming, and
 what we save is read by transformers, vLLM and lm-eval as it is.
 
-Shapes stand at the end of the lines that change them, in one alphabet for the whole repository:
-B batch, T time (positions of this call), S positions in the cache, D model width, H query heads,
-K key-value heads, F head width, V vocabulary (Vb the base's, Vv the value network's), N rows of a loss.
+Shapes stand at the end of the lines that change them, in one alphabet for the whole repository (the F
+with a dot is torch.nn.functional): B batch, T time (positions of this call), S positions in the cache,
+D model width, H query heads, K key-value heads, F head width, V vocabulary (Vb the base's, Vv the value
+network's), N rows of a loss, P entries of a vocabulary map.
 """
 
 import json
@@ -86,8 +87,8 @@ def read_config(path: str | Path) -> LlamaConfig:
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
     """Angle per position of each pair of head dimensions: (F/2,), float32, on the CPU."""
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
-    frequencies = config.rope_theta ** (-half / config.head_dim)  # (F/2,)
+    even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+    frequencies = config.rope_theta ** (-even / config.head_dim)  # (F/2,)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
@@ -140,7 +141,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "KVCache | None",
                 layer: int) -> Tensor:
-        """x (B, T, D) -> (B, T, D). mask (B, 1, T, S) says which keys each token may see; None: plain causal."""
+        """x (B, T, D) -> (B, T, D), turned by cos and sin (1 or B, 1, T, F).
+
+        mask (B, 1, T, S) says which keys each token may see; None: plain causal.
+        """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, F)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, F)
@@ -241,7 +245,7 @@ class Llama(nn.Module):
         return self.lm_head(self.model(tokens, cache, embeds))
 
     def hidden_and_head(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (B, T) -> hidden states (B, T, D) and lm_head's weight (V, D), for who makes the logits."""
+        """tokens (B, T) -> hidden states (B, T, D) and lm_head's weight (V, D), for fast/loss.py, which makes the logits itself."""
         return self.model(tokens), self.lm_head.weight
 
     @property
@@ -328,14 +332,16 @@ class KVCache:
         self.rows = torch.arange(len(self.lengths), device=device)[:, None]  # (B, 1)
         self.positions = self.lengths[:, None] + torch.arange(T, device=device)  # (B, T)
         if self.used == 0 or (self.level and T == 1):
-            return self.positions, None  # all that is stored, and plain causal among the T: padding comes last
+            # No mask: of an empty cache plain causal is right, since padding comes last; with rows of one length a
+            # single token sees all that is stored.
+            return self.positions, None
         mask = torch.arange(self.stored, device=device) <= self.positions[:, :, None]  # (B, T, S)
         return self.positions, mask[:, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, K, T, F) of this pass behind each row's length; all of the layer's (B, K, S, F)."""
         keys, values = self.keys[layer], self.values[layer]  # (B, K, capacity, F)
-        keys.transpose(1, 2)[self.rows, self.positions] = k.transpose(1, 2)
+        keys.transpose(1, 2)[self.rows, self.positions] = k.transpose(1, 2)  # (B, capacity, K, F) at (B, T): (B, T, K, F)
         values.transpose(1, 2)[self.rows, self.positions] = v.transpose(1, 2)
         return keys[:, :, :self.stored], values[:, :, :self.stored]
 

@@ -58,7 +58,7 @@ class Guided:
         self.caches = [KVCache(llama, batch, capacity) for llama in self.llamas]
 
     def read(self, tokens: Tensor) -> None:
-        """Take tokens (B, T) into the caches. Nobody needs their logits, but that a cascade reads the base's."""
+        """Take tokens (B, T) into the caches. Their logits are not needed, except the base's by a cascade, which reads them."""
         if self.value is not None and self.value.scheme.startswith("cascade"):
             self.value(tokens, self.base(tokens, self.caches[0]), self.caches[1:])
         else:
@@ -84,9 +84,7 @@ class Guided:
     def post(self, z_base: Tensor, z_delta: Tensor | None) -> Tensor:
         """z_post (..., Vb), with -inf for what is never said."""
         z_post = z_base if z_delta is None else combine(z_base, z_delta, self.alpha)  # Eq. (3)
-        if self.readable < z_post.shape[-1]:
-            z_post[..., self.readable:] = -torch.inf
-        return z_post
+        return F.pad(z_post[..., :self.readable], (0, z_post.shape[-1] - self.readable), value=-torch.inf)
 
     def select(self, rows: Tensor) -> None:
         """Keep the rows named by `rows` (B',), in that order; a row named twice is forked."""
@@ -117,7 +115,7 @@ class MappedGuided(Guided):
         if value.scheme != "residual":
             raise ValueError(f"scheme {value.scheme} reads the base's logits over its own vocabulary, and here are others")
         super().__init__(base, value, alpha)
-        self.map, self.llamas = vocab_map, value.llamas
+        self.map, self.llamas = vocab_map, value.llamas  # the base has a cache of its own, in its own tokens
         self.readable = min(value.vocab_size, vocab_map.value_tokenizer.vocab_size)
         self.never = torch.tensor(vocab_map.unsayable(), dtype=torch.long, device=base.device)
         self.texts: list[list[int]] = []  # each row's value tokens so far
@@ -163,7 +161,7 @@ class MappedGuided(Guided):
         self.passes += self.read_texts()
 
     def base_logits(self, z_delta: Tensor) -> Tensor:
-        """What the base says of the next value token: (B, Vv)."""
+        """What the base says of the next value token: (B, Vv). Here without a look at z_delta; Hypotheses looks."""
         return self.map.map_logits(self.z_next, self.value.vocab_size)
 
     def read_texts(self) -> int:
@@ -187,7 +185,7 @@ class MappedGuided(Guided):
         hidden = self.base.model(pad(new).to(self.base.device), self.base_cache)  # (B, T, D)
         self.base_cache.crop(torch.tensor([len(tokens) for tokens in rows], device=self.base.device))
         last = torch.stack([hidden[row, len(tokens) - 1] for row, tokens in enumerate(new)])  # (B, D)
-        self.z_next = self.base.lm_head(last).float()  # (B, Vb)
+        self.z_next = self.base.lm_head(last).float()  # (B, Vb), behind each row's text
         self.base_tokens = rows
         return sum(map(len, new))
 
@@ -252,8 +250,8 @@ def generate(guided: Guided, prompts: list[list[int]], *, max_new_tokens: int, s
              on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
     """Continue token prompts; return only the new tokens of each, a stop token included where one came.
 
-    temperature 0 is greedy. Each prompt has a random stream of its own, so a sampled answer does not
-    depend on the prompts beside it. on_token(prompt, token) is called as tokens come.
+    temperature 0 is greedy. Each prompt has a random stream of its own, by its place in the list, so a
+    sampled answer does not depend on what is beside it. on_token(prompt, token) is called as tokens come.
     """
     check_prompts(prompts)
     noise = torch.stack([uniform(seed, number, max_new_tokens) for number in range(len(prompts))])
@@ -320,7 +318,7 @@ def score(guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: 
 
 
 def main():
-    from run.arguments import sample_arguments
+    from run.arguments import sample_arguments  # here and not at the top: run/ imports this file
     from run.plug import plug_in
     from run.show import show_answers, show_chat, show_explained, show_speculation, show_world
     args = sample_arguments()

@@ -49,7 +49,7 @@ class Settings:
     dtype: str
     steps: int
     batch_size: int  # samples that make one step, over all its parts
-    grad_accum: int  # parts that a step's batch is split into, to save memory; the gradient is the same
+    grad_accum: int  # parts that a step's batch is split into, in each process, to save memory; the gradient is the same
     max_length: int
     lr: float
     warmup: float = 0.04  # Table 5's warm-up ratio
@@ -67,7 +67,7 @@ PROBE_WIDTH = 256  # 0.8M weights on 1024 logits, 25M on 32000
 
 
 def table5(parameters: int) -> dict:
-    """Table 5, whose columns are the trained network's size; 3B stands between them. One conversation at a time."""
+    """Table 5, whose two columns are the trained network's size, 1.1B and 7B. One conversation a part."""
     if parameters < 3e9:
         return dict(epochs=3, batch_size=32, grad_accum=32, lr=1e-4)
     return dict(epochs=3, batch_size=16, grad_accum=16, lr=1e-5)
@@ -89,9 +89,9 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 def language_loss(network: Llama, base: None, tokens: Tensor, labels: Tensor, l1: float = 0.0
                   ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Ordinary training of a network by itself: cross-entropy over the supervised of tokens and labels (B, T).
+    """Ordinary training of a network by itself: the mean cross-entropy of tokens (B, T) over supervised labels (B, T).
 
-    ValueModel.loss stands in the same place where a value network is trained on a base.
+    base and l1 are there because ValueModel.loss stands in the same place where a value network is trained.
     """
     z = network(tokens)  # (B, T, V)
     total = F.cross_entropy(at_least_float(z).flatten(0, 1), labels.flatten(), reduction="sum")
@@ -135,8 +135,8 @@ class OneProcess:
 def fit(network: Llama | ValueModel, loss: Callable, bases: list[Llama], batches: Callable, run) -> nn.Module:
     """Train a network for settings.steps steps: a value network on frozen bases, or an ordinary model without.
 
-    batches(position, parts) yields, from a position on (None: the start), the position behind each step
-    and the step's parts. `run` is where it lives (run/folder.py): settings, processes, checkpoints.
+    batches(position, count) yields, from a position on (None: the start), the position behind each step
+    and the step's parts. `run` is where it lives (run/folder.py, Run): settings, processes, checkpoints.
     Returns the Objective.
     """
     settings, processes = run.settings, run.processes
@@ -149,7 +149,7 @@ def fit(network: Llama | ValueModel, loss: Callable, bases: list[Llama], batches
             group["lr"] = learning_rate(settings, step)
         # several bases are a curriculum: as many steps on each, in their order (Table 2)
         base = bases[step * len(bases) // settings.steps] if bases else None
-        # the gradient of the whole batch, cut to length 1
+        # the gradient of the whole batch, clipped to norm 1
         metrics = accumulate_gradient(objective, base, parts, settings.dtype, processes)
         norm = processes.whole(nn.utils.clip_grad_norm_(network.parameters(), 1.0))
         # what is no number must not reach the weights
@@ -248,7 +248,8 @@ def train_value(job) -> None:
     base = bases.pop(job.bases[0])
     metrics = {"base": measure(job, None, base)} | job.full_metrics | {"base+value": measure(job, objective, base)}
     for path, base in bases.items():
-        metrics |= {path.name: measure(job, None, base), f"{path.name}+value": measure(job, objective, base)}
+        name = str(path) if path.name in metrics else path.name
+        metrics |= {name: measure(job, None, base), f"{name}+value": measure(job, objective, base)}
     job.publish(network, metrics)
     print_metrics(metrics)
 
@@ -256,7 +257,8 @@ def train_value(job) -> None:
 def measure(job, objective: nn.Module | None, base: Llama | None) -> dict[str, float | None]:
     """A base alone (no objective), what was trained alone (no base), or a base guided by what was trained.
 
-    In the tiny world by its examination, else by the cross-entropy of held-out conversations.
+    In the tiny world by its examination, which generates with the job's network itself, else by the
+    cross-entropy of held-out conversations.
     """
     if not job.world:
         if objective is None:
@@ -269,7 +271,7 @@ def measure(job, objective: nn.Module | None, base: Llama | None) -> dict[str, f
 
 
 def main():
-    from run.arguments import train_arguments
+    from run.arguments import train_arguments  # here and not at the top: run/ imports this file
     from run.jobs import jobs_for
     from run.processes import join_processes
     args = train_arguments()

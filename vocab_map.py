@@ -29,12 +29,15 @@ from data.chat import read_texts
 from data.errors import UsageError
 from data.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
 
-HOWS = ("pieces", "paper", "dtw", "offsets")  # without data; Algorithm 1; its counts alone; by shared bytes
+# From the tokenizers alone; by Algorithm 1; by its counts without line 12; by counting tokens that share bytes.
+HOWS = ("pieces", "paper", "dtw", "offsets")
 
 # ---------------------------------------------------------------------------------------------------------
-# 1. Algorithm 1, line by line
+# 1. Algorithm 1
 #
-# Both tokenisations of a text are sequences of pieces. Pieces are compared as bytes, without the space in front.
+# Lines 1 to 4 tokenise each text twice, 5 makes pieces of the tokens, 6 and 7 find the cheapest alignment of
+# the two sequences of pieces, 8 to 11 count which tokens stand aligned, in a matrix C, 12 normalises C.
+# Pieces are compared as bytes, without the space in front.
 
 def without_mark(tokenizer: Tokenizer) -> list[bytes]:
     """Line 5: the bytes of every token without the space that marks the beginning of a word; b"" for special tokens."""
@@ -66,9 +69,9 @@ def align_by_loop(base: list[bytes], value: list[bytes]) -> list[tuple[int, int]
     """
     total = np.full((len(value) + 1, len(base) + 1), np.inf)
     total[0, 0] = 0.0
-    for i, piece in enumerate(value, 1):
-        for j, other in enumerate(base, 1):
-            total[i, j] = piece_cost(piece, other) + min(total[i - 1, j - 1], total[i - 1, j], total[i, j - 1])
+    for i, value_piece in enumerate(value, 1):
+        for j, base_piece in enumerate(base, 1):
+            total[i, j] = piece_cost(value_piece, base_piece) + min(total[i - 1, j - 1], total[i - 1, j], total[i, j - 1])
     i, j = len(value), len(base)
     path = []
     while (i, j) != (1, 1):
@@ -110,7 +113,7 @@ def count_pairs(texts: list[str], base: Tokenizer, value: Tokenizer, how: str, a
                           [[value_pieces[id] for id in ids] for ids in value_ids])
         # lines 8 to 10: count the pairs on it
         for b, v, path in zip(base_ids, value_ids, paths):
-            counts.update((b[i], v[j]) for i, j in path)
+            counts.update((b[at_base], v[at_value]) for at_base, at_value in path)
         # and say how far it is
         elapsed, done = time.monotonic() - started, min(first + 256, len(texts))
         if elapsed - reported > 2 or done == len(texts):
@@ -142,7 +145,7 @@ def normalise(pairs: np.ndarray, counts: np.ndarray, Vb: int, Vv: int) -> np.nda
     low, high = np.full(Vv, np.inf), np.full(Vv, -np.inf)
     np.minimum.at(low, columns, centred)
     np.maximum.at(high, columns, centred)
-    # A column with an empty cell has a 0 in it.
+    # Empty cells of C are left as 0, as in the authors' code, so a column that has one has a 0 in it.
     has_empty = np.bincount(columns, minlength=Vv) < Vb
     low[has_empty] = np.minimum(low[has_empty], 0.0)
     high[has_empty] = np.maximum(high[has_empty], 0.0)
@@ -171,7 +174,7 @@ class Speller:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.rank: dict[bytes, tuple[float, int]] = {}  # of a token's bytes: how early it is merged, and its id
-        self.single: dict[int, int] = {}  # tokens of one byte, for what has none
+        self.single: dict[int, int] = {}  # tokens of one byte, for bytes that are part of no longer token
         if tokenizer.kind == "tiktoken":
             self.read_byte_pairs()
         else:
@@ -233,7 +236,7 @@ def spell_out(source: Tokenizer, target: Tokenizer) -> list[tuple[int, ...]]:
         piece = source.token_bytes(id)
         if source.kind == "sentencepiece" and source.processor.is_byte(id):
             spelled.append((speller.single[piece[0]],))  # a byte remains a byte, though there may be a piece of it, too
-        elif not piece or source.kind == "sentencepiece" and source.processor.is_unknown(id):
+        elif not piece or (source.kind == "sentencepiece" and source.processor.is_unknown(id)):
             spelled.append(())
         else:
             spelled.append(tuple(speller(piece)))
@@ -270,8 +273,8 @@ class VocabMap:
     """A map from a base's tokens to a value network's: made by build, kept in a file.
 
     `pieces[t]` are the value tokens of base token t: all of them in the data-free map, at most one in
-    the others, none where nothing is known or for special tokens. `weight[t]` is Eq. (5)'s, 1 but for
-    how "paper". `paths[v]` are the base tokens of value token v's own bytes, in the data-free map alone.
+    the others, none where nothing is known or for special tokens that by_hand does not name. `weight[t]`
+    is Eq. (5)'s, 1 unless how is "paper". `paths[v]` are the base tokens of value token v's own bytes, in the data-free map alone.
     """
 
     how: str
@@ -286,7 +289,7 @@ class VocabMap:
     def map_logits(self, z_base: Tensor, Vv: int) -> Tensor:
         """Eq. (5): z_base W, (..., Vb) -> (..., Vv), of the logits as lm_head gives them.
 
-        Those of base tokens with one target ADD, and a value token that nothing reaches gets 0.
+        The logits of base tokens that share a target ADD, and a value token that nothing reaches gets 0.
         """
         source, target = self.entries.to(z_base.device)  # of W's entries: (P,), (P,)
         weight = torch.from_numpy(self.weight).to(z_base.device)[source]  # (P,)
@@ -401,7 +404,7 @@ def build(base: Tokenizer, value: Tokenizer, how: str = "pieces", texts: list[st
 
 
 def main():
-    from run.arguments import vocab_map_arguments
+    from run.arguments import vocab_map_arguments  # here and not at the top: run/ imports this file
     from run.twins import choose_alignment
     args = vocab_map_arguments()
     base, value = load_tokenizer(args.base_tokenizer), load_tokenizer(args.value_tokenizer)
