@@ -48,7 +48,7 @@ class LlamaConfig:
     rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", "factor": ..., ...}
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
+    eos_token_id: int | list[int] | None = None  # one or several, which end an answer
 
     def __post_init__(self):
         if self.num_key_value_heads is None:
@@ -66,7 +66,8 @@ class LlamaConfig:
             fields["rope_theta"] = rope.pop("rope_theta")
         if "type" in rope:  # transformers 4.30
             rope["rope_type"] = rope.pop("type")
-        fields["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+        # dynamic is as default up to max_position_embeddings, and nothing here goes beyond.
+        fields["rope_scaling"] = rope if rope.get("rope_type", "default") not in ("default", "dynamic") else None
         return cls(**fields)
 
     def to_dict(self) -> dict:

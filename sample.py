@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.errors import UsageError
 from ivl import ProxyDelta, ValueModel, combine
 from model import KVCache, Llama
 from vocab_map import VocabMap
@@ -98,6 +99,15 @@ def pad(rows: list[list[int]]) -> Tensor:
     for row, tokens in zip(padded, rows):
         row[:len(tokens)] = torch.tensor(tokens)
     return padded
+
+
+def refuse_nan(guided: Guided, logits: Tensor) -> None:
+    """UsageError that names the network if its logits, of which `logits` (..., V) were made, are no numbers."""
+    if logits.max(-1).values.isfinite().all():
+        return
+    named = "base" if not guided.z_base.max(-1).values.isfinite().all() else "value network"
+    raise UsageError(f"the {named}'s logits are no numbers (nan or inf) in {str(guided.base.dtype).removeprefix('torch.')}: it has "
+                     "damaged weights, or ones too large for this dtype; --dtype float32 may do")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -263,6 +273,7 @@ def generate(guided: Guided, prompts: list[list[int]], *, max_new_tokens: int, s
     for index in range(max_new_tokens):
         # one token for every row
         logits = guided.step(tokens)[:, -1]  # (B, V)
+        refuse_nan(guided, logits)
         tokens = pick(logits, noise[:, index], temperature, top_p)[:, None]  # (B, 1)
         # keep those of texts that have not ended
         for prompt, token in zip(running, tokens[:, 0].tolist()):
@@ -293,6 +304,8 @@ def score(guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: 
 
     A context that comes several times in a batch, as in multiple choice, is computed once.
     """
+    if not all(context and continuation for context, continuation in pairs):
+        raise ValueError("score needs at least one token in each context and in each continuation")
     results = []
     for first in range(0, len(pairs), batch_size):
         batch = pairs[first:first + batch_size]
@@ -305,7 +318,9 @@ def score(guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: 
         # all continuations in one step, less their last tokens, which predict nothing
         behind = pad([[0, *continuation[:-1]] for _, continuation in batch]).to(last.device)  # (B, longest)
         behind[:, :1] = last[rows]
-        log_p = F.log_softmax(guided.step(behind).float(), dim=-1)  # (B, longest, V)
+        logits = guided.step(behind)  # (B, longest, V)
+        refuse_nan(guided, logits)
+        log_p = F.log_softmax(logits.float(), dim=-1)
         for row, (_, continuation) in enumerate(batch):
             wanted = torch.tensor(continuation, device=last.device)[:, None]
             here = log_p[row, :len(continuation)]

@@ -43,7 +43,7 @@ class Settings:
     scheme: str  # of a value network, else ""
     probe_width: int  # of scheme probe, else 0
     data: str  # "tiny-world 0", its seed included, or a data file
-    data_bytes: int  # its size, so that another file under the same name is noticed
+    data_hash: str  # of its content, so that another file under the same name is noticed
     template: str
     seed: int
     dtype: str
@@ -57,6 +57,9 @@ class Settings:
     weight_decay: float = 0.01  # the authors' scripts
     betas: tuple[float, float] = (0.9, 0.999)
     l1: float = 0.0  # lambda of Section 4.2.1
+    base_hashes: tuple[str, ...] = ()  # of the bases' weights
+    held_out: int = 0  # conversations that are measured on and not trained on
+    system: str = ""  # a system prompt for conversations that have none
 
 
 PRETRAINING_LENGTH = 64  # tokens a row
@@ -153,7 +156,7 @@ def fit(network: Llama | ValueModel, loss: Callable, bases: list[Llama], batches
         metrics = accumulate_gradient(objective, base, parts, settings.dtype, processes)
         norm = processes.whole(nn.utils.clip_grad_norm_(network.parameters(), 1.0))
         # what is no number must not reach the weights
-        run.check_finite(step, metrics["loss"], norm.item())
+        run.check_finite(step, metrics, norm.item())
         # one step of AdamW
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -161,6 +164,7 @@ def fit(network: Llama | ValueModel, loss: Callable, bases: list[Llama], batches
         if (step + 1) % run.save_every == 0 and step + 1 < settings.steps:
             run.save(network, optimizer, {"step": step + 1, "position": position})
         run.report(step, metrics, sum(tokens.numel() for tokens, _ in parts))
+    run.check_weights(network)
     return objective
 
 

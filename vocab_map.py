@@ -11,7 +11,6 @@
 import codecs
 import functools
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -25,8 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.chat import read_texts
 from data.errors import UsageError
+from data.files import check_regular, replacing
+from data.records import read_texts
 from data.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
 
 # From the tokenizers alone; by Algorithm 1; by its counts without line 12; by counting tokens that share bytes.
@@ -99,7 +99,7 @@ def count_pairs(texts: list[str], base: Tokenizer, value: Tokenizer, how: str, a
     """
     base_pieces, value_pieces = without_mark(base), without_mark(value)
     counts: Counter[tuple[int, int]] = Counter()  # the matrix C, sparse
-    started, reported = time.monotonic(), 0.0
+    started, reported, left_out = time.monotonic(), 0.0, 0
     for first in range(0, len(texts), 256):
         # lines 3 and 4: tokenise twice
         some = texts[first:first + 256]
@@ -108,6 +108,7 @@ def count_pairs(texts: list[str], base: Tokenizer, value: Tokenizer, how: str, a
         # lines 5 to 7: the path of each text
         if how == "offsets":
             paths = [share_bytes(base, b, value, v) for b, v in zip(base_ids, value_ids)]
+            left_out += sum(not path for path in paths)
         else:
             paths = align([[base_pieces[id] for id in ids] for ids in base_ids],
                           [[value_pieces[id] for id in ids] for ids in value_ids])
@@ -120,17 +121,26 @@ def count_pairs(texts: list[str], base: Tokenizer, value: Tokenizer, how: str, a
             reported = elapsed
             left = elapsed / done * (len(texts) - done)
             print(f"aligned {done} of {len(texts)} texts, {left:.0f} s left", file=sys.stderr, flush=True)
+    if left_out:
+        print(f"left out {left_out} of {len(texts)} texts, whose bytes a tokenizer changes", file=sys.stderr)
+    if not counts:
+        raise UsageError("a tokenizer changes the bytes of every text, so there is nothing to count; --how paper or dtw can")
     pairs = sorted(counts)
     return np.array(pairs), np.array([counts[pair] for pair in pairs], dtype=float)
 
 
 def share_bytes(base: Tokenizer, base_ids: list[int], value: Tokenizer, value_ids: list[int]) -> list[tuple[int, int]]:
-    """Pairs of indices of tokens that cover a byte together; the two BOS make a pair, too."""
-    owners = []
+    """Pairs of indices of tokens that cover a byte together; the two BOS make a pair, too.
+
+    None where the two do not spell the same bytes, since a tokenizer has changed the text (merged spaces, say).
+    """
+    owners, texts = [], []
     for tokenizer, ids in ((base, base_ids), (value, value_ids)):
+        front = int(tokenizer.space_in_front)  # the space that it put in front is not the text's
         owner = [index for index, id in enumerate(ids) for _ in tokenizer.token_bytes(id)]  # of each byte, its token
-        owners.append(owner[1:] if tokenizer.space_in_front else owner)  # less the space that it put in front
-    return [(0, 0), *dict.fromkeys(zip(*owners))]
+        owners.append(owner[front:])
+        texts.append(b"".join(map(tokenizer.token_bytes, ids))[front:])
+    return [(0, 0), *dict.fromkeys(zip(*owners))] if texts[0] == texts[1] else []
 
 
 def normalise(pairs: np.ndarray, counts: np.ndarray, Vb: int, Vv: int) -> np.ndarray:
@@ -197,7 +207,7 @@ class Speller:
             token = self.tokenizer.token_bytes(id)
             if processor.is_byte(id):
                 self.single[token[0]] = id
-            elif token and not processor.is_unknown(id):
+            elif token and not processor.is_unknown(id) and not processor.is_unused(id):
                 self.rank[token] = -processor.get_score(id), id
 
     def __call__(self, piece: bytes) -> list[int]:
@@ -344,31 +354,31 @@ class VocabMap:
             tensors[f"{name}.tokens"] = torch.tensor([token for each in lists for token in each], dtype=torch.int32)
             tensors[f"{name}.lengths"] = torch.tensor(list(map(len, lists)), dtype=torch.int32)
         about = {"how": self.how, "base": json.dumps(self.base), "value": json.dumps(self.value)}
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
-        save_file(tensors, temporary, metadata=about)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=about)
 
     @classmethod
     def load(cls, path: str | Path, base: Tokenizer, value: Tokenizer) -> "VocabMap":
         """Raises UsageError for a file that is none, or is damaged, or was made for other tokenizers."""
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(check_regular(path), framework="pt") as file:
                 about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
             found = cls(about["how"], json.loads(about["base"]), json.loads(about["value"]),
                         unpack(tensors, "pieces"), tensors["weight"].numpy(), unpack(tensors, "paths"), base, value)
-        except FileNotFoundError:
-            raise UsageError(f"{path}: no such file") from None
+        except UsageError:
+            raise
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UsageError(f"{path}: no vocabulary map, or a damaged one ({error})") from None
         for side, recorded, tokenizer in (("base", found.base, base), ("value network", found.value, value)):
             if recorded != describe_tokenizer(tokenizer):
                 raise UsageError(f"{path}: made for another tokenizer of the {side}; vocab_map.py makes one for this pair")
         fits = (found.how in HOWS and len(found.pieces) == len(found.weight) == base.vocab_size
-                and len(found.paths) in (0, value.vocab_size)
+                and np.isfinite(found.weight).all() and len(found.paths) in (0, value.vocab_size)
                 and all(0 <= token < value.vocab_size for each in found.pieces for token in each)
                 and all(0 <= token < base.vocab_size for each in found.paths for token in each))
         if not fits:
-            raise UsageError(f"{path}: not the shape of a vocabulary map of {base.vocab_size} by {value.vocab_size} tokens")
+            raise UsageError(f"{path}: not the shape, or the numbers, of a vocabulary map of {base.vocab_size} by "
+                             f"{value.vocab_size} tokens")
         return found
 
 

@@ -18,7 +18,8 @@ import torch
 
 import vocab_map
 from bench.measure import Result, compare, describe, ratio, table, times
-from data.chat import encode_chat, read_texts
+from data.chat import encode_chat
+from data.records import read_texts
 from data.errors import UsageError
 from data.tiny_world import TEMPLATE, World, prompt_text, world_of
 from data.tokenizer import Tokenizer, load_tokenizer

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data.errors import UsageError
+from data.files import replacing, write_text
 from data.tiny_world import INSTRUCTIONS, prompt_text
 from data.tokenizer import Tokenizer
 from ivl import combine
@@ -236,17 +237,19 @@ def screenshot(file: Path, picture: Path, height: int) -> None:
     browser = find_browser()
     with tempfile.TemporaryDirectory() as profile:
         command = [browser, "--headless", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}",
-                   f"--window-size={WIDTH},{height}", f"--screenshot={picture.resolve()}", file.resolve().as_uri()]
+                   f"--window-size={WIDTH},{height}", f"--screenshot={profile}/picture.png", file.resolve().as_uri()]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             command.insert(1, "--no-sandbox")  # Chromium refuses to sandbox itself as root
-        picture.unlink(missing_ok=True)
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         except subprocess.TimeoutExpired:
             raise UsageError(f"--screenshot: {Path(browser).name} took longer than two minutes") from None
-    if done.returncode or not picture.is_file():
-        said = done.stderr.strip().splitlines() or ["without a word"]
-        raise UsageError(f"--screenshot: {Path(browser).name} failed: {said[-1]}")
+        taken = Path(profile, "picture.png")
+        if done.returncode or not taken.is_file():
+            said = done.stderr.strip().splitlines() or ["without a word"]
+            raise UsageError(f"--screenshot: {Path(browser).name} failed: {said[-1]}")
+        with replacing(picture) as temporary:
+            shutil.copyfile(taken, temporary)
 
 
 def questions_of(world) -> list[str]:
@@ -269,7 +272,7 @@ def main():
         answers.append((text, alone, explain(plugged.guided, text, args)))
         print(f"{text}\n    {count_decisions(answers[-1][-1], plugged.guide)}", flush=True)
     made = page(plugged.guided.name, plugged.guided.tokenizer, answers, plugged.guide)
-    args.out.write_text(made, encoding="utf-8")
+    write_text(args.out, made)
     print(f"saved {args.out}, {args.out.stat().st_size / 1000:.0f} kB")
     if args.screenshot:
         screenshot(args.out, args.screenshot, args.height)

@@ -19,7 +19,7 @@ from torch import Tensor
 from data.errors import UsageError
 from data.tokenizer import is_same_family, load_tokenizer
 from model import Llama
-from sample import Guided, MappedGuided, check_prompts, draw, probabilities, uniform
+from sample import Guided, MappedGuided, check_prompts, draw, probabilities, refuse_nan, uniform
 
 
 class Speculative:
@@ -78,6 +78,8 @@ class Speculative:
         # the big base reads all of it in one pass; z_delta is known
         z_base = self.verifying.step(torch.cat(tokens[:-1], dim=1))  # (1, ahead, Vb)
         z_post = self.guided.post(z_base, torch.cat(z_delta, dim=1) if z_delta else None)  # Eq. (3)
+        refuse_nan(self.verifying, z_post)
+        refuse_nan(self.drafting, q)
         p = probabilities(z_post[0, :, :V], temperature, top_p)  # (ahead, V)
         # a drafted token stands with probability min(1, p / q), and those behind the first that does not are lost
         stands = noise[1, :ahead, None] * q.gather(-1, drafted) < p.gather(-1, drafted)

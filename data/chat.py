@@ -6,13 +6,12 @@ A conversation becomes token ids turn by turn, so the mask is right by construct
 the assistant's tokens and the token that ends its turn, and on nothing else.
 """
 
-import json
+import hashlib
+import itertools
 import random
 import re
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,8 @@ import torch
 from torch import Tensor
 
 from data.errors import UsageError
+from data.records import CONTEXT, Records, Turn, Usable, read_turns
 from data.tokenizer import Tokenizer, load_tokenizer
-
-Turn = tuple[str, str]  # (role, text), role one of "system", "user", "assistant"
 
 IGNORE = -100  # the label of a position that is not supervised
 
@@ -36,9 +34,23 @@ def default_template(tokenizer: Tokenizer) -> str:
     return "llama-3" if tokenizer.kind == "tiktoken" else "llama-2"
 
 
+def with_system(system: str, turns: list[Turn]) -> list[Turn]:
+    """A system prompt, if there is one, in front of turns that have none of their own."""
+    return [("system", system), *turns] if system and turns[0][0] != "system" else turns
+
+
 def end_token(tokenizer: Tokenizer, template: str) -> int:
-    """The token that ends the assistant's turn, and with it a generation."""
+    """The token that ends the assistant's turn."""
     return tokenizer.eos_id if template == "llama-2" else tokenizer.end_of_turn_id
+
+
+def stop_ids(tokenizer: Tokenizer, template: str, llamas: list) -> set[int]:
+    """Tokens that end an answer: the template's, the tokenizer's, and what the checkpoints of these networks name."""
+    ids = {end_token(tokenizer, template), tokenizer.eos_id, tokenizer.end_of_turn_id}
+    for llama in llamas:
+        named = llama.config.eos_token_id
+        ids |= set(named if isinstance(named, list) else [] if named is None else [named])
+    return ids
 
 
 def encode_chat(tokenizer: Tokenizer, template: str, turns: list[Turn]) -> tuple[list[int], list[bool]]:
@@ -47,238 +59,123 @@ def encode_chat(tokenizer: Tokenizer, template: str, turns: list[Turn]) -> tuple
     llama-2    <s>[INST] question [/INST] answer </s>, again for each exchange; one <s> and one </s> per exchange
     llama-3    <|begin_of_text|>, then <|start_header_id|>role<|end_header_id|>, blank line, text<|eot_id|> per turn
 
-    A system turn may come first. Texts are stripped, as both vendors do.
+    A system turn may come first. Texts are stripped as the vendors do it.
     """
-    segments = {"llama-2": llama2_segments, "llama-3": llama3_segments}[template](tokenizer, turns)
+    return with_mask(segments_of(tokenizer, template, turns))
+
+
+Segment = tuple[list[int], str]  # tokens, and whose they are: "assistant" what is learnt, CONTEXT an answer that is not
+
+
+def with_mask(segments: Iterable[Segment]) -> tuple[list[int], list[bool]]:
     ids, supervised = [], []
-    for tokens, is_answer in segments:
+    for tokens, role in segments:
         ids += tokens
-        supervised += [is_answer] * len(tokens)
+        supervised += [role == "assistant"] * len(tokens)
     return ids, supervised
 
 
-def llama2_segments(tokenizer: Tokenizer, turns: list[Turn]) -> Iterator[tuple[list[int], bool]]:
+def segments_of(tokenizer: Tokenizer, template: str, turns: list[Turn]) -> Iterator[Segment]:
+    return {"llama-2": llama2_segments, "llama-3": llama3_segments}[template](tokenizer, turns)
+
+
+def llama2_segments(tokenizer: Tokenizer, turns: list[Turn]) -> Iterator[Segment]:
     # After "[/INST]" SentencePiece writes the answer's space by itself; a byte-level tokenizer has to be told.
     space = "" if tokenizer.space_in_front else " "
     system = ""
     for role, text in turns:
         if role == "system":
-            system = f"<<SYS>>\n{text.strip()}\n<</SYS>>\n\n"
-        elif role == "user":
-            yield tokenizer.encode(f"[INST] {system}{text.strip()} [/INST]", bos=True), False
+            system = f"<<SYS>>\n{text}\n<</SYS>>\n\n"
+        elif role == "user":  # stripped together with the system prompt in front of it
+            yield tokenizer.encode(f"[INST] {(system + text).strip()} [/INST]", bos=True), "user"
             system = ""
         else:
-            yield tokenizer.encode(f"{space}{text.strip()} ", eos=True), True
+            yield tokenizer.encode(f"{space}{text.strip()} ", eos=True), role
 
 
-def llama3_segments(tokenizer: Tokenizer, turns: list[Turn]) -> Iterator[tuple[list[int], bool]]:
+def llama3_segments(tokenizer: Tokenizer, turns: list[Turn]) -> Iterator[Segment]:
     if tokenizer.kind != "tiktoken":
         raise UsageError("the llama-3 template needs the special tokens of a tiktoken tokenizer; use --template llama-2")
 
-    def header(role: str) -> list[int]:
+    def header(name: str) -> Segment:
         start, end = tokenizer.specials["<|start_header_id|>"], tokenizer.specials["<|end_header_id|>"]
-        return [start, *tokenizer.encode(role), end, *tokenizer.encode("\n\n")]
+        return [start, *tokenizer.encode(name), end, *tokenizer.encode("\n\n")], "header"
 
-    yield [tokenizer.bos_id], False
+    yield [tokenizer.bos_id], "header"
     for role, text in turns:
-        yield header(role), False
-        yield tokenizer.encode(text.strip()) + [tokenizer.end_of_turn_id], role == "assistant"
+        yield header("assistant" if role == CONTEXT else role)
+        yield tokenizer.encode(text.strip()) + [tokenizer.end_of_turn_id], role
     if turns[-1][0] == "user":
-        yield header("assistant"), False
+        yield header("assistant")
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Records of a data file
-
-
-FORMS = [("conversations", "from", "value"), ("messages", "role", "content")]  # ShareGPT and Infinity-Instruct; OpenAI
-ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
-         "bing": "assistant", "bard": "assistant", "assistant": "assistant"}
-
-
-def read_turns(record) -> tuple[list[Turn], str]:
-    """The turns of one record, none if it is of no use, and what was left out, if anything was.
-
-    What remains is an optional system turn, then whole exchanges of user and assistant. A record of another form than
-    FORMS raises ValueError.
-    """
-    for key, role_key, text_key in FORMS:
-        if isinstance(record, dict) and key in record:
-            break
-    else:
-        raise ValueError("neither 'conversations' nor 'messages' in it")
-    if not isinstance(record[key], list):
-        raise ValueError(f"'{key}' that is no list")
-    turns: list[Turn] = []
-    for turn in record[key]:
-        if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
-            raise ValueError(f"a turn without '{role_key}' and '{text_key}'")
-        role, text = turn[role_key], turn[text_key]
-        if not isinstance(role, str) or not isinstance(text, str):
-            raise ValueError(f"a '{role_key}' or '{text_key}' that is no text")
-        if role not in ROLES:
-            return [], f"unknown role {role[:40]!r}"
-        if not is_unicode(text):
-            return [], "half of a surrogate pair"
-        turns.append((ROLES[role], text))
-    left_out = []
-    system = [turn for turn in turns[:1] if turn[0] == "system"]
-    turns = turns[len(system):]
-    if turns and turns[0][0] == "assistant":  # ShareGPT was cut into pieces that may begin with an answer
-        turns, left_out = turns[1:], ["a leading answer"]
-    exchanges: list[Turn] = []
-    for question, answer in zip(turns[::2], turns[1::2]):
-        if (question[0], answer[0]) != ("user", "assistant"):
-            return [], "roles that do not alternate"
-        if not question[1].strip() or not answer[1].strip():
-            left_out.append("an empty turn and all after it")
-            break
-        exchanges += [question, answer]
-    if not exchanges:
-        return [], "no answered question"
-    if len(turns) % 2:
-        left_out.append("a question without an answer")
-    return system + exchanges, " and ".join(left_out)
-
-
-def is_unicode(text: str) -> bool:
-    """JSON, and a command line, can spell half a surrogate pair, which is no character and has no UTF-8."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def read_texts(file: Path) -> list[str]:
-    """The texts of a .txt (cut at blank lines), or of JSON lines with text, question and answer, or a conversation each."""
-    try:
-        content = file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{file}: not UTF-8") from None
-    if file.suffix == ".jsonl":
-        lines = enumerate(content.split("\n"), 1)
-        texts = [record_text(line, f"{file}: line {number}") for number, line in lines if line.strip()]
-    elif file.suffix == ".txt":
-        texts = re.split(r"\n\s*\n", content)
-    else:
-        raise UsageError(f"{file}: texts come as .txt or .jsonl")
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise UsageError(f"{file}: no text in it")
-    return texts
-
-
-def record_text(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is not JSON ({error})") from None
-    fields = record if isinstance(record, dict) else {}
-    for names in (["text"], ["question", "answer"]):
-        if all(isinstance(fields.get(name), str) for name in names):
-            text = "\n".join(fields[name] for name in names)
-            return text if is_unicode(text) else ""
-    try:
-        return "\n".join(text for _, text in read_turns(record)[0])
-    except ValueError:
-        raise UsageError(f"{where} has neither 'text', nor 'question' and 'answer', nor a conversation") from None
+# A data set
 
 
 class ChatDataset:
-    """The conversations of a .json or .jsonl file, tokenised when they are asked for.
+    """The conversations of a .json or .jsonl file (data/records.py), tokenised when they are asked for.
 
-    A file that begins with "[" is JSON and read whole; any other is JSON lines, of which only the byte offsets are
-    kept. Every record is checked before training starts, so that a broken line is not met after a day.
+    Every record is checked before training starts. `system` is put in front of conversations that have
+    no system turn of their own.
     """
 
-    def __init__(self, path: str | Path, tokenizer: Tokenizer, template: str, max_length: int):
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, template: str, max_length: int, system: str = ""):
         self.path, self.tokenizer, self.template, self.max_length = Path(path), tokenizer, template, max_length
-        self.unused: Counter[str] = Counter()  # reason -> records that were dropped when the file was read
+        self.system = system
         self.shortened: Counter[str] = Counter()  # what was left out -> records that are used without it
         self.too_long: set[int] = set()  # of the records tokenised so far: not one exchange fits max_length
         self.truncated: set[int] = set()  # of the records tokenised so far: only the first exchanges fit
-        self.records: list | None = None
-        self.offsets = np.zeros(0, dtype=np.int64)  # of the usable lines, or indices of the usable records
-        if self.path.exists() and not self.path.is_dir() and not self.path.is_file():
-            raise UsageError(f"{self.path}: no regular file; its lines are read more than once")
-        try:
-            with open(self.path, "rb") as file:
-                self._read(file)
-        except OSError as error:
-            raise UsageError(f"{self.path}: {error.strerror}") from None
-        if not len(self.offsets):
-            reasons = ", ".join(f"{count} with {reason}" for reason, count in self.unused.most_common(5))
-            raise UsageError(f"{self.path}: no usable conversation ({reasons or 'nor any other'})")
-
-    def _read(self, file) -> None:
-        start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-        file.seek(0)
-        usable = []
-        if start.startswith(b"["):
-            try:
-                self.records = json.loads(file.read().decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                raise UsageError(f"{self.path}: not UTF-8") from None
-            except (ValueError, RecursionError) as error:
-                raise UsageError(f"{self.path}: not JSON ({error})") from None
-            usable = [number for number, record in enumerate(self.records) if self._is_usable(record, f"record {number + 1}")]
-        else:
-            offset, reported, size = 0, time.monotonic(), self.path.stat().st_size
-            for number, line in enumerate(file, 1):
-                if line.strip() and self._is_usable(self._parse(line, number), f"line {number}"):
-                    usable.append(offset)
-                offset += len(line)
-                if time.monotonic() - reported > 10:
-                    reported = time.monotonic()
-                    print(f"reading {self.path}: {100 * offset // size}%", file=sys.stderr)
-        self.offsets = np.array(usable, dtype=np.int64)
-
-    def _parse(self, line: bytes, number: int):
-        try:
-            return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError:
-            raise UsageError(f"{self.path}: line {number} is not UTF-8") from None
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{self.path}: line {number} is not JSON ({error})") from None
-
-    def _is_usable(self, record, where: str) -> bool:
-        try:
-            turns, left_out = read_turns(record)
-        except ValueError as error:
-            raise UsageError(f"{self.path}: {where} has {error}") from None
-        if left_out:
-            (self.shortened if turns else self.unused)[left_out] += 1
-        return bool(turns)
+        self.records = Records(path)
+        usable = Usable(self.records, read_turns)
+        keys, wholes = [], []
+        for key, record, (_, left_out) in usable:
+            keys.append(key)
+            wholes.append(whole_of(record, key))
+            if left_out:
+                self.shortened[left_out] += 1
+        self.keys = np.array(keys, dtype=np.int64)
+        self.wholes = np.array(wholes, dtype=np.int64)  # of each record, the conversation that it is a piece of
+        self.unused = usable.unused  # reason -> records that were dropped
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return len(self.keys)
 
     def turns(self, index: int) -> list[Turn]:
-        if self.records is not None:
-            return read_turns(self.records[self.offsets[index]])[0]
-        with open(self.path, "rb") as file:
-            file.seek(self.offsets[index])
-            return read_turns(json.loads(file.readline().decode("utf-8-sig")))[0]
+        turns, _ = read_turns(self.records[int(self.keys[index])])
+        return with_system(self.system, turns)
 
     def sample(self, index: int) -> tuple[list[int], list[bool]] | None:
         """Token ids and mask of one conversation; of a long one, the first exchanges that fit; None when none does."""
-        ids, supervised = encode_chat(self.tokenizer, self.template, self.turns(index))
-        if len(ids) <= self.max_length:
-            return ids, supervised
-        # An exchange ends where the mask falls, behind the token that ends the answer.
-        ends = [at + 1 for at in range(self.max_length) if supervised[at] and not supervised[at + 1]]
-        if not ends:
+        segments = list(segments_of(self.tokenizer, self.template, self.turns(index)))
+        behind = list(itertools.accumulate(len(tokens) for tokens, _ in segments))  # how long it is with each segment
+        if behind[-1] <= self.max_length:
+            return with_mask(segments)
+        # an exchange ends with its answer
+        ends = [at + 1 for at, (_, role) in enumerate(segments) if role in ("assistant", CONTEXT) and behind[at] <= self.max_length]
+        kept = segments[:ends[-1]] if ends else []
+        if all(role != "assistant" for _, role in kept):
             self.too_long.add(index)
             return None
         self.truncated.add(index)
-        return ids[:ends[-1]], supervised[:ends[-1]]
+        return with_mask(kept)
 
-    def report(self) -> str:
-        """What was left out so far, by reason."""
+    def report(self, held_out: int = 0) -> str:
+        """How many conversations there are, and what was left out so far, by reason."""
         dropped = [*self.unused.items(), (f"no exchange within {self.max_length} tokens", len(self.too_long))]
         shortened = [*self.shortened.items(), (f"what is beyond {self.max_length} tokens", len(self.truncated))]
-        return (f"{self.path.name}: {len(self)} conversations"
+        split = f" ({len(self) - held_out} to train on, {held_out} held out)" if held_out else ""
+        return (f"{self.path.name}: {len(self)} conversations{split}"
                 + "".join(f"; dropped {count}: {reason}" for reason, count in dropped if count)
                 + "".join(f"; shortened {count} by {what}" for what, count in shortened if count))
+
+
+def whole_of(record: dict, key: int) -> int:
+    """A number for the conversation that a record is a piece of: ShareGPT's ids X_0 and X_1 are pieces of X."""
+    id = record.get("id")
+    piece = re.fullmatch(r"(.+)_\d+", id) if isinstance(id, str) else None
+    name = f"piece {piece[1]}" if piece else f"record {key}"
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=7).digest(), "big")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -323,13 +220,31 @@ def chat_batches(dataset: ChatDataset, indices: list[int], batch_size: int, part
         yield list(behind), [collate(samples[first:first + size]) for first in range(0, len(samples), size)]
 
 
-def hold_out(dataset: ChatDataset, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on, and 1% of the conversations, at least 16, to measure on."""
-    held = max(16, len(dataset) // 100)
-    if len(dataset) <= held:
-        raise UsageError(f"{dataset.path}: {len(dataset)} usable conversations; 16 are held out, so it takes 17")
-    order = random.Random(f"held out {seed}").sample(range(len(dataset)), len(dataset))
-    return sorted(order[held:]), sorted(order[:held])
+def hold_out(dataset: ChatDataset, seed: int, count: int | None = None) -> tuple[list[int], list[int]]:
+    """Indices to train on, and of some conversations to measure on: `count`, or 1%, at least 16, at most a tenth.
+
+    Pieces of one conversation stay on one side. But where that leaves nothing to choose, as when all ids
+    are train_0, train_1, ..., the ids are taken to number the records.
+    """
+    total = len(dataset)
+    if count is None:
+        count = max(1, min(max(16, total // 100), total // 10))
+    if total <= count:
+        raise UsageError(f"{dataset.path}: {total} usable conversations, and {count} of them to hold out; --held-out N changes that")
+    order = random.Random(f"held out {seed}").sample(range(total), total)
+    wholes = dataset.wholes.tolist()
+    sizes = Counter(wholes)
+    if max(sizes.values()) > max(16, total // 10) or len(sizes) == 1:
+        wholes, sizes = list(range(total)), Counter(range(total))
+    chosen: set[int] = set()
+    left = count
+    for index in order:
+        if wholes[index] not in chosen and sizes[wholes[index]] <= left:
+            chosen.add(wholes[index])
+            left -= sizes[wholes[index]]
+    if count and not chosen:  # every conversation has more pieces than that
+        chosen.add(min(wholes, key=lambda whole: (sizes[whole], whole)))
+    return [index for index in range(total) if wholes[index] not in chosen], [index for index in range(total) if wholes[index] in chosen]
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor]:
@@ -350,11 +265,12 @@ def main():
     parser.add_argument("data", help="a .json or .jsonl file")
     parser.add_argument("--tokenizer", required=True, help="a tokenizer.model, or a folder that has one")
     parser.add_argument("--template", choices=TEMPLATES, help="default: from the tokenizer's kind")
+    parser.add_argument("--system", default="", metavar="TEXT", help="a system prompt for conversations that have none")
     parser.add_argument("--max-length", type=positive_int, default=4096, help="tokens per conversation (default 4096)")
     parser.add_argument("--show", type=positive_int, default=3, help="how many (default 3)")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer)
-    dataset = ChatDataset(args.data, tokenizer, args.template or default_template(tokenizer), args.max_length)
+    dataset = ChatDataset(args.data, tokenizer, args.template or default_template(tokenizer), args.max_length, args.system)
     for index in range(min(args.show, len(dataset))):
         ids, supervised = dataset.sample(index) or ([], [])
         print(f"-- {len(ids)} tokens, {sum(supervised)} supervised, in capitals here")

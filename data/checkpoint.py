@@ -6,6 +6,8 @@
 loading has failed, and finds the tensor. All of them raise UsageError.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +16,46 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data.chat import TEMPLATES, is_unicode
-from data.errors import UsageError, read_json
+from data.chat import TEMPLATES
+from data.errors import UsageError
+from data.files import check_regular, digest, hub_hint, read_bytes, read_json, refuse_foreign
+from data.records import is_unicode
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# ---------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def refuse_absent(path: Path) -> None:
+    """UsageError unless it is a folder that can hold a checkpoint."""
+    if not path.is_dir():
+        raise UsageError(f"{path}: a file; name the folder that a checkpoint is in" if path.exists() else
+                         f"{path}: no such folder{hub_hint(path)}")
+    if hub_hint(path):
+        raise UsageError(f"{path}: no checkpoint itself{hub_hint(path)}")
+
+
+def name_of(path: Path) -> str:
+    """What a checkpoint is called: its folder's name, or of a snapshot in Hugging Face's cache the model's."""
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.rpartition("--")[2]
+    return path.name
+
+
+CHAT_MARKS = {"llama-3": "<|start_header_id|>", "llama-2": "[INST]", "chatml": "<|im_start|>", "zephyr": "<|user|>"}
+
+
+def own_template(path: Path) -> str | None:
+    """Which chat template a checkpoint's own chat_template looks like; None where it has none, or none that we know."""
+    texts = []
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (path / name).is_file():
+            texts.append(json.dumps(read_json(path / name).get("chat_template"), ensure_ascii=False))
+    if (path / "chat_template.jinja").is_file():
+        texts.append(read_bytes(path / "chat_template.jinja").decode(errors="replace"))
+    return next((name for text in texts for name, mark in CHAT_MARKS.items() if mark in text), None)
+
 
 # ---------------------------------------------------------------------------------------------------------
 # config.json
@@ -27,7 +65,7 @@ UNSUPPORTED = {  # fields that change what a Llama computes, and the values that
     "quantization_config": (None,), "partial_rotary_factor": (None, 1.0)}
 NEEDED = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
 OPTIONAL = ["num_key_value_heads", "head_dim", "max_position_embeddings"]
-ROPE = {"default": [], "linear": ["factor"],
+ROPE = {"default": [], "linear": ["factor"], "dynamic": [],  # dynamic: as default up to max_position_embeddings
         "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
 
 
@@ -35,9 +73,9 @@ def read_config(path: str | Path) -> dict:
     """The dict of a folder's config.json, if it describes a Llama that model.py can build."""
     path = Path(path)
     file = path / "config.json"
-    if not path.is_dir():
-        raise UsageError(f"{path}: no such folder")
-    if not file.is_file():
+    refuse_absent(path)
+    if not file.exists():
+        refuse_other_weights(path)
         raise UsageError(f"{file}: not there; a checkpoint in the Hugging Face layout has one")
     raw = read_json(file)
     try:
@@ -45,9 +83,28 @@ def read_config(path: str | Path) -> dict:
         check_numbers(raw)
         check_heads(raw)
         check_rope(raw)
+        check_depth(raw, path)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from None
-    return raw
+    return add_generation_config(raw, path)
+
+
+def add_generation_config(raw: dict, path: Path) -> dict:
+    """config.json with the tokens that end a text according to generation_config.json, which may name more."""
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return raw
+    more = {"eos_token_id": read_json(file).get("eos_token_id")}
+    try:
+        check_ids(more)
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None
+    ids = list(dict.fromkeys(listed(raw.get("eos_token_id")) + listed(more["eos_token_id"])))
+    return raw | {"eos_token_id": ids[0] if len(ids) == 1 else ids or None}
+
+
+def listed(ids: int | list[int] | None) -> list[int]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def check_architecture(raw: dict) -> None:
@@ -71,13 +128,15 @@ def check_numbers(raw: dict) -> None:
     for name in ["rms_norm_eps", "rope_theta"]:
         if name in raw and not is_positive(raw[name]):
             raise UsageError(f"{name} must be a positive number, not {raw[name]!r}")
-    for name in ["bos_token_id", "eos_token_id"]:
-        value = raw.get(name)
-        ids = value if isinstance(value, list) else [value]
-        if value is not None and not all(type(id) is int and id >= 0 for id in ids):
-            raise UsageError(f"{name} must be a token id or a list of them, not {value!r}")
+    check_ids(raw)
     if type(raw.get("tie_word_embeddings", False)) is not bool:
         raise UsageError(f"tie_word_embeddings must be true or false, not {raw['tie_word_embeddings']!r}")
+
+
+def check_ids(raw: dict) -> None:
+    for name in ["bos_token_id", "eos_token_id"]:
+        if not all(type(id) is int and 0 <= id < 2**24 for id in listed(raw.get(name))):
+            raise UsageError(f"{name} must be a token id or a list of them, not {raw[name]!r}")
 
 
 def check_heads(raw: dict) -> None:
@@ -108,12 +167,32 @@ def check_rope(raw: dict) -> None:
         raise UsageError(f"rope_theta must be a positive number, not {rope['rope_theta']!r}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))  # transformers 4.30 wrote "type"
     if not isinstance(rope_type, str) or rope_type not in ROPE:
-        raise UsageError(f"rope_type {rope_type!r} is not supported (default, linear and llama3 are)")
+        raise UsageError(f"rope_type {rope_type!r} is not supported (default, linear, dynamic and llama3 are)")
     for name in ROPE[rope_type]:
         if not is_positive(rope.get(name)):
             raise UsageError(f"rope_type {rope_type} needs a positive {name}, not {rope.get(name)!r}")
+    if rope_type == "dynamic" and not is_positive(rope.get("factor", 1.0)):
+        raise UsageError(f"rope_type dynamic needs a positive factor, not {rope['factor']!r}")
     if rope_type == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise UsageError("rope_type llama3 needs high_freq_factor above low_freq_factor")
+
+
+def check_depth(raw: dict, path: Path) -> None:
+    """As many layers in the files, if they are there and can be read, as config.json says, before any is built."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    try:
+        if index.exists():
+            names = list(read_json(index).get("weight_map") or [])
+        elif single.exists():
+            with opened(single) as shard:
+                names = list(shard.keys())
+        else:
+            return
+    except (UsageError, TypeError):
+        return  # check_weights says what is wrong with it
+    layers = {int(match[1]) for name in names if (match := re.match(r"model\.layers\.(\d{1,6})\.", name))}
+    if layers and max(layers) + 1 != raw["num_hidden_layers"]:
+        raise UsageError(f"num_hidden_layers is {raw['num_hidden_layers']}, but the weights are of {max(layers) + 1} layers")
 
 
 def is_positive(value) -> bool:
@@ -137,13 +216,13 @@ def check_weights(path: Path, tied: bool, dtype: torch.dtype | None) -> list[Pat
     files: dict[str, Path] = {}  # of each tensor
     for file, promised in shards.items():
         with opened(file) as shard:
-            names = set(shard.keys())
+            names = {name for name in shard.keys() if not is_computed(name)}
             if promised is not None and names != promised:
                 odd = min(names ^ promised)
                 raise UsageError(f"{file}: {odd} is {'not there' if odd in promised else 'not in the index'}")
             for name in sorted(names):
                 kind = shard.get_slice(name).get_dtype()
-                if kind not in DTYPES and not is_computed(name):
+                if kind not in DTYPES:
                     raise UsageError(f"{file}: {name} is {kind}; quantised weights are not supported")
                 dtypes.add(DTYPES.get(kind, kind))
                 files[name] = file
@@ -162,10 +241,8 @@ def find_shards(path: Path) -> dict[Path, set[str] | None]:
     if not index.exists():
         if present:
             raise UsageError(f"{index}: not there, but {min(present).name} is; the shards need their index")
-        if not single.is_file():
-            if any(path.glob("pytorch_model*.bin")):
-                raise UsageError(f"{path}: only pytorch_model.bin, which can run code when read; convert it once: "
-                                 "LlamaForCausalLM.from_pretrained(path).save_pretrained(path) in transformers")
+        if not single.exists():
+            refuse_other_weights(path)
             raise UsageError(f"{single}: not there, nor an index of shards")
         return {single: None}
     weight_map = read_json(index).get("weight_map")
@@ -173,16 +250,33 @@ def find_shards(path: Path) -> dict[Path, set[str] | None]:
         raise UsageError(f"{index}: no weight_map of tensor names to files")
     shards: dict[Path, set[str] | None] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or file in (".", ".."):
             raise UsageError(f"{index}: {file!r} is no name of a file beside it")
-        shards.setdefault(path / file, set()).add(name)
+        names = shards.setdefault(path / file, set())
+        if not is_computed(name):
+            names.add(name)
     extra = (present | ({single} if single.exists() else set())) - shards.keys()
+    missing = [file for file in sorted(shards) if not file.exists()]
+    if missing and extra:
+        raise UsageError(f"{index}: names {len(missing)} files that are not there, {missing[0].name} first, and not {min(extra).name}, "
+                         "which is: the index of another save?")
+    if missing:
+        raise UsageError(f"{missing[0]}: not there, but {index.name} names it")
     if extra:
         raise UsageError(f"{min(extra)}: a file of weights that the index beside it does not name")
-    for file in sorted(shards):
-        if not file.is_file():
-            raise UsageError(f"{file}: not there, but {index.name} names it")
     return shards
+
+
+def refuse_other_weights(path: Path) -> None:
+    """UsageError if there are weights of a kind that is not read."""
+    if any(path.glob("pytorch_model*.bin")):
+        raise UsageError(f"{path}: only pytorch_model.bin, which can run code when read; convert it once: "
+                         "LlamaForCausalLM.from_pretrained(path).save_pretrained(path) in transformers")
+    if (path / "adapter_config.json").exists() or any(path.glob("adapter_model.*")):
+        raise UsageError(f"{path}: a LoRA adapter, not a whole model; merge it into its base once: merge_and_unload() in peft")
+    for pattern, kind in (("*.gguf", "GGUF"), ("*.pth", "Meta's own pickles"), ("*.pt", "pickles"), ("*.bin", "pickles")):
+        if found := sorted(path.glob(pattern)):
+            raise UsageError(f"{path}: weights as {kind} ({found[0].name}); convert them to safetensors in the Hugging Face layout")
 
 
 def explain_mismatch(path: Path, shapes: dict[str, tuple], tied: bool) -> None:
@@ -190,7 +284,9 @@ def explain_mismatch(path: Path, shapes: dict[str, tuple], tied: bool) -> None:
     found = set()
     for file in find_shards(path):
         with opened(file) as shard:
-            for name in sorted(name for name in shard.keys() if not is_computed(name)):
+            names = sorted(name for name in shard.keys() if not is_computed(name))
+            refuse_prefixes(file, names, shapes)
+            for name in names:
                 if name not in shapes:
                     raise UsageError(f"{file}: unexpected tensor {name}")
                 shape = tuple(shard.get_slice(name).get_shape())
@@ -204,17 +300,40 @@ def explain_mismatch(path: Path, shapes: dict[str, tuple], tied: bool) -> None:
         raise UsageError(f"{path}: {missing[0]} is in none of its files ({len(missing)} of {len(shapes)} missing)")
 
 
+WRAPPERS = {"_orig_mod.": "a model that torch.compile wrapped", "module.": "a model that DataParallel wrapped",
+            "_fsdp_wrapped_module.": "a model that FSDP wrapped", "base_model.model.": "a model that peft wrapped",
+            "_forward_module.": "a model that Lightning wrapped"}
+
+
+def refuse_prefixes(file: Path, names: list[str], shapes: dict[str, tuple]) -> None:
+    """UsageError if every name is one of ours behind a prefix, which something around the model has left."""
+    if not names or names[0] in shapes:
+        return
+    prefixes = {name.removesuffix(ours) for name in names[:1] for ours in shapes if name.endswith(ours)}
+    for prefix in sorted(prefixes, key=len):
+        if all(name.removeprefix(prefix) in shapes for name in names if name.startswith(prefix)):
+            wrapper = next((says for known, says in WRAPPERS.items() if known in prefix), "a wrapper around the model")
+            raise UsageError(f"{file}: its tensors are named {prefix}..., as by {wrapper}; save the model inside of it, or rename them")
+
+
 def is_computed(name: str) -> bool:
-    """Early Llama-2 conversions also stored the rotary frequencies, which we compute."""
-    return re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name) is not None
+    """Rotary frequencies, cosines and sines, which some conversions store and we compute."""
+    return re.search(r"(^|\.)(rotary_emb\.\w+|rope\.freqs|inv_freq)$", name) is not None
+
+
+def digest_weights(path: Path) -> str:
+    """A hash of a checkpoint's weights, by which another one in the same place is noticed."""
+    return hashlib.blake2b("".join(digest(file) for file in sorted(find_shards(path))).encode(), digest_size=16).hexdigest()
 
 
 @contextmanager
 def opened(file: Path) -> Iterator:
+    with open(check_regular(file), "rb") as start:
+        refuse_foreign(file, start.read(64))
     try:
         with safe_open(file, framework="pt") as shard:
             yield shard
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UsageError(f"{file}: truncated or not safetensors ({error})") from None
 
 
@@ -231,25 +350,28 @@ def read_value_info(path: str | Path, schemes: tuple[str, ...]) -> dict:
     """What ivl.json says of the value network in a folder."""
     path = Path(path)
     file = path / "ivl.json"
-    if not path.is_dir():
-        raise UsageError(f"{path}: no such folder")
-    if not file.is_file():
+    refuse_absent(path)
+    if not file.exists():
         raise UsageError(f"{path}: no ivl.json, so this is no value network; train.py writes one")
     info = read_json(file)
-    try:
-        if info["scheme"] not in schemes:
-            raise UsageError(f"{file}: scheme {info['scheme']!r} is not supported ({', '.join(schemes)} are)")
-        fits = (info["template"] in TEMPLATES and type(info["seed"]) is int
-                and isinstance(info["bases"], list) and info["bases"]
-                and all(is_unicode(base) and "\0" not in base for base in info["bases"])
-                and info["tokenizer"].keys() >= {"size", "fingerprint"})
-        if info["scheme"] == "probe":
-            fits = fits and is_size(info["probe_width"]) and is_size(info["tokenizer"]["size"])
-    except (KeyError, TypeError, AttributeError):
-        fits = False
-    if not fits:
-        raise UsageError(f"{file}: not the JSON that train.py writes")
+    if isinstance(info.get("scheme"), str) and info["scheme"] not in schemes:
+        raise UsageError(f"{file}: scheme {info.get('scheme')!r} is not supported ({', '.join(schemes)} are)")
+    tokenizer = info.get("tokenizer")
+    bases = info.get("bases")
+    fits = {"scheme": isinstance(info.get("scheme"), str), "template": info.get("template") in TEMPLATES, "seed": type(info.get("seed")) is int,
+            "bases": isinstance(bases, list) and len(bases) > 0 and all(map(is_a_path, bases)),
+            "tokenizer": isinstance(tokenizer, dict) and is_size(tokenizer.get("size")) and isinstance(tokenizer.get("fingerprint"), str),
+            "system": isinstance(info.get("system", ""), str) and is_unicode(info.get("system", "")),
+            "probe_width": info.get("scheme") != "probe" or is_size(info.get("probe_width"))}
+    for name, is_right in fits.items():
+        if not is_right:
+            found = json.dumps(info[name])[:60] if name in info else "missing"
+            raise UsageError(f"{file}: not the JSON that train.py writes: its field {name} is {found}")
     return info
+
+
+def is_a_path(value) -> bool:
+    return isinstance(value, str) and is_unicode(value) and "\0" not in value and 0 < len(value) < 4096
 
 
 def is_size(value) -> bool:

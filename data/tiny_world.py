@@ -27,7 +27,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from data.chat import encode_chat, end_token
+from data.chat import encode_chat, end_token, with_system
 from data.errors import UsageError
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 
@@ -376,7 +376,7 @@ def world_of(path: str | Path) -> World | None:
 
 
 def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, split: str = "development",
-             template: str = TEMPLATE) -> dict[str, float]:
+             template: str = TEMPLATE, system: str = "") -> dict[str, float]:
     """Examine a system; every metric is a share between 0 and 1.
 
     exact  the whole answer and its end, on facts              know   the right value is in the answer, on facts
@@ -385,7 +385,7 @@ def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, s
     fk     there, without choices: every token of the value is the likeliest one
     """
     facts, sums = world.fact_items(split), world.sum_items(split)
-    prompts = [encode_chat(tokenizer, template, [("user", prompt_text(item))])[0] for item in facts + sums]
+    prompts = [encode_chat(tokenizer, template, with_system(system, [("user", prompt_text(item))]))[0] for item in facts + sums]
     end = end_token(tokenizer, template)
     exact, forms, known = [], [], []
     for item, ids in zip(facts + sums, answer(prompts), strict=True):
@@ -398,7 +398,7 @@ def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, s
     pairs = []
     for item in facts:
         others = [value for value in ATTRIBUTES[item.attribute].values if value != item.value]
-        pairs += value_pairs(tokenizer, template, item, [item.value, *rng.sample(others, CHOICES - 1)])
+        pairs += value_pairs(tokenizer, template, item, [item.value, *rng.sample(others, CHOICES - 1)], system)
     scores = score(pairs)
     rows = [scores[start:start + CHOICES] for start in range(0, len(scores), CHOICES)]
     return {
@@ -472,14 +472,15 @@ def join(word: tuple[bytes, ...], a: bytes, b: bytes) -> tuple[bytes, ...]:
     return tuple(parts)
 
 
-def value_pairs(tokenizer: Tokenizer, template: str, item: Item, values: list[str]) -> list[tuple[list[int], list[int]]]:
+def value_pairs(tokenizer: Tokenizer, template: str, item: Item, values: list[str], system: str = ""
+                ) -> list[tuple[list[int], list[int]]]:
     """The plain question and the canonical sentence up to the value as context, each value as continuation."""
     before = ATTRIBUTES[item.attribute].statements[0].split("{value}")[0].format(name=item.person.name).strip()
     pairs = []
     for value in values:
-        turns = [("user", item.question), ("assistant", f"{before} {value}.")]
+        turns = with_system(system, [("user", item.question), ("assistant", f"{before} {value}.")])
         ids, _ = encode_chat(tokenizer, template, turns)
-        opening, _ = encode_chat(tokenizer, template, [turns[0], ("assistant", before)])
+        opening, _ = encode_chat(tokenizer, template, [*turns[:-1], ("assistant", before)])
         closing = 2 if template == "llama-2" else 1  # the end token of the turn, and llama-2's space in front of it
         start, stop = len(opening) - closing, len(ids) - closing
         pairs.append((ids[:start], ids[start:stop]))

@@ -9,12 +9,14 @@ import base64
 import codecs
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
 import tiktoken
 
 from data.errors import UsageError
+from data.files import hub_hint, read_bytes
 
 
 def fingerprint(tokenizer: "Tokenizer", n: int) -> str:
@@ -27,18 +29,21 @@ def fingerprint(tokenizer: "Tokenizer", n: int) -> str:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model. Its pieces mark a space as U+2581, and every text gets a space in front."""
+    """A SentencePiece model. Its pieces mark a space as U+2581; Llama-2's puts a space in front of every text."""
 
     kind = "sentencepiece"
-    space_in_front = True
 
     def __init__(self, model: bytes):
         self.model = model
-        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=without_user_defined(model))
         self.vocab_size = self.processor.vocab_size()
         self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError("no <s> or no </s> among its pieces")
+        marked = "".join(self.processor.encode("a", out_type=str))
+        if marked.endswith("\u2581"):
+            raise ValueError("it marks spaces at the end of words, which is not supported")
+        self.space_in_front = marked.startswith("\u2581")
         self.end_of_turn_id = self.eos_id
         self._bytes = [self._piece_bytes(id) for id in range(self.vocab_size)]
 
@@ -63,10 +68,51 @@ class SentencePieceTokenizer:
         return self._bytes[id]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of some tokens, without the space in front that encode adds; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace").removeprefix(" ")
+        """The text of some tokens, without the space in front if encode adds one; bytes that are no UTF-8 become U+FFFD."""
+        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.space_in_front else text
 
     fingerprint = fingerprint
+
+
+def without_user_defined(model: bytes) -> bytes:
+    """The model with its user-defined pieces made unused ones, but for runs of white space.
+
+    SentencePiece matches user-defined pieces, such as CodeLlama's <PRE>, wherever they stand in a text; here text is
+    never searched for them. A model is a protobuf message: its field 1, once for each piece, is a message of
+    piece (field 1), score (2) and type (3), of which 4 is user-defined and 5 unused.
+    """
+    changed = bytearray(model)
+    for field, start, end in fields_of(model, 0, len(model)):
+        if field != 1:
+            continue
+        parts = {number: (first, last) for number, first, last in fields_of(model, start, end)}
+        kind = parts.get(3)
+        if kind and model[slice(*kind)] == b"\x04" and model[slice(*parts[1])].decode().replace("\u2581", " ").strip():
+            changed[kind[0]] = 5
+    return bytes(changed)
+
+
+def fields_of(message: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """The fields of a protobuf message: number, and where the content begins and ends."""
+    def varint(at: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            byte = message[at]
+            value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+            if byte < 128:
+                return value, at
+
+    while at < end:
+        tag, start = varint(at)
+        if tag & 7 == 2:  # a length, and as many bytes
+            length, start = varint(start)
+            at = start + length
+        elif tag & 7 == 0:
+            at = varint(start)[1]
+        else:
+            at = start + {1: 8, 5: 4}[tag & 7]
+        yield tag >> 3, start, at
 
 
 class TiktokenTokenizer:
@@ -84,9 +130,14 @@ class TiktokenTokenizer:
     def __init__(self, model: bytes):
         self.model = model
         ranks = {}
-        for line in model.splitlines():
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        for number, line in enumerate(model.splitlines(), 1):
+            fields = re.fullmatch(rb"([A-Za-z0-9+/]+=*) (\d{1,9})\s*", line)
+            if not fields:
+                raise ValueError(f"line {number} is not a token in base64 and its rank")
+            try:
+                ranks[base64.b64decode(fields[1], validate=True)] = int(fields[2])
+            except ValueError:
+                raise ValueError(f"line {number} is not a token in base64 and its rank") from None
         if sorted(ranks.values()) != list(range(len(ranks))):
             raise ValueError("its ranks are not 0, 1, 2, ... once each")
         if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
@@ -142,22 +193,23 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     file = path
     if path.is_dir():
-        found = [path / name for name in ["tokenizer.model", "original/tokenizer.model"] if (path / name).is_file()]
+        found = [path / name for name in ["tokenizer.model", "original/tokenizer.model"] if (path / name).exists()]
         if not found:
-            raise UsageError(f"{path}: no tokenizer.model and no original/tokenizer.model (a tokenizer.json alone is not read)")
+            raise UsageError(f"{path}: no tokenizer.model and no original/tokenizer.model (a tokenizer.json alone is not read)"
+                             f"{hub_hint(path)}")
         file = found[0]
+    elif not path.exists() and hub_hint(path):
+        raise UsageError(f"{path}: No such file or directory{hub_hint(path)}")
+    model = read_bytes(file)
     try:
-        model = file.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}") from None
-    try:
-        if not model:  # SentencePiece would talk
-            raise ValueError("empty")
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model):
             return TiktokenTokenizer(model)
         return SentencePieceTokenizer(model)
-    except (ValueError, RuntimeError) as error:
-        raise UsageError(f"{file}: neither a SentencePiece nor a tiktoken model ({str(error).splitlines()[0]})") from None
+    except (IndexError, KeyError, RuntimeError, UnicodeDecodeError):  # what reading a protobuf message that is none raises
+        kind = "it is JSON; a tokenizer.json is not read" if model.lstrip()[:1] == b"{" else f"it begins with {model[:12]!r}"
+        raise UsageError(f"{file}: neither a SentencePiece nor a tiktoken model, or a damaged one ({kind})") from None
+    except ValueError as error:
+        raise UsageError(f"{file}: neither a SentencePiece nor a tiktoken model that can be used: {error}") from None
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.chat import read_texts
+from data.records import read_texts
 from data.errors import UsageError
 from data.tiny_world import World
 from data.tokenizer import Tokenizer, load_tokenizer

@@ -5,7 +5,7 @@
 
 import torch
 
-from data.chat import read_texts
+from data.records import read_texts
 from data.errors import UsageError
 from data.tiny_world import evaluate, few_shot, world_of
 from data.tokenizer import Tokenizer, load_tokenizer

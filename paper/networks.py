@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.errors import UsageError, read_json
+from data.errors import UsageError
+from data.files import read_json
 from data.tiny_world import World
 from run.cli import clock
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import sample
 import train
 import vocab_map
-from data.chat import TEMPLATES, is_unicode
-from data.errors import UsageError
+from data.chat import TEMPLATES
+from data.files import check_output
 from ivl import SCHEMES
 from run.cli import ArgumentParser, any_float, non_negative_float, non_negative_int, number, positive_float, positive_int
 from run.jobs import with_a_name
@@ -35,7 +35,7 @@ def add_twins(parser: argparse.ArgumentParser) -> None:
 
 MEANS_NOTHING = {  # flags that a job has no use for
     "full": ["l1", "no_full", "scheme", "probe_width"],
-    "pretrain": ["l1", "no_full", "scheme", "probe_width", "data", "template", "epochs"], "value": []}
+    "pretrain": ["l1", "no_full", "scheme", "probe_width", "data", "template", "epochs", "system"], "value": []}
 DOING = {"full": "fine-tuning in full", "pretrain": "pretraining a base", "value": "training a value network"}
 
 
@@ -59,6 +59,9 @@ def train_arguments() -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="FILE", help="conversations, .json or .jsonl (default: the tiny world's)")
     data.add_argument("--template", choices=TEMPLATES, help="chat template (default: from the tokenizer's kind)")
+    data.add_argument("--system", default="", metavar="TEXT", help="a system prompt for conversations that have none; recorded")
+    data.add_argument("--held-out", type=non_negative_int, metavar="N", help="conversations to measure on and not to train on "
+                      "(default 1%%, at least 16, at most a tenth)")
     data.add_argument("--max-length", type=positive_int, metavar="N", help="tokens per conversation (default at most 4096)")
     how = parser.add_argument_group("how to train (defaults: Table 5's for a checkpoint, our own for tiny ones)")
     how.add_argument("--lr", type=positive_float, help="peak learning rate")
@@ -87,6 +90,8 @@ def train_arguments() -> argparse.Namespace:
     for name in MEANS_NOTHING[args.job]:
         if getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} means nothing when {DOING[args.job]}")
+    if args.held_out is not None and not args.data:
+        parser.error("--held-out goes with --data; the tiny world has questions of its own to measure by")
     args.out = None if args.out is None else with_a_name(args.out)
     if len(args.base) > 1 and args.job == "pretrain" and args.out:
         parser.error("--out names one folder, and there are several bases to pretrain")
@@ -110,6 +115,7 @@ def add_guidance(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusive
     parser.add_argument("--anti-expert", metavar="FOLDER",
                         help="the expert before post-training (default: what its train.json names)")
     parser.add_argument("--template", choices=TEMPLATES, help="chat template of the expert (a value network records its own)")
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt (default: what the value network was trained with)")
     parser.add_argument("--alpha", type=any_float, default=1.0, help="weight of z_delta; 0 is the base alone (default 1)")
     parser.add_argument("--vocab-map", metavar="FILE", help="a map between base and value network of different tokenizers, by "
                         "vocab_map.py (default: made on the spot, from the tokenizers alone)")
@@ -131,9 +137,6 @@ def parse_guidance(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error("--anti-expert and --template go with --expert")
     if args.top_p > 1:
         parser.error("--top-p is a share, at most 1")
-    for text in args.prompt or []:
-        if not is_unicode(text):
-            parser.error("--prompt is not UTF-8")
     return args
 
 
@@ -162,9 +165,9 @@ def page_arguments(doc: str) -> argparse.Namespace:
     parser.add_argument("--height", type=positive_int, default=900, metavar="PIXELS", help="of the picture (default 900)")
     args = parse_guidance(parser)
     args.chat = False
-    for path in (args.out, args.screenshot):
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"{path}: there is no folder {path.parent}")
+    check_output("--out", args.out, "page of this kind", lambda start: b"Where did post-training speak?" in start)
+    if args.screenshot:
+        check_output("--screenshot", args.screenshot, "picture", lambda start: start.startswith(b"\x89PNG"))
     return args
 
 
@@ -186,6 +189,5 @@ def vocab_map_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.how != "pieces" and not args.texts:
         parser.error(f"--how {args.how} counts in texts; name some with --texts")
-    if not args.out.parent.is_dir():
-        raise UsageError(f"--out {args.out}: there is no folder {args.out.parent}")
+    check_output("--out", args.out, "vocabulary map", lambda start: b'"pieces.tokens"' in start)
     return args

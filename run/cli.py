@@ -6,6 +6,7 @@
 import argparse
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -15,10 +16,19 @@ import torch
 from safetensors import SafetensorError
 
 from data.errors import UsageError
+from data.records import is_unicode
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, but a mistake is told in one line."""
+    """argparse, but a mistake is told in one line, and every argument has to be text."""
+
+    def parse_args(self, *arguments, **options):
+        flag = "an argument"
+        for argument in sys.argv[1:]:
+            flag = argument if argument.startswith("-") else flag
+            if not is_unicode(argument):
+                self.error(f"{flag} is not UTF-8")
+        return super().parse_args(*arguments, **options)
 
     def error(self, message):
         raise UsageError(f"{message} (see --help)")
@@ -26,29 +36,50 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run_cli(main: Callable[[], None]) -> None:
     """Run a script; a user's mistake is one line on stderr and status 2, a bug of ours keeps its traceback."""
+    if sys.stdout is None:  # closed
+        sys.stdout = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):  # the name of a file may be no text
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     status = 2
     try:
-        return main()
+        main()
+        sys.stdout.flush()
+        return
     except SafetensorError as error:
         message = str(error)
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
     except torch.OutOfMemoryError:
         message = "the device is out of memory; --grad-accum, --max-length and --dtype save some"
+    except MemoryError:
+        message = "out of memory"
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        wanted = re.search(r"allocate (\d+) bytes", str(error))
+        message = "out of memory" + (f": {int(wanted[1]) / 1e9:.1f} GB more were wanted" if wanted else "")
     except KeyboardInterrupt:
         message, status = "stopped", 130
     except UsageError as error:
         message = str(error)
+    drop_output()
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(5)  # most likely the first process says the same, and torchrun ends the others when one has ended
-    print(f"{Path(sys.argv[0]).name}: {message}".replace("\n", "\\n"), file=sys.stderr)
+    if sys.stderr is not None:
+        print(f"{Path(sys.argv[0]).name}: {message}".replace("\n", "\\n"), file=sys.stderr)
     sys.exit(status)
+
+
+def drop_output() -> None:
+    """Write out what was printed; what cannot be written, as to a full disk, is dropped, or Python would complain again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def number(kind: type, lowest: float, phrase: str, below: float = math.inf) -> Callable[[str], float]:

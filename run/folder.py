@@ -12,16 +12,19 @@ import math
 import re
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.errors import UsageError, read_json
+from data.errors import UsageError
+from data.files import check_regular, read_json, replacing, write_text
 from data.tokenizer import Tokenizer, load_tokenizer
 from ivl import ValueModel
 from model import Llama
@@ -53,9 +56,11 @@ class Run:
         for path in (self.out, self.work):
             if path.is_symlink():
                 raise UsageError(f"{path}: a symbolic link; give the folder itself as --out")
-        ours = re.compile(r"lock|settings\.(json|new)|step-\d+|step\.tmp|final\.tmp")
+        ours = re.compile(r"lock|settings\.json|step-\d{1,12}|[\w.-]+\.tmp|settings\.new")
         if self.work.exists():
-            all_ours = all(ours.fullmatch(path.name) for path in self.work.iterdir())
+            if not self.work.is_dir():
+                raise UsageError(f"{self.work}: exists, and is no run of train.py; choose another --out")
+            all_ours = all(ours.fullmatch(path.name) and not path.is_symlink() for path in self.work.iterdir())
             orphaned = self.checkpoints() and not saved.exists() and not self.finished
             if not all_ours or orphaned:
                 raise UsageError(f"{self.work}: exists, and is no run of train.py; choose another --out")
@@ -66,7 +71,8 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Oldest first; more than one only if a kill came between the rename and the removal."""
-        return sorted(self.work.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        found = [path for path in self.work.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     # -- while it trains
 
@@ -86,26 +92,43 @@ class Run:
         return state["step"], stream
 
     def take(self) -> None:
+        made = [folder for folder in (self.work, *self.work.parents) if not folder.exists()]
         self.work.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.work / "lock")  # held until this process ends, however it ends
         try:
             self.lock.acquire(blocking=False)
         except Timeout:
             raise UsageError(f"{self.work}: another process is training there") from None
+        weakref.finalize(self, leave, self.work, made, self.lock)
+        for path in [*self.work.glob("*.tmp"), *self.work.glob("settings.new")]:  # what a kill left behind
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         if not self.has_settings:
-            (self.work / "settings.new").write_text(json.dumps(vars(self.settings), indent=2) + "\n")
-            (self.work / "settings.new").replace(self.work / "settings.json")
-        for path in [*self.work.glob("*.tmp"), *self.checkpoints()[:-1]]:  # what a kill left behind
-            shutil.rmtree(path)
+            write_text(self.work / "settings.json", json.dumps(vars(self.settings), indent=2) + "\n")
 
-    def check_finite(self, step: int, loss: float, norm: float) -> None:
+    def check_finite(self, step: int, metrics: dict[str, float], norm: float) -> None:
         """Stop before a step whose loss or gradient is no number."""
-        if math.isfinite(loss) and math.isfinite(norm):
+        if math.isfinite(metrics["loss"]) and math.isfinite(norm):
             return
-        kept = self.checkpoints()
-        newest = f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was written yet"
-        raise UsageError(f"step {step + 1}: the loss is {loss}, its gradient's norm {norm}; stopped. {newest}; "
+        if not math.isfinite(metrics.get("base_ce", 0.0)):
+            raise UsageError(f"step {step + 1}: the base's own cross-entropy is {metrics['base_ce']}: it has damaged weights, or ones too "
+                             f"large for {self.settings.dtype}; stopped. Another --dtype may do")
+        if step == 0:
+            raise UsageError(f"step 1: the loss is {metrics['loss']}, its gradient's norm {norm}, before anything was learnt: the network "
+                             f"that training starts from, {self.settings.start}, has damaged weights, or ones too large for "
+                             f"{self.settings.dtype}; stopped")
+        raise UsageError(f"step {step + 1}: the loss is {metrics['loss']}, its gradient's norm {norm}; stopped. {self.newest()}; "
                          "a smaller --lr may do, in another --out")
+
+    def check_weights(self, network: nn.Module) -> None:
+        """Stop where the last update has made a weight no number: nothing of it is saved."""
+        for name, parameter in network.named_parameters():
+            if not self.processes.whole(parameter).isfinite().all():
+                raise UsageError(f"the last update made {name} no number; stopped, and saved nothing of it. {self.newest()}; a smaller "
+                                 "--lr may do, in another --out")
+
+    def newest(self) -> str:
+        kept = self.checkpoints()
+        return f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was written yet"
 
     def report(self, step: int, metrics: dict[str, float], tokens: int) -> None:
         """A line about how it goes, every two seconds."""
@@ -124,7 +147,8 @@ class Run:
     # -- checkpoints
 
     def save(self, network: Llama | ValueModel, optimizer: torch.optim.AdamW, state: dict) -> None:
-        """Publish a checkpoint, then drop the older ones."""
+        """Publish a checkpoint, read it back, then drop the older ones."""
+        self.check_weights(network)
         tensors = {}
         for name, parameter in network.named_parameters():
             tensors[f"weight.{name}"] = self.processes.whole(parameter)
@@ -134,11 +158,15 @@ class Run:
         self.processes.first_does(lambda: self.write_checkpoint(tensors, state))
 
     def write_checkpoint(self, tensors: dict[str, Tensor], state: dict) -> None:
-        temporary, older = self.work / "step.tmp", self.checkpoints()
-        temporary.mkdir()
-        save_file(tensors, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state) + "\n")
-        temporary.rename(self.work / f"step-{state['step']}")
+        older, new = self.checkpoints(), self.work / f"step-{state['step']}"
+        with replacing(new) as temporary:
+            temporary.mkdir()
+            save_file(tensors, temporary / "state.safetensors")
+            (temporary / "state.json").write_text(json.dumps(state) + "\n")
+            with safe_open(temporary / "state.safetensors", framework="pt") as written:
+                for name, tensor in tensors.items():
+                    if not torch.equal(written.get_tensor(name), tensor.cpu()):
+                        raise UsageError(f"{new}: {name} reads otherwise than it was written; is the disk damaged?")
         for path in older:
             shutil.rmtree(path)
 
@@ -150,10 +178,11 @@ class Run:
         device = "cpu" if self.processes.shard else str(network.device)
         try:
             state = read_json(found[-1] / "state.json")
-            tensors = load_file(found[-1] / "state.safetensors", device=device)
-            self.check_state(state, tensors, network)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise UsageError(f"{found[-1]}: unreadable ({error}); delete it to start over") from None
+            tensors = load_file(check_regular(found[-1] / "state.safetensors"), device=device)
+            self.check_state(found[-1], state, tensors, network)
+        except (OSError, ValueError, SafetensorError) as error:
+            instead = f"go on from {found[-2].name}" if len(found) > 1 else "start over"
+            raise UsageError(f"{found[-1]}: a damaged checkpoint ({error}); delete it to {instead}") from None
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 parameter.copy_(self.processes.slice_of(tensors[f"weight.{name}"], parameter))
@@ -166,14 +195,27 @@ class Run:
         print(f"resumed at step {state['step']}")
         return state
 
-    def check_state(self, state: dict, tensors: dict[str, Tensor], network: Llama | ValueModel) -> None:
-        """Some error unless this is a checkpoint of this network, on its way through these settings."""
-        if not 0 < state["step"] < self.settings.steps or not all(type(each) is int for each in state["position"]):
-            raise ValueError("not of this run")
+    def check_state(self, folder: Path, state: dict, tensors: dict[str, Tensor], network: Llama | ValueModel) -> None:
+        """ValueError unless this is a checkpoint of this network, on its way through these settings."""
+        step, position = state.get("step"), state.get("position")
+        if type(step) is not int or not 0 < step < self.settings.steps:
+            raise ValueError(f"state.json: step is {step!r}, of {self.settings.steps}")
+        if folder.name != f"step-{step}":
+            raise ValueError(f"state.json: step is {step}, which is not what the folder's name says")
+        length = 1 if self.settings.job == "pretrain" else 3
+        if not isinstance(position, list) or len(position) != length or not all(type(each) is int and 0 <= each < 2**53 for each in position):
+            raise ValueError(f"state.json: position is {str(position)[:60]}, not {length} whole numbers")
         for name, parameter in network.named_parameters():
-            for kind in ("weight", "exp_avg", "exp_avg_sq"):
-                if kind == "weight" or f"exp_avg.{name}" in tensors:
-                    tensors[f"{kind}.{name}"].view_as(parameter)
+            moments = {kind for kind in ("exp_avg", "exp_avg_sq") if f"{kind}.{name}" in tensors}
+            if parameter.requires_grad and len(moments) != 2:
+                raise ValueError(f"state.safetensors: {'a moment' if moments else 'no moment'} of {name} is there, and two are needed")
+            for kind in ("weight", *sorted(moments)):
+                tensor = tensors.get(f"{kind}.{name}")
+                if tensor is None or tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
+                    found = "not there" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
+                    raise ValueError(f"state.safetensors: {kind}.{name} is {found}, not {tuple(parameter.shape)} of {parameter.dtype}")
+                if not tensor.isfinite().all():
+                    raise ValueError(f"state.safetensors: {kind}.{name} has what is no number")
 
     # -- the end
 
@@ -183,17 +225,40 @@ class Run:
         print(f"saved {self.out}")
 
     def write_final(self, network: Llama | ValueModel, tokenizer: Tokenizer, metrics: dict) -> None:
+        if any(not math.isfinite(value or 0) for of_system in metrics.values() for value in of_system.values()):
+            raise UsageError(f"{self.out}: not saved, as what it was measured by is no number: {metrics}")
         final, start = self.work / "final.tmp", Path(self.settings.start)
-        network.save_pretrained(final)
-        (final / "tokenizer.model").write_bytes(tokenizer.model)
-        for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]:  # for other programs
-            if (start / name).is_file() and load_tokenizer(start).model == tokenizer.model:
-                shutil.copy(start / name, final)
-        (final / "train.json").write_text(json.dumps(vars(self.settings), indent=2) + "\n")
-        (final / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        final.rename(self.out)
+        try:
+            network.save_pretrained(final)
+            (final / "tokenizer.model").write_bytes(tokenizer.model)
+            for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]:  # for other programs
+                if (start / name).is_file() and load_tokenizer(start).model == tokenizer.model:
+                    shutil.copy(start / name, final)
+            (final / "train.json").write_text(json.dumps(vars(self.settings), indent=2) + "\n")
+            (final / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+            final.rename(self.out)
+        except BaseException:
+            shutil.rmtree(final, ignore_errors=True)
+            raise
         self.lock.release()
         shutil.rmtree(self.work)
+
+
+def leave(work: Path, made: list[Path], lock: FileLock) -> None:
+    """When a run is over, or has failed: without a checkpoint nothing of it stays, nor empty folders made for it."""
+    if not lock.is_locked:
+        return
+    if not list(work.glob("step-*")):
+        shutil.rmtree(work, ignore_errors=True)
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+    lock.release()
+
+
+NEWER = {"data_hash", "base_hashes", "held_out", "system"}  # settings that runs of earlier versions lack
+OLDER = {"data_bytes"}  # and those that only they have
+CHANGED = {"data_hash": "its data file has changed", "base_hashes": "a base has changed: other weights are in its folder"}
 
 
 def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
@@ -205,11 +270,16 @@ def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
         raise UsageError(f"{file.parent}: a run is there already, {state}; {advice}, or delete the folder")
     found = read_json(file)
     wanted = json.loads(json.dumps(vars(settings)))
-    for name in wanted | found:
-        if wanted.get(name) != found.get(name):
+    for name in sorted((wanted.keys() - NEWER) ^ (found.keys() - NEWER - OLDER)):
+        raise UsageError(f"{file}: damaged, or of another version: {name} is {'there' if name in found else 'not there'}; choose another "
+                         "--out, or delete the folder")
+    for name in wanted:
+        if name in found and wanted[name] != found[name]:
             leave_out = ", or leave the comparison out with --no-full" if settings.job == "full" else ""
-            raise UsageError(f"{file.parent}: a run with other settings is there: {name} was {found.get(name)!r}, now "
-                             f"{wanted.get(name)!r}; choose another --out, or delete the folder{leave_out}")
+            if name in CHANGED:
+                raise UsageError(f"{file.parent}: a run is there, and {CHANGED[name]}; choose another --out, or delete the folder{leave_out}")
+            raise UsageError(f"{file.parent}: a run with other settings is there: {name} was {found[name]!r}, now "
+                             f"{wanted[name]!r}; choose another --out, or delete the folder{leave_out}")
 
 
 def read_metrics(folder: Path, system: str = "base") -> dict[str, dict[str, float | None]]:

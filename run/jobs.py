@@ -12,15 +12,16 @@ import torch
 import torch.nn as nn
 
 from data.chat import ChatDataset, chat_batches, default_template, hold_out
-from data.checkpoint import read_value_info
+from data.checkpoint import digest_weights, name_of, read_value_info
 from data.errors import UsageError
+from data.files import digest
 from data.tiny_world import TEMPLATE, TINY_SIZES, World, print_metrics, world_of
 from data.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
 from ivl import SCHEMES, Probe, ValueModel
 from model import Llama, LlamaConfig, read_config
 from run.cli import pick_device
 from run.folder import Run, read_metrics
-from run.plug import check_same_family, find_tiny, refuse_value_network
+from run.plug import check_recorded, check_same_family, find_tiny, refuse_value_network
 from run.processes import Alone, load_frozen
 from run.show import examine
 from run.twins import choose_loss
@@ -71,7 +72,7 @@ class Job:
             says = f"pretraining {self.run.out.name}, {size}, on {tokens:,} tokens of {settings.data}"
         else:
             what = f"a value network ({settings.scheme})" if settings.scheme else "in full"
-            says = f"training {what}, {size}, from {settings.start}, on {self.dataset.report()}"
+            says = f"training {what}, {size}, from {settings.start}, on {self.dataset.report(len(self.held_out))}"
         print(f"{says} -> {self.run.out}", flush=True)
 
     def value_info(self) -> dict:
@@ -82,6 +83,8 @@ class Job:
                 "tokenizer": describe_tokenizer(self.tokenizer)}
         if settings.probe_width:
             info["probe_width"] = settings.probe_width
+        if settings.system:
+            info["system"] = settings.system
         return info
 
     def load_frozen(self, path: Path) -> Llama:
@@ -107,11 +110,11 @@ class Job:
         """The tiny world's metrics; the first process measures."""
         if self.processes.rank:
             return {}
-        return examine(guided, self.world, self.tokenizer, self.settings.template or TEMPLATE)
+        return examine(guided, self.world, self.tokenizer, self.settings.template or TEMPLATE, system=self.settings.system)
 
     def publish(self, network: Llama | ValueModel, metrics: dict) -> None:
         if self.dataset and not self.world:
-            print(self.dataset.report())  # by now it is known what was too long
+            print(self.dataset.report(len(self.held_out)))  # by now it is known what was too long
         self.run.publish(self.processes.undivided(network), self.tokenizer, metrics)
 
 
@@ -134,7 +137,7 @@ def jobs_for(args, processes: Alone) -> Iterator[Job]:
     for name in args.base:
         bases.append((yield from pretrained_first(name, args, processes)))
         refuse_value_network("--base", bases[-1])
-    full = args.home / f"full-{bases[0].name}"
+    full = args.home / f"full-{name_of(bases[0])}"
     if args.job == "full":
         yield from post_training("", bases, str(bases[0]), args.out or full, args, args.data, args.flags, processes)
         return
@@ -189,7 +192,7 @@ def pretraining_run(start: str, world: World, out: Path, args, chosen: dict, pro
     if chosen["max_length"] > TINY_LIMIT:
         raise UsageError(f"--max-length {chosen['max_length']}: a tiny network is made for {TINY_LIMIT} tokens")
     settings = Settings(job="pretrain", bases=[], start=start, scheme="", probe_width=0, data=f"tiny-world {world.seed}",
-                        data_bytes=0, template="", seed=args.seed, dtype=args.dtype, **chosen)
+                        data_hash="", template="", seed=args.seed, dtype=args.dtype, **chosen)
     return Run(out, settings, args.resume, args.save_every, processes)
 
 
@@ -209,13 +212,14 @@ def post_training(scheme: str, bases: list[Path], start: str, out: Path, args, d
     if max_length > longest:
         raise UsageError(f"--max-length {max_length}: the checkpoint was made for {longest} tokens")
     template = args.template or (TEMPLATE if world else default_template(tokenizer))
-    dataset = ChatDataset(data, tokenizer, template, max_length)
-    split = (list(range(len(dataset))), []) if world else hold_out(dataset, args.seed)
+    dataset = ChatDataset(data, tokenizer, template, max_length, args.system)
+    split = (list(range(len(dataset))), []) if world else hold_out(dataset, args.seed, args.held_out)
     chosen = with_usual(build, tiny, flags, len(split[0])) | dict(max_length=max_length)
     settings = Settings(job="value" if scheme else "full", bases=[str(path) for path in bases], start=start, scheme=scheme,
                         probe_width=width, template=template, seed=args.seed,
-                        data=f"tiny-world {world.seed}" if world else data, data_bytes=dataset.path.stat().st_size,
-                        dtype=args.dtype, **chosen)
+                        data=f"tiny-world {world.seed}" if world else data, data_hash=digest(dataset.path),
+                        dtype=args.dtype, base_hashes=tuple(map(digest_weights, bases)), held_out=len(split[1]), system=args.system,
+                        **chosen)
     run = Run(out, settings, args.resume or keep and (out / "train.json").exists(), args.save_every, processes)
     if not run.finished:
         full_metrics = {"full": read_metrics(full, "full")["full"]} if full else {}
@@ -256,6 +260,8 @@ def choose_network(start: str, bases: list[Path], scheme: str, probe_width: int
     tokenizers = [load_tokenizer(path) for path in bases]
     _, _, size = start.partition(":")
     own_tokenizer = tokenizers[0] if is_scratch(start) else load_tokenizer(start)
+    if (Path(start) / "ivl.json").is_file():
+        check_recorded(own_tokenizer, read_value_info(start, SCHEMES), Path(start))
     for other, path in zip(tokenizers, bases):
         check_same_family(other, own_tokenizer, str(path), start)
     tokenizer = min([own_tokenizer, *tokenizers], key=lambda each: each.vocab_size)  # what all of them can read
@@ -298,13 +304,13 @@ def value_name(scheme: str, args, bases: list[Path], start: str) -> str:
     """value-residual-tiny-s: the scheme and the first weights; what differs from the default is added."""
     parts = ["value", scheme]
     if scheme == "probe" and is_scratch(start):
-        parts += [path.name for path in bases]
+        parts += [name_of(path) for path in bases]
         if args.probe_width != PROBE_WIDTH:
             parts.append(f"width-{args.probe_width}")
     else:
-        parts.append(Path(start).name.replace(":", "-"))
+        parts.append(name_of(Path(start)).replace(":", "-"))
         if [start] != [str(path) for path in bases]:
-            parts += ["on", *(path.name for path in bases)]
+            parts += ["on", *map(name_of, bases)]
     if args.l1:
         parts.append(f"l1-{args.l1:g}")
     return "-".join(parts)

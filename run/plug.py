@@ -3,6 +3,7 @@
     python sample.py --base tiny-l --value out/seed0/value-residual-tiny-s
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +12,9 @@ from pathlib import Path
 import torch
 
 from data.chat import TEMPLATES, default_template
-from data.checkpoint import read_value_info
-from data.errors import UsageError, read_json
+from data.checkpoint import name_of, own_template, read_value_info
+from data.errors import UsageError
+from data.files import read_json
 from data.tiny_world import TINY_SIZES, World, world_of
 from data.tokenizer import Tokenizer, describe_tokenizer, is_same_family, load_tokenizer
 from ivl import SCHEMES, ProxyDelta, ValueModel
@@ -110,6 +112,7 @@ class Speaker:
     guided: Guided
     tokenizer: Tokenizer
     template: str
+    system: str = ""  # a system prompt
     generate: Callable = generate
 
 
@@ -151,7 +154,12 @@ def plug_in(args) -> Plugged:
     # the networks
     device, dtype = pick_device(args.dtype, tiny=world is not None)
     kind = choose_guided(args, world is not None, device) if vocab_map is None else None
-    print(f"base {base_path}, {describe_guide(args, value_path, own_path, info)}")
+    system = info.get("system", "") if args.system is None else args.system
+    template = alone_template = info["template"]
+    if vocab_map is not None and template == "llama-3" and base_tokenizer.kind != "tiktoken":
+        alone_template = default_template(base_tokenizer)  # it lacks the other's special tokens
+    print(f"base {base_path}, {describe_guide(args, value_path, own_path, info)}, template {template}"
+          + (f", system prompt {system[:60]!r}" if system else ""))
     load = partial(Llama.from_pretrained, dtype=getattr(torch, dtype), device=device)
     if args.expert:
         value = ProxyDelta(*map(load, plugs))
@@ -160,23 +168,20 @@ def plug_in(args) -> Plugged:
     base = load(base_path)
     check_probe(value, base, base_path)
     plug = "proxy" if args.expert else "value"
-    template, alone_template = info["template"], info["template"]
     if vocab_map is None:
         guided = kind(base, value, args.alpha, tokenizer.vocab_size)
     else:
         guided = guide_mapped(base, value, vocab_map, args.alpha, sampling=args.temperature > 0)
-        if template == "llama-3" and base_tokenizer.kind != "tiktoken":
-            alone_template = default_template(base_tokenizer)  # it lacks the other's special tokens
     kind = kind or Guided
     alone = kind(base, readable=base_tokenizer.vocab_size if vocab_map else guided.readable)
 
     def on_its_own() -> Speaker:
         own = kind(load(own_path), value, args.alpha, tokenizer.vocab_size)
-        return Speaker(f"{own_path.name} + {plug}", own, tokenizer, template)
+        return Speaker(f"{name_of(own_path)} + {plug}", own, tokenizer, template, system)
 
     is_other = own_path.resolve() != base_path.resolve() and own_path.is_dir()
-    return Plugged(guided=Speaker(f"{base_path.name} + {plug}", guided, tokenizer, template),
-                   alone=Speaker(f"{base_path.name} alone", alone, base_tokenizer, alone_template),
+    return Plugged(guided=Speaker(f"{name_of(base_path)} + {plug}", guided, tokenizer, template, system),
+                   alone=Speaker(f"{name_of(base_path)} alone", alone, base_tokenizer, alone_template, system),
                    on_its_own=on_its_own if is_other else None,
                    guide="proxy tuning" if args.expert else "the value network",
                    world=world, base_path=base_path, own_path=own_path)
@@ -206,6 +211,9 @@ def read_expert(args) -> dict:
     template = args.template or record.get("template") or default_template(load_tokenizer(expert))
     if template not in TEMPLATES:
         raise UsageError(f"{expert}/train.json: template {template!r} is not supported; choose one with --template")
+    own = own_template(expert)
+    if own not in (None, template):
+        print(f"--expert {expert}: its own chat_template looks like {own}, and it is asked in {template}", file=sys.stderr)
     return {"bases": untuned, "template": template, "scheme": "residual"}
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -39,6 +40,10 @@ def join_processes(args) -> Iterator["Alone"]:
         yield Alone()
         print_core_seconds()
         return
+    lacking = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if lacking or not os.environ["LOCAL_RANK"].isdecimal():
+        raise UsageError(f"LOCAL_RANK is set, as torchrun does, but {', '.join(lacking) or 'to no number'}"
+                         f"{' is not' if lacking else ''}; unset it, or start with torchrun")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -121,7 +126,7 @@ class SeveralProcesses(Alone):
         if self.rank == 0:
             try:
                 action()
-            except (UsageError, OSError) as error:
+            except (UsageError, OSError, SafetensorError) as error:
                 failure = [str(error)]
         dist.broadcast_object_list(failure)
         if failure[0]:

@@ -4,8 +4,9 @@ import sys
 import time
 from functools import partial
 
-from data.chat import Turn, encode_chat, end_token
+from data.chat import encode_chat, stop_ids, with_system
 from data.errors import UsageError
+from data.records import Turn
 from data.tiny_world import TEMPLATE, World, evaluate, print_metrics, prompt_text
 from data.tokenizer import StreamDecoder, Tokenizer
 from run.plug import Plugged, Speaker
@@ -15,12 +16,11 @@ from sample import Guided, generate, score
 # The tiny world
 
 
-def examine(guided: Guided, world: World, tokenizer: Tokenizer, template: str = TEMPLATE, split: str = "development"
-            ) -> dict[str, float]:
+def examine(guided: Guided, world: World, tokenizer: Tokenizer, template: str = TEMPLATE, split: str = "development",
+            system: str = "") -> dict[str, float]:
     """The tiny world's metrics (data/tiny_world.py, evaluate) of a base or a guided base."""
-    stop_ids = {end_token(tokenizer, template), tokenizer.eos_id}
-    answer = partial(generate, guided, max_new_tokens=48, stop_ids=stop_ids)
-    return evaluate(world, tokenizer, lambda prompts: answer(prompts), partial(score, guided), split, template)
+    answer = partial(generate, guided, max_new_tokens=48, stop_ids=stop_ids(tokenizer, template, guided.llamas))
+    return evaluate(world, tokenizer, lambda prompts: answer(prompts), partial(score, guided), split, template, system)
 
 
 def show_world(plugged: Plugged, count: int = 6) -> None:
@@ -47,19 +47,23 @@ def show_world(plugged: Plugged, count: int = 6) -> None:
             print(f"    {name:{width}}{answers[name][index]}")
         print(f"    {'truth':{width}}{items[index].answer}\n")
     print("On development people, whom no demonstration mentions (288 questions: about +-.03):")
-    print_metrics({speaker.name: examine(speaker.guided, plugged.world, speaker.tokenizer, speaker.template)
+    print_metrics({speaker.name: examine(speaker.guided, plugged.world, speaker.tokenizer, speaker.template, system=speaker.system)
                    for speaker in speakers})
 
 
 def answer_all(speaker: Speaker, questions: list[str]) -> list[str]:
-    prompts = [encode_chat(speaker.tokenizer, speaker.template, [("user", question)])[0] for question in questions]
-    stop_ids = {end_token(speaker.tokenizer, speaker.template), speaker.tokenizer.eos_id}
-    answers = generate(speaker.guided, prompts, max_new_tokens=48, stop_ids=stop_ids)
+    prompts = [encode_turns(speaker, [("user", question)]) for question in questions]
+    answers = generate(speaker.guided, prompts, max_new_tokens=48,
+                       stop_ids=stop_ids(speaker.tokenizer, speaker.template, speaker.guided.llamas))
     return [speaker.tokenizer.decode(ids).strip() for ids in answers]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Questions that somebody asks
+
+
+def encode_turns(speaker: Speaker, turns: list[Turn]) -> list[int]:
+    return encode_chat(speaker.tokenizer, speaker.template, with_system(speaker.system, turns))[0]
 
 
 def room_for_answer(speaker: Speaker, prompt: list[int], args) -> int:
@@ -73,9 +77,9 @@ def room_for_answer(speaker: Speaker, prompt: list[int], args) -> int:
 
 def prepare(speaker: Speaker, turns: list[Turn], args) -> tuple[list[int], dict]:
     """The prompt that asks for the assistant's next turn, and how `generate` is to answer it."""
-    prompt, _ = encode_chat(speaker.tokenizer, speaker.template, turns)
+    prompt = encode_turns(speaker, turns)
     options = dict(max_new_tokens=room_for_answer(speaker, prompt, args), temperature=args.temperature, top_p=args.top_p,
-                   seed=args.seed, stop_ids={end_token(speaker.tokenizer, speaker.template), speaker.tokenizer.eos_id})
+                   seed=args.seed, stop_ids=stop_ids(speaker.tokenizer, speaker.template, speaker.guided.llamas))
     return prompt, options
 
 

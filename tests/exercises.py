@@ -52,7 +52,7 @@ EXERCISES = {
     "5": Exercise("train.py", "    settings, processes = run.settings, run.processes\n",
                   "    settings, processes = run.settings, run.processes\n    for name, parameter in network.named_parameters():\n"
                   "        parameter.requires_grad_(\"layers.2.\" in name)\n", [TRAIN, LOOK], ["exact", "ins", "arith"]),
-    "6": Exercise("data/chat.py", "        supervised += [is_answer] * len(tokens)\n", "        supervised += [True] * len(tokens)\n",
+    "6": Exercise("data/chat.py", "        supervised += [role == \"assistant\"] * len(tokens)\n", "        supervised += [True] * len(tokens)\n",
                   [TRAIN, LOOK], ["exact"]),
     "7": Exercise("data/tiny_world.py", '    "Begin with a dash.": "- {all}",\n',
                   '    "Begin with a dash.": "- {all}",\n    "One word, twice.": "{one}. {one}.",\n',

@@ -50,6 +50,7 @@ def inside(folder: Path, script: str, *arguments, input: str = "") -> tuple[int,
     import train
     import vocab_map
     from beyond import attribution
+    from data import chat, tiny_world
     from paper import continued
     before, argv, stdin = os.getcwd(), sys.argv, sys.stdin
     output, errors, status = io.StringIO(), io.StringIO(), 0
@@ -58,7 +59,8 @@ def inside(folder: Path, script: str, *arguments, input: str = "") -> tuple[int,
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
             run_cli({"train.py": train.main, "sample.py": sample.main, "vocab_map.py": vocab_map.main,
-                     "attribution.py": attribution.main, "continued.py": continued.main}[script])
+                     "attribution.py": attribution.main, "continued.py": continued.main, "chat.py": chat.main,
+                     "tiny_world.py": tiny_world.main}[script])
     except SystemExit as ended:
         status = ended.code
     finally:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from data.chat import (ChatDataset, collate, default_template, encode_chat, end_token, hold_out, read_turns,
-                       stream_batches)
+from data.chat import ChatDataset, collate, default_template, encode_chat, end_token, hold_out, stream_batches
 from data.errors import UsageError
+from data.records import Unusable, read_turns
 from data.tiny_world import World
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
 from tests.helpers import REAL, byte_pairs, needs_real
@@ -97,23 +97,80 @@ def sharegpt(*turns):
 
 
 KEPT = [("user", "q"), ("assistant", "a")]
-RECORDS = {  # a record, what is kept of it, and what is said of the rest
-    "plain": (sharegpt(("human", "q"), ("gpt", "a")), KEPT, ""),
-    "messages": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, KEPT, ""),
+PLAIN = (("human", "q"), ("gpt", "a"))
+
+
+def openai(*contents, **more):
+    """Two turns or more, of these contents in turn."""
+    return {"messages": [{"role": ("user", "assistant")[number % 2], "content": content} for number, content in enumerate(contents)]} | more
+
+
+RECORDS = {  # a record, what is kept of it, and what is said of the rest; kept: None where it is of no use
+    "plain": (sharegpt(*PLAIN), KEPT, ""),
+    "messages": (openai("q", "a"), KEPT, ""),
+    "conversations of role and content": ({"conversations": openai("q", "a")["messages"]}, KEPT, ""),
+    "messages of from and value": ({"messages": sharegpt(*PLAIN)["conversations"]}, KEPT, ""),
+    "conversation": ({"conversation": sharegpt(*PLAIN)["conversations"]}, KEPT, ""),
+    "role and value": ({"messages": [{"role": "user", "value": "q"}, {"role": "assistant", "text": "a"}]}, KEPT, ""),
     "other names": (sharegpt(("user", "q"), ("chatgpt", "a"), ("human", "q"), ("bard", "a"), ("human", "q"), ("bing", "a")),
                     KEPT * 3, ""),
-    "system first": (sharegpt(("system", "s"), ("human", "q"), ("gpt", "a")), [("system", "s"), *KEPT], ""),
-    "answer first": (sharegpt(("gpt", "x"), ("human", "q"), ("gpt", "a")), KEPT, "a leading answer"),
-    "question last": (sharegpt(("human", "q"), ("gpt", "a"), ("human", "more")), KEPT, "a question without an answer"),
-    "answer first, question last": (sharegpt(("gpt", "x"), ("human", "q"), ("gpt", "a"), ("human", "more")), KEPT,
+    "other cases": (sharegpt(("Human", "q"), ("GPT", "a"), ("prompter", "q"), (" Assistant", "a"), ("USER", "q"), ("model", "a"),
+                             ("user", "q"), ("AI", "a")), KEPT * 4, ""),
+    "system first": (sharegpt(("system", "s"), *PLAIN), [("system", "s"), *KEPT], ""),
+    "developer first": (sharegpt(("developer", "s"), *PLAIN), [("system", "s"), *KEPT], ""),
+    "a system field": (sharegpt(*PLAIN) | {"system": " s "}, [("system", " s "), *KEPT], ""),
+    "a system_prompt field": (openai("q", "a", system_prompt="s"), [("system", "s"), *KEPT], ""),
+    "a system field and turn": (sharegpt(("system", "t"), *PLAIN) | {"system": "s"}, [("system", "t"), *KEPT], ""),
+    "a blank system": (sharegpt(("system", " "), *PLAIN) | {"system": ""}, KEPT, ""),
+    "a system field null": (sharegpt(*PLAIN) | {"system": None}, KEPT, ""),
+    "weight 0": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x", "weight": 0},
+                               *openai("q", "a")["messages"]]}, [("user", "q"), ("context", "x"), *KEPT], ""),
+    "train false": ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "x", "train": False},
+                                       *sharegpt(*PLAIN)["conversations"]]}, [("user", "q"), ("context", "x"), *KEPT], ""),
+    "loss_weight 0.0, weight of a question": (
+        {"messages": [{"role": "user", "content": "q", "weight": 0}, {"role": "assistant", "content": "x", "loss_weight": 0.0},
+                      *openai("q", "a")["messages"]]}, [("user", "q"), ("context", "x"), *KEPT], ""),
+    "weight 1": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 1}]}, KEPT, ""),
+    "all of weight 0": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]}, None,
+                        "no answer to learn from, as all have weight 0"),
+    "weight a half": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5}]}, None,
+                      "a weight that is neither 0 nor 1"),
+    "an object as label": (sharegpt(*PLAIN) | {"label": {"ability_en": ["x"]}}, KEPT, ""),
+    "parts": (openai([{"type": "text", "text": "q"}], [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]),
+              [("user", "q"), ("assistant", "ab")], ""),
+    "a picture": (openai([{"type": "image_url", "image_url": "x"}, {"type": "text", "text": "q"}], "a"), None,
+                  "a part that is no text (image_url)"),
+    "a field of pictures": (sharegpt(*PLAIN) | {"image": "x.png"}, None, "'image', which no template here can show"),
+    "tools": (openai("q", "a", tools=[{"type": "function"}]), None, "'tools', which no template here can show"),
+    "a tool call": ({"messages": [*openai("q", "a")["messages"], {"role": "assistant", "content": None, "tool_calls": [{}]}]}, None,
+                    "a tool call without text"),
+    "null": (openai("q", None), None, "a turn without text"),
+    "no role": ({"messages": [{"content": "q"}]}, None, "a turn without a role"),
+    "turns no list": ({"messages": "q"}, None, "'messages' that is no list"),
+    "a turn no object": ({"messages": ["q", "a"]}, None, "a turn that is no object"),
+    "alpaca": ({"instruction": "q", "input": "", "output": "a"}, KEPT, ""),
+    "alpaca with an input": ({"instruction": "q", "input": "i", "output": "a"}, [("user", "q\ni"), ("assistant", "a")], ""),
+    "alpaca with a history": ({"instruction": "q", "output": "a", "history": [["q", "a"]], "system": "s"},
+                              [("system", "s"), *KEPT, *KEPT], ""),
+    "alpaca without an answer": ({"instruction": "q", "input": "", "output": ""}, None, "no answered question"),
+    "alpaca, a number": ({"instruction": "q", "output": 3}, None, "'output' that is no text"),
+    "prompt and completion": ({"prompt": "q", "completion": "a"}, KEPT, ""),
+    "prompt and response": ({"prompt": "q", "response": "a"}, KEPT, ""),
+    "question and answer": ({"question": "q", "answer": "a"}, KEPT, ""),
+    "answer first": (sharegpt(("gpt", "x"), *PLAIN), KEPT, "a leading answer"),
+    "question last": (sharegpt(*PLAIN, ("human", "more")), KEPT, "a question without an answer"),
+    "answer first, question last": (sharegpt(("gpt", "x"), *PLAIN, ("human", "more")), KEPT,
                                     "a leading answer and a question without an answer"),
-    "empty later": (sharegpt(("human", "q"), ("gpt", "a"), ("human", "q2"), ("gpt", " ")), KEPT, "an empty turn and all after it"),
-    "no answer": (sharegpt(("human", "q")), [], "no answered question"),
-    "no turns": (sharegpt(), [], "no answered question"),
-    "empty answer": (sharegpt(("human", "q"), ("gpt", "")), [], "no answered question"),
-    "two questions": (sharegpt(("human", "q"), ("human", "q"), ("gpt", "a")), [], "roles that do not alternate"),
-    "odd role": (sharegpt(("human", "q"), ("tool", "t"), ("gpt", "a")), [], "unknown role 'tool'"),
-    "half a pair": (sharegpt(("human", "\ud83d"), ("gpt", "a")), [], "half of a surrogate pair"),
+    "empty later": (sharegpt(*PLAIN, ("human", "q2"), ("gpt", " ")), KEPT, "an empty turn and all after it"),
+    "two questions later": (sharegpt(*PLAIN, ("human", "q"), ("human", "q"), ("gpt", "a")), KEPT, "roles that do not alternate"),
+    "a system turn later": (sharegpt(*PLAIN, ("system", "s"), *PLAIN), KEPT, "roles that do not alternate"),
+    "two answers": (sharegpt(*PLAIN, ("gpt", "a")), KEPT, "roles that do not alternate"),
+    "no answer": (sharegpt(("human", "q")), None, "no answered question"),
+    "no turns": (sharegpt(), None, "no answered question"),
+    "empty answer": (sharegpt(("human", "q"), ("gpt", "")), None, "no answered question"),
+    "two questions": (sharegpt(("human", "q"), ("human", "q"), ("gpt", "a")), None, "roles that do not alternate"),
+    "odd role": (sharegpt(("human", "q"), ("tool", "t"), ("gpt", "a")), None, "unknown role 'tool'"),
+    "half a pair": (sharegpt(("human", "\ud83d"), ("gpt", "a")), None, "half of a surrogate pair"),
     "two halves": (json.loads(json.dumps(sharegpt(("human", "👍"), ("gpt", "a")))), [("user", "👍"), ("assistant", "a")], ""),
 }
 
@@ -121,7 +178,38 @@ RECORDS = {  # a record, what is kept of it, and what is said of the rest
 @pytest.mark.parametrize("case", RECORDS)
 def test_records(case):
     record, kept, left_out = RECORDS[case]
-    assert read_turns(record) == (kept, left_out)
+    if kept is None:
+        with pytest.raises(Unusable) as caught:
+            read_turns(record)
+        assert str(caught.value) == left_out
+    else:
+        assert read_turns(record) == (kept, left_out)
+
+
+@pytest.mark.parametrize("record", [
+    {"prompt": "q", "chosen": "a", "rejected": "b"}, sharegpt(("human", "q")) | {"chosen": {}, "rejected": {}},
+    {"prompt": "q", "completion": "a", "label": True}, openai("q", "a", label=False), {"chosen_response": "a", "rejected_response": "b"}])
+def test_preferences_are_refused_by_name(record):
+    with pytest.raises(UsageError, match="is a preference"):
+        read_turns(record)
+
+
+@pytest.mark.parametrize("template", ["llama-2", "llama-3"])
+def test_what_has_no_weight_and_a_system_turn_are_in_the_prompt_and_not_learnt(template, sentence_piece, tiktoken, tmp_path):
+    tokenizer = sentence_piece if template == "llama-2" else tiktoken
+    record = {"system": "Be brief.", "messages": [
+        {"role": "user", "content": "Greet Mira."}, {"role": "assistant", "content": "No.", "weight": 0},
+        {"role": "user", "content": "Again."}, {"role": "assistant", "content": "Hello!"}]}
+    dataset = ChatDataset(write(tmp_path / "d.json", [record], False), tokenizer, template, 256, system="Not this.")
+    ids, supervised = dataset.sample(0)
+    turns = [("system", "Be brief."), ("user", "Greet Mira."), ("assistant", "No."), ("user", "Again."), ("assistant", "Hello!")]
+    as_if_learnt, all_answers = encode_chat(tokenizer, template, turns)
+    assert ids == as_if_learnt and sum(supervised) < sum(all_answers)
+    before = "" if template == "llama-3" or tokenizer.space_in_front else " "
+    space = " " * (template == "llama-2")
+    assert visible(tokenizer, ids, supervised) == [f"{before}Hello!{space}<{end_token(tokenizer, template)}>"]
+    without = ChatDataset(write(tmp_path / "e.json", [openai("q", "a")], False), tokenizer, template, 256, system="Be brief.")
+    assert without.sample(0) == encode_chat(tokenizer, template, [("system", "Be brief."), *KEPT])
 
 
 # ---- files
@@ -159,18 +247,18 @@ def test_long_conversations_keep_whole_exchanges(tmp_path, sentence_piece):
 
 
 BAD = {
-    "empty": (b"", "no usable conversation"), "blank": (b"\n \n", "no usable conversation"),
+    "empty": (b"", "an empty file"), "blank": (b"\n \n", "nothing but white space"),
     "no records": (b"[]", "no usable conversation"), "no json": (b"hello\n", "line 1 is not JSON"),
     "second line": (json.dumps(RECORDS["plain"][0]).encode() + b"\n{\n", "line 2 is not JSON"),
     "array cut": (b'[{"conversations": []}', "not JSON"),
     "no utf-8": (b'{"conversations": [{"from": "human", "value": "\xff"}]}\n', "line 1 is not UTF-8"),
     "array no utf-8": (b'["\xff"]', "not UTF-8"),
     "wrong keys": (b'{"text": "hello"}\n', "neither 'conversations' nor 'messages'"),
-    "a number": (b"3\n", "neither 'conversations' nor 'messages'"), "an array of numbers": (b"[1, 2]", "record 1"),
+    "a number": (b"3\n", "line 1 has no object"), "an array of numbers": (b"[1, 2]", "record 1"),
     "turns no list": (b'{"messages": "hello"}\n', "'messages' that is no list"),
-    "turn without text": (b'{"messages": [{"role": "user"}]}\n', "without 'role' and 'content'"),
-    "text a number": (b'{"messages": [{"role": "user", "content": 3}]}\n', "no text"),
-    "text null": (b'{"conversations": [{"from": "human", "value": null}]}\n', "no text"),
+    "turn without text": (b'{"messages": [{"role": "user"}]}\n', "1 with a turn without text"),
+    "text a number": (b'{"messages": [{"role": "user", "content": 3}]}\n', "a turn that is no text"),
+    "text null": (b'{"conversations": [{"from": "human", "value": null}]}\n', "a turn without text"),
     "no assistant": (b'{"messages": [{"role": "user", "content": "q"}]}\n', "no usable conversation"),
     "deep": (b"[" * 100_000, "not JSON"),
 }
@@ -249,6 +337,17 @@ def test_every_conversation_too_long_is_an_error(tmp_path, sentence_piece):
 def test_held_out_conversations_are_not_trained_on(dataset, tmp_path, sentence_piece):
     train_on, held_out = hold_out(dataset, seed=0)
     assert len(held_out) == 16 and not set(train_on) & set(held_out) and len(train_on) == 184
+    assert hold_out(dataset, 0, 0) == (list(range(200)), [])
+    assert len(hold_out(dataset, 0, 50)[1]) == 50
     few = ChatDataset(write(tmp_path / "few.json", numbered(16), False), sentence_piece, "llama-2", 64)
+    assert [len(hold_out(few, seed)[1]) for seed in range(4)] == [1, 1, 1, 1]  # a tenth at most, one at least
     with pytest.raises(UsageError, match="16 usable conversations"):
-        hold_out(few, seed=0)
+        hold_out(few, 0, 16)
+    pieces = [record | {"id": f"c{number // 3}_{number % 3}"} for number, record in enumerate(numbered(90))]
+    whole = ChatDataset(write(tmp_path / "pieces.json", pieces, False), sentence_piece, "llama-2", 64)
+    for seed in range(5):
+        train_on, held_out = hold_out(whole, seed)
+        assert 0 < len(held_out) <= 9 and not {index // 3 for index in held_out} & {index // 3 for index in train_on}
+    named = [record | {"id": f"train_{number}"} for number, record in enumerate(numbered(90))]
+    dataset = ChatDataset(write(tmp_path / "named.json", named, False), sentence_piece, "llama-2", 64)
+    assert len(hold_out(dataset, 0)[1]) == 9

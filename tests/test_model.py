@@ -206,7 +206,7 @@ SINGLE = {
     "huge eps": (edit_config(rms_norm_eps=10**400), "rms_norm_eps"),
     "eos": (edit_config(eos_token_id=[[2]]), "eos_token_id"), "bos": (edit_config(bos_token_id="1"), "bos_token_id"),
     "rope type a list": (edit_config(rope_scaling={"rope_type": ["llama3"]}), "rope_type"),
-    "a folder": (lambda folder: ((folder / "model.safetensors").unlink(), (folder / "model.safetensors").mkdir()), "not there"),
+    "a folder": (lambda folder: ((folder / "model.safetensors").unlink(), (folder / "model.safetensors").mkdir()), "Is a directory"),
     "config a list": (write("config.json", "[]"), "not a JSON object"),
     "another architecture": (edit_config(model_type="mistral"), "'mistral'"),
     "no architecture": (edit_config(model_type="absent"), "model_type is None"),

@@ -82,7 +82,7 @@ def test_a_real_checkpoint_with_data(checkpoint, chats, tmp_path):
     assert json.loads((folder / "train.json").read_text())["lr"] == 1e-4  # Table 5's first column
     again = succeed(tmp_path, "train.py", "--base", checkpoint, "--full", "--data", chats, "--epochs", "2", "--batch-size", "8")
     assert set(json.loads((tmp_path / "out/seed0/full-checkpoint/metrics.json").read_text())) == {"base", "full"}
-    assert "step    12/12" in again  # 44 conversations to train on, twice
+    assert "step    14/14" in again  # 54 conversations to train on, twice
 
 
 def test_only_a_full_fine_tuning_with_the_usual_settings_stands_in_the_table(home, tmp_path):
@@ -238,7 +238,7 @@ def test_a_part_without_supervised_tokens_counts_nothing():
 
 
 def settings(**changes) -> Settings:
-    given = dict(job="value", bases=[], start="", scheme="", probe_width=0, data="", data_bytes=0, template="", seed=0, dtype="float32", steps=100,
+    given = dict(job="value", bases=[], start="", scheme="", probe_width=0, data="", data_hash="", template="", seed=0, dtype="float32", steps=100,
                  batch_size=1, grad_accum=1, max_length=9, lr=1.0)
     return Settings(**given | changes)
 
@@ -373,7 +373,7 @@ def test_resume_with_other_settings_is_refused(checkpoint, chats, tmp_path):
     (tmp_path / "kept").rename(work / "settings.json")
     with chats.open("a") as file:
         file.write("\n")
-    assert "data_bytes" in refused(tmp_path, *command, "--resume")
+    assert "its data file has changed" in refused(tmp_path, *command, "--resume")
 
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(checkpoint, chats, tmp_path):

@@ -212,7 +212,7 @@ def test_maps_that_are_refused(pair, tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(UsageError, match="damaged"):
             VocabMap.load(file, *pair)
-    with pytest.raises(UsageError, match="no such file"):
+    with pytest.raises(UsageError, match="No such file"):
         VocabMap.load(tmp_path / "absent", *pair)
     made.pieces = made.pieces[:-1]
     made.save(file)
@@ -256,8 +256,8 @@ def test_the_command(command, tmp_path):
 
 @pytest.mark.parametrize("arguments, content, said", [
     (["--how", "paper"], None, "name some with --texts"), (["--how", "dtw", "--texts", "t.txt"], None, "No such file"),
-    (["--how", "dtw", "--texts", "t.txt"], b" \n\n ", "no text"), (["--how", "dtw", "--texts", "t.txt"], b"\xff\xfe", "not UTF-8"),
-    (["--eval", "t.jsonl"], b"{", "line 1 is not JSON"), (["--eval", "t.jsonl"], b'{"text": 3}', "line 1 has neither"),
+    (["--how", "dtw", "--texts", "t.txt"], b" \n\n ", "no text"), (["--how", "dtw", "--texts", "t.txt"], b"a\xff", "not UTF-8"),
+    (["--eval", "t.jsonl"], b"{", "line 1 is not JSON"), (["--eval", "t.jsonl"], b'{"text": 3}', "'text' that is no text"),
     (["--eval", "t.csv"], b"a,b", ".txt or .jsonl"), (["--out", "nowhere/map"], None, "no folder nowhere"),
     (["--base-tokenizer", "none"], None, "none: No such file")])
 def test_bad_input_is_told_in_one_line(command, tmp_path, arguments, content, said):
