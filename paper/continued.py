@@ -64,6 +64,23 @@ def add_pieces(model: bytes, pieces: list[str]) -> bytes:
     return model
 
 
+class MarkedTokenizer(SentencePieceTokenizer):
+    """A tokenizer with the markers, which finds one in front of a document; loaded as any other, it looks for none."""
+
+    def __init__(self, model: bytes):
+        super().__init__(add_pieces(model, MARKERS))
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        marker, _, rest = text.partition(" ")
+        if marker not in MARKERS:
+            return super().encode(text, bos, eos)
+        ids = [self.processor.piece_to_id("\u2581"), self.processor.piece_to_id(marker), *super().encode(rest)]
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+
 def widen(base: Llama, rows: int) -> Llama:
     """A copy of a base with `rows` more tokens, whose embeddings begin at the mean of all others."""
     config = dataclasses.replace(base.config, vocab_size=base.config.vocab_size + rows)
@@ -109,8 +126,7 @@ def continuing(start: Path, out: Path, args: argparse.Namespace, processes: Alon
     def documents() -> Iterator[str]:
         return continued_documents(world, random.Random(f"continued pretraining of world {world.seed}"))
 
-    wider = SentencePieceTokenizer(add_pieces(tokenizer.model, MARKERS))
-    yield Continued(run, args, wider, None, world, documents=documents)
+    yield Continued(run, args, MarkedTokenizer(tokenizer.model), None, world, documents=documents)
 
 
 def check_start(start: Path) -> tuple[World, Tokenizer]:

@@ -270,9 +270,6 @@ def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
         raise UsageError(f"{file.parent}: a run is there already, {state}; {advice}, or delete the folder")
     found = read_json(file)
     wanted = json.loads(json.dumps(vars(settings)))
-    for name in sorted((wanted.keys() - NEWER) ^ (found.keys() - NEWER - OLDER)):
-        raise UsageError(f"{file}: damaged, or of another version: {name} is {'there' if name in found else 'not there'}; choose another "
-                         "--out, or delete the folder")
     for name in wanted:
         if name in found and wanted[name] != found[name]:
             leave_out = ", or leave the comparison out with --no-full" if settings.job == "full" else ""
@@ -280,6 +277,9 @@ def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
                 raise UsageError(f"{file.parent}: a run is there, and {CHANGED[name]}; choose another --out, or delete the folder{leave_out}")
             raise UsageError(f"{file.parent}: a run with other settings is there: {name} was {found[name]!r}, now "
                              f"{wanted[name]!r}; choose another --out, or delete the folder{leave_out}")
+    for name in sorted((wanted.keys() - NEWER) ^ (found.keys() - NEWER - OLDER)):
+        raise UsageError(f"{file}: damaged, or a run with other settings than this version has: {name} is "
+                         f"{'there' if name in found else 'not there'}; choose another --out, or delete the folder")
 
 
 def read_metrics(folder: Path, system: str = "base") -> dict[str, dict[str, float | None]]:

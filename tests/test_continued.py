@@ -11,7 +11,7 @@ import torch
 from data.tiny_world import TINY_SIZES, World
 from data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from model import Llama
-from paper.continued import MARKERS, add_pieces, continued_documents, widen
+from paper.continued import MARKERS, MarkedTokenizer, continued_documents, widen
 from tests.helpers import VALUE, ask, byte_pairs, inside, refused, small, weights
 
 SHORT = ["--steps", 3, "--batch-size", 4]
@@ -27,7 +27,7 @@ def test_half_of_the_text_is_about_new_people_and_its_tokenizer_extends_the_old_
     assert 0.3 < about_new / 4000 < 0.5  # the rest: old people, sums, hills
     marked = [document for document in documents if document.startswith("<doc")]
     assert 300 < len(marked) < 500
-    wider = SentencePieceTokenizer(add_pieces(tokenizer.model, MARKERS))
+    wider = MarkedTokenizer(tokenizer.model)
     assert wider.vocab_size == tokenizer.vocab_size + 16
     assert wider.fingerprint(tokenizer.vocab_size) == tokenizer.fingerprint(tokenizer.vocab_size)
     for document in documents[:300]:
