@@ -182,13 +182,14 @@ def check_depth(raw: dict, path: Path) -> None:
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     try:
         if index.exists():
-            names = list(read_json(index).get("weight_map") or [])
+            weight_map = read_json(index).get("weight_map")
+            names = list(weight_map) if isinstance(weight_map, dict) else []
         elif single.exists():
             with opened(single) as shard:
                 names = list(shard.keys())
         else:
             return
-    except (UsageError, TypeError):
+    except UsageError:
         return  # check_weights says what is wrong with it
     layers = {int(match[1]) for name in names if (match := re.match(r"model\.layers\.(\d{1,6})\.", name))}
     if layers and max(layers) + 1 != raw["num_hidden_layers"]:

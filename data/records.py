@@ -294,7 +294,7 @@ class Usable:
 # ---------------------------------------------------------------------------------------------------------
 # Plain texts, for vocab_map.py
 
-LONGEST_TEXT = 20_000  # characters; Algorithm 1 takes time and memory in the square of a text
+LONGEST_TEXT = 2_000  # characters; Algorithm 1 takes time and memory in the square of a text
 
 
 def read_texts(file: Path) -> list[str]:

@@ -3,12 +3,16 @@
     python -m tests.make_golden                         # checkpoints and logits, with transformers 5
     python -m tests.make_golden --tokenizers FOLDER     # token ids, with transformers 4 and protobuf, from
                                                         # llama2-tokenizer.model and llama3-tokenizer.model in FOLDER
+    python -m tests.make_golden --tokenizers FOLDER --templates TEMPLATES    # hashes of the token ids of 500 conversations, with the
+                                                        # vendors' chat_template in TEMPLATES, llama-2.jinja and llama-3.jinja
 
 The results are in the repository, so the tests themselves need no transformers. Run it again only to add a case.
 """
 
 import argparse
+import hashlib
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -72,7 +76,31 @@ def write_checkpoints() -> None:
         save_file({"logits": logits[:, ::10].contiguous()}, folder / "golden_logits.safetensors")
 
 
-def write_token_ids(folder: Path) -> None:
+def odd_conversations(count: int = 500) -> list[list[tuple[str, str]]]:
+    """Seeded conversations of one to three exchanges, half of them with a system turn, with odd spaces around and in texts."""
+    rng = random.Random("odd conversations")
+    spaces = ["", "", " ", "  ", "\n", "\n\n", "\t", " \n "]
+
+    def text() -> str:
+        words = [rng.choice(HARD_STRINGS[11:]) if rng.random() < 0.2 else rng.choice(["Hello", "the", "sky", "is", "7", "blue."])
+                 for _ in range(rng.randint(1, 6))]
+        middle = "".join(word + rng.choice([" ", " ", "  ", "\n"]) for word in words).strip() or "x"
+        return rng.choice(spaces) + middle + rng.choice(spaces)
+
+    found = []
+    for number in range(count):
+        turns = [("system", text())] if number % 2 else []
+        for _ in range(rng.randint(1, 3)):
+            turns += [("user", text()), ("assistant", text())]
+        found.append(turns)
+    return found
+
+
+def hash_ids(ids: list[int]) -> str:
+    return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()[:8]
+
+
+def write_token_ids(folder: Path, templates: Path | None) -> None:
     # transformers 5 derives other merges from Llama-2's tokenizer.model than SentencePiece has (runs of spaces), so
     # these come from transformers 4, whose fast tokenizers are a second implementation of the same file.
     from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
@@ -83,6 +111,18 @@ def write_token_ids(folder: Path) -> None:
     llama2 = LlamaTokenizerFast(vocab_file=str(folder / "llama2-tokenizer.model"), legacy=True, add_prefix_space=True)
     llama3 = PreTrainedTokenizerFast(tokenizer_object=TikTokenConverter(
         str(folder / "llama3-tokenizer.model"), TiktokenTokenizer.pattern, additional_special_tokens=[]).converted())
+    if templates:
+        hashes = {}
+        llama3.add_special_tokens({"additional_special_tokens": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]})
+        llama3.bos_token = "<|begin_of_text|>"
+        ours = TiktokenTokenizer((folder / "llama3-tokenizer.model").read_bytes()).specials
+        for name, tokenizer in {"llama-2": llama2, "llama-3": llama3}.items():
+            tokenizer.chat_template = (templates / f"{name}.jinja").read_text(encoding="utf-8")
+            ids = {tokenizer.convert_tokens_to_ids(special): ours[special] for special in ours} if name == "llama-3" else {}
+            hashes[name] = [hash_ids([ids.get(id, id) for id in tokenizer.apply_chat_template(
+                [{"role": role, "content": text} for role, text in turns])]) for turns in odd_conversations()]
+        (GOLDEN / "chats.json").write_text(json.dumps(hashes) + "\n")
+        return
     for name, tokenizer in {"llama-2": llama2, "llama-3": llama3}.items():
         cases = [{"text": text, "ids": tokenizer.encode(text, add_special_tokens=False)} for text in HARD_STRINGS]
         (GOLDEN / f"token_ids_{name}.json").write_text(json.dumps(cases, ensure_ascii=True, indent=0) + "\n")
@@ -91,5 +131,6 @@ def write_token_ids(folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokenizers", type=Path, help="write the token ids, with the tokenizers in this folder")
+    parser.add_argument("--templates", type=Path, help="write the hashes of conversations, with the chat templates in this folder")
     args = parser.parse_args()
-    write_token_ids(args.tokenizers) if args.tokenizers else write_checkpoints()
+    write_token_ids(args.tokenizers, args.templates) if args.tokenizers else write_checkpoints()

@@ -326,7 +326,7 @@ OUT = {  # what is done, the command, and what it says
     "eval a folder": (None, [*MAP, "--eval", "base"], 2, "Is a directory"), "texts in lfs": (write("t.txt", LFS), [*MAP, "--eval", "t.txt"], 2, "`git lfs pull`"),
     "texts in gzip": (write("t.txt.gz", gzip.compress(b"hello\n\nworld")), [*MAP, "--how", "dtw", "--texts", "t.txt.gz"], 0, "2 of 2 texts"),
     "texts in an array": (write("t.json", b'[{"text": "hello"}, {"text": ""}]'), [*MAP, "--how", "dtw", "--texts", "t.json"], 0, "1 texts; dropped 1: no text"),
-    "texts of 300000 letters": (write("t.txt", b"a" * 300_000), [*MAP, "--eval", "t.txt"], 0, "cut 1 of more than 20000 characters"),
+    "texts of 300000 letters": (write("t.txt", b"a" * 300_000), [*MAP, "--eval", "t.txt"], 0, "cut 1 of more than 2000 characters"),
     "conversations as texts": (None, [*MAP, "--how", "offsets", "--texts", "chats.jsonl"], 0, "20 of 20 texts"),
     "a probe of everything": (None, [*TRAIN, "--scheme", "probe", "--probe-width", 4_000_000_000], 2, "out of memory"),
     "a long prompt": (None, ["sample.py", "--value", "value", "--prompt", "a" * 300_000], 2, "tokens long, and the checkpoint ends at 128"),

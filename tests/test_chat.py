@@ -10,6 +10,7 @@ from data.errors import UsageError
 from data.records import Unusable, read_turns
 from data.tiny_world import World
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
+from tests.make_golden import hash_ids, odd_conversations
 from tests.helpers import REAL, byte_pairs, needs_real
 
 CONVERSATION = [("system", "Be brief."), ("user", "What is 1 plus 2?"), ("assistant", " 3.\nSure "),
@@ -82,6 +83,16 @@ def test_with_the_real_tokenizers(kind):
         whole = [token for question, answer in [("Name two birds.", texts[0]), ("Thanks", texts[1])]
                  for token in tokenizer.encode(f"[INST] {question} [/INST] {answer} ", bos=True, eos=True)]
         assert ids == whole
+
+
+@needs_real
+@pytest.mark.parametrize("kind", REAL)
+def test_500_conversations_have_the_ids_of_transformers_with_the_vendors_templates(kind):
+    golden = json.loads((Path(__file__).parent / "golden/chats.json").read_text())[kind]
+    tokenizer = load_tokenizer(REAL[kind])
+    ours = [hash_ids(encode_chat(tokenizer, kind, turns)[0]) for turns in odd_conversations()]
+    different = [number for number in range(500) if ours[number] != golden[number]]
+    assert not different, (len(different), odd_conversations()[different[0]])
 
 
 def test_llama3_needs_its_special_tokens(sentence_piece):

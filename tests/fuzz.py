@@ -1,0 +1,290 @@
+"""Random damage to every file that the product reads, and random flags: is the promise kept?
+
+    python -m tests.fuzz                          # 1000 mutations of seed 0; a count for each family of files
+    python -m tests.fuzz --seed 1 --only flags    # some
+
+The promise: an answer, or one clear line on stderr and status 2; no traceback, no hang, and no file lost, changed or left behind.
+Each mutation runs in a process forked from one that has imported everything, in a fresh copy of a small house.
+"""
+
+import argparse
+import gc
+import gzip
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+
+import sample  # noqa: E402
+import train  # noqa: E402
+import vocab_map  # noqa: E402
+from beyond import attribution  # noqa: E402
+from data import chat  # noqa: E402
+from data.tiny_world import World  # noqa: E402
+from data.tokenizer import describe_tokenizer, load_tokenizer  # noqa: E402
+from ivl import ValueModel  # noqa: E402
+from run.cli import run_cli  # noqa: E402
+from tests.helpers import byte_pairs, inside, small  # noqa: E402
+
+LONGEST = 20  # seconds that a command may take
+MAINS = {"train.py": train.main, "sample.py": sample.main, "vocab_map.py": vocab_map.main, "chat.py": chat.main,
+         "attribution.py": attribution.main}
+TRAIN = ["train.py", "--base", "base", "--value", "--data", "chats.jsonl", "--steps", "6", "--batch-size", "2", "--max-length", "64", "--out", "run"]
+SAMPLE = ["sample.py", "--value", "value", "--prompt", "Greet Mira.", "--max-new-tokens", "2"]
+EXPERT = ["sample.py", "--expert", "expert", "--base", "base", "--prompt", "Hi", "--max-new-tokens", "2"]
+MAP = ["vocab_map.py", "--base-tokenizer", "base", "--value-tokenizer", "bytes", "--how", "paper", "--texts", "texts.txt", "--out", "new.map"]
+FAMILIES = {  # a file, and commands that read it
+    "base/config.json": [TRAIN, SAMPLE], "base/generation_config.json": [SAMPLE], "base/model.safetensors": [TRAIN, SAMPLE],
+    "shards/model.safetensors.index.json": [[*SAMPLE, "--base", "shards"]], "shards/model-00001-of-00002.safetensors": [[*SAMPLE, "--base", "shards"]],
+    "base/tokenizer.model": [SAMPLE, TRAIN], "bytes/tokenizer.model": [MAP], "value/ivl.json": [SAMPLE, [*TRAIN[:4], "value", *TRAIN[4:]]],
+    "value/model.safetensors": [SAMPLE, [*SAMPLE, "--explain"]], "value/tokenizer.model": [SAMPLE], "probe/ivl.json": [["sample.py", "--value", "probe", *SAMPLE[3:]]],
+    "chats.jsonl": [TRAIN, ["chat.py", "chats.jsonl", "--tokenizer", "base"]], "chats.json": [["chat.py", "chats.json", "--tokenizer", "bytes"]],
+    "chats.jsonl.gz": [["chat.py", "chats.jsonl.gz", "--tokenizer", "base", "--template", "llama-2"]], "texts.txt": [MAP],
+    "texts.jsonl": [[*MAP[:-3], "texts.jsonl", "--eval", "texts.jsonl", *MAP[-2:]]], "map.safetensors": [[*SAMPLE, "--vocab-map", "map.safetensors"]],
+    "expert/train.json": [EXPERT], "expert/tokenizer_config.json": [EXPERT], "stopped.training/settings.json": [], "stopped.training/step-4/state.json": [],
+    "stopped.training/step-4/state.safetensors": [],
+}
+RESUME = [*TRAIN[:-1], "stopped", "--resume"]
+
+# ---------------------------------------------------------------------------------------------------------
+# The house that is damaged
+
+
+def build(folder: Path) -> None:
+    tokenizer = World(0).train_tokenizer()
+    network = small(vocab_size=1024, num_hidden_layers=1, num_key_value_heads=1, max_position_embeddings=128)
+    for name, model in (("base", tokenizer), ("bytes", byte_pairs(b"he", b"th")), ("value", tokenizer), ("expert", tokenizer), ("shards", tokenizer)):
+        network.save_pretrained(folder / name)
+        (folder / name / "tokenizer.model").write_bytes(model)
+    info = {"scheme": "residual", "l1": 0.0, "template": "llama-2", "bases": ["base"], "data": "x", "seed": 0, "system": "Be brief.",
+            "tokenizer": describe_tokenizer(load_tokenizer(folder / "base"))}
+    ValueModel(network, info).save_pretrained(folder / "value")
+    (folder / "base/generation_config.json").write_text('{"eos_token_id": [2, 5], "temperature": 0.6}')
+    (folder / "expert/train.json").write_text(json.dumps({"bases": ["base"], "template": "llama-2", "data": "chats"}))
+    (folder / "expert/tokenizer_config.json").write_text(json.dumps({"chat_template": "[INST]", "bos_token": "<s>"}))
+    shard, names = "model-0000{}-of-00002.safetensors", sorted(network.state_dict())
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(folder / "shards/model.safetensors")
+    for number, part in ((1, names[:5]), (2, names[5:])):
+        save_file({name: tensors[name] for name in part}, folder / "shards" / shard.format(number))
+    (folder / "shards/model.safetensors").unlink()
+    weight_map = {name: shard.format(1 + (name in names[5:])) for name in names}
+    (folder / "shards/model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    records = [{"id": f"c_{n}", "system": "Be brief.", "conversations": [{"from": "human", "value": f"Greet {n}. 👍"}, {"from": "gpt", "value": f"Hello {n}!"}]}
+               for n in range(20)]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "chats.jsonl").write_text(lines)
+    (folder / "chats.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+    (folder / "chats.json").write_text(json.dumps([{"instruction": "q", "input": "i", "output": "a"}, {"messages": [
+        {"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a", "weight": 1}]}] * 3))
+    (folder / "texts.txt").write_text("the hell\nthey live in\n\n\nhello  world\n")
+    (folder / "texts.jsonl").write_text('{"text": "hello there"}\n{"question": "q", "answer": "the"}\n')
+    for command in ([*MAP[:-1], "map.safetensors", "--value-tokenizer", "base"],
+                    ["train.py", *TRAIN[1:-1], "probe", "--scheme", "probe", "--probe-width", "4"]):
+        status, _, errors = inside(folder, *command)
+        assert status == 0, errors
+    stop = train.Guided  # a run that stops behind its checkpoint of step 4
+    from run.folder import Run
+    report = Run.report
+    Run.report = lambda self, step, *rest: (_ for _ in ()).throw(KeyboardInterrupt) if step == 4 else None
+    inside(folder, *TRAIN[:-1], "stopped", "--save-every", "4")
+    Run.report, train.Guided = report, stop
+    assert (folder / "stopped.training/step-4/state.json").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Damage
+
+ODD = [None, True, False, 0, -1, 1, 7, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "llama-2", "\ud800", "a\0b", "../..",
+       "/dev/zero", "x" * 5000, [], {}, [[]], [None], [2, 2], {"a": 1}, [0] * 5000]
+
+
+def damage_json(rng: random.Random, value):
+    """One value somewhere in it replaced, taken out, doubled or wrapped."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.85:
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        key = rng.choice(keys)
+        value = value.copy()
+        if rng.random() < 0.15:
+            del value[key]
+        else:
+            value[key] = damage_json(rng, value[key])
+        return value
+    return rng.choice([*ODD, [value], {"x": value}])
+
+
+def damage_bytes(rng: random.Random, content: bytes) -> bytes:
+    at = rng.randrange(len(content) + 1)
+    length = rng.choice([1, 2, 8, 100])
+    return rng.choice([
+        content[:at], content[at:], content[:at] + rng.randbytes(length) + content[at + length:], content[:at] + content[at + length:],
+        content[:at] + rng.randbytes(length) + content[at:], content + content, b"", b"\0" * 100, rng.randbytes(300), b"version https://git-lfs.github.com/spec/v1\n",
+        content.replace(b"\n", b""), content.replace(b"0", b"9" * 5000, 1), b"\xff\xfe" + content, content.upper(), b"[" * 3_000 + content])
+
+
+def damage_safetensors(rng: random.Random, content: bytes) -> bytes:
+    """Its header, or numbers in it."""
+    size = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8:8 + size]), content[8 + size:]
+    if rng.random() < 0.3 and len(data) > 400:
+        at = rng.randrange(len(data) // 4 - 50) * 4
+        return content[:8 + size] + data[:at] + rng.choice([b"\xff\xff\xff\x7f", b"\0\0\x80\x7f", b"\xff\xff\x7f\x7f"]) * 40 + data[at + 160:]
+    name = rng.choice(list(header))
+    changed = damage_json(rng, header) if rng.random() < 0.5 else {rng.choice([name, "_orig_mod." + key, key + "x"]) if key == name else key: value
+                                                                     for key, value in header.items()}
+    text = json.dumps(changed).encode(errors="surrogatepass")
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def damage_file(rng: random.Random, file: Path) -> None:
+    content, kind = file.read_bytes(), rng.random()
+    if kind < 0.1:  # another thing in its place
+        file.unlink()
+        rng.choice([lambda: None, file.mkdir, lambda: os.mkfifo(file), lambda: file.symlink_to("/dev/zero"), lambda: file.symlink_to(file.name),
+                    lambda: file.symlink_to("nothing"), lambda: file.write_bytes(b"the hell\n")])()
+    elif kind < 0.4 or file.suffix not in (".json", ".jsonl", ".safetensors"):
+        file.write_bytes(damage_bytes(rng, content))
+    elif file.suffix == ".safetensors":
+        file.write_bytes(damage_safetensors(rng, content))
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(damage_json(rng, json.loads(content))))
+    else:
+        records = [json.loads(line) for line in content.splitlines()]
+        records[rng.randrange(len(records))] = damage_json(rng, rng.choice(records))
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+FLAGS = ["--base", "--value", "--full", "--no-full", "--scheme", "--probe-width", "--l1", "--data", "--template", "--system", "--held-out", "--max-length",
+         "--lr", "--epochs", "--steps", "--batch-size", "--grad-accum", "--dtype", "--seed", "--shard", "--plain", "--fast", "--out", "--resume", "--save-every",
+         "--expert", "--anti-expert", "--alpha", "--vocab-map", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--explain", "--speculate", "--draft",
+         "--chat", "--how", "--texts", "--eval", "--base-tokenizer", "--value-tokenizer", "--show", "--tokenizer", "--height", "--wrong"]
+VALUES = ["-1", "0", "1", "2", "nan", "inf", "1e999", "-1e-300", "99999999999999999999", "", " ", "x", "x" * 300, "x" * 5000, "\udcff", "👍", "/dev/null", "/dev/full",
+          ".", "..", "/", "base", "value", "chats.jsonl", "texts.txt", "map.safetensors", "nowhere/x", "base/config.json", "llama-3", "paper", "probe", "float16",
+          "scratch", "scratch:tiny-x", "tiny-q", "org/model", "a\nb", "--", "-"]
+
+
+def damage_flags(rng: random.Random) -> list[str]:
+    command = list(rng.choice([TRAIN, SAMPLE, EXPERT, MAP, ["chat.py", "chats.jsonl", "--tokenizer", "base"]]))
+    for _ in range(rng.randint(1, 2)):
+        if rng.random() < 0.4:
+            command[rng.randrange(1, len(command))] = rng.choice(VALUES)
+        else:
+            command += [rng.choice(FLAGS), *[rng.choice(VALUES)] * (rng.random() < 0.7)]
+    return command
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Whether the promise is kept
+
+
+def contents(folder: Path) -> dict[str, object]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() and not path.is_symlink() else path.is_dir() for path in folder.rglob("*")}
+
+
+def run_forked(folder: Path, command: list[str]) -> tuple[int | None, str]:
+    """Status (None: too slow) and what was said on stderr."""
+    errors = folder.parent / "stderr"
+    child = os.fork()
+    if not child:
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+            os.chdir(folder)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            sys.argv, sys.stdin, status = command, open(0), 0
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w", errors="backslashreplace")
+            try:
+                run_cli(MAINS[command[0]])
+            except SystemExit as ended:
+                status = ended.code or 0
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+                status = 1
+            gc.collect()  # what a failed run leaves is removed when nobody holds it any more
+            sys.stderr.flush()
+            os._exit(status)
+        finally:
+            os._exit(99)
+    deadline = time.monotonic() + LONGEST
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status), errors.read_text(errors="replace")
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None, ""
+
+
+def fault(status: int | None, said: str, before: dict, after: dict, command: list[str]) -> str:
+    """What is wrong with how a command ended; "" if nothing is."""
+    if status is None:
+        return f"a hang of {LONGEST} s"
+    if status not in (0, 2) or "Traceback" in said:
+        return f"status {status}: {said[-300:]}"
+    ours = ("run", "stopped", "new.map", "out")  # what a command that succeeds may write
+    if status == 2:
+        ours = ("stopped.training/lock",)
+        if said.count("\n") != 1 or not said.startswith(f"{command[0]}: ") or len(said) > 6000:
+            return f"not one line: {said[-300:]}"
+    lost = [name for name in before.keys() | after.keys() if before.get(name, "absent") != after.get(name, "absent") and not name.startswith(ours)]
+    if status == 0 and "--out" in command:
+        lost = [name for name in lost if not name.startswith(tuple(value for value in command if value.strip("./")))]
+    return f"changed, lost or left: {sorted(lost)[:3]}" if lost else ""
+
+
+def fuzz(house: Path, seed: int, count: int, only: str = "", say: Callable = print) -> list[str]:
+    """Faults among `count` mutations, which go through the families in turn."""
+    families = [name for name in [*FAMILIES, "flags"] if only in name]
+    tally, faults, started = Counter(), [], time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "house"
+        for number in range(count):
+            family = families[number % len(families)]
+            rng = random.Random(f"{seed} {number} {family}")
+            shutil.copytree(house, folder, symlinks=True)
+            if family == "flags":
+                command = damage_flags(rng)
+            else:
+                damage_file(rng, folder / family)
+                command = rng.choice(FAMILIES[family] or [RESUME])
+            before = contents(folder)
+            status, said = run_forked(folder, command)
+            tally[family, status] += 1
+            if found := fault(status, said, before, contents(folder), command):
+                faults.append(f"seed {seed}, {number}, {family}: {' '.join(command)[:300]!a}: {found}")
+                say(faults[-1])
+            shutil.rmtree(folder)
+            if number % 100 == 99:
+                say(f"{number + 1} of {count}, {len(faults)} faults, {(time.monotonic() - started) / (number + 1) * (count - number - 1):.0f} s left")
+    for family in families:
+        say(f"{family:45} answered {tally[family, 0]:4}  refused {tally[family, 2]:4}")
+    return faults
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--only", default="", help="families whose name contains this")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as home:
+        build(Path(home))
+        found = fuzz(Path(home), args.seed, args.count, args.only)
+    print(f"{len(found)} faults in {args.count} mutations of seed {args.seed}")
+    sys.exit(bool(found))
