@@ -159,10 +159,10 @@ def digest(path: str | Path) -> str:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, temporary: Path | None = None) -> Iterator[Path]:
     """Where to write a file or folder that takes its place all at once; nothing of it is left if that fails."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary or path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         temporary.replace(path)

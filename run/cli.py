@@ -69,6 +69,8 @@ def run_cli(main: Callable[[], None]) -> None:
     drop_output()
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(5)  # most likely the first process says the same, and torchrun ends the others when one has ended
+    if len(message) > 1000:  # somebody's file may have much in it
+        message = f"{message[:800]} ... {message[-150:]}"
     if sys.stderr is not None:
         print(f"{Path(sys.argv[0]).name}: {message}".replace("\n", "\\n"), file=sys.stderr)
     sys.exit(status)

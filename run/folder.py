@@ -71,8 +71,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Oldest first; more than one only if a kill came between the rename and the removal."""
-        found = [path for path in self.work.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        return sorted(self.work.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
     # -- while it trains
 
@@ -159,7 +158,7 @@ class Run:
 
     def write_checkpoint(self, tensors: dict[str, Tensor], state: dict) -> None:
         older, new = self.checkpoints(), self.work / f"step-{state['step']}"
-        with replacing(new) as temporary:
+        with replacing(new, self.work / "step.tmp") as temporary:
             temporary.mkdir()
             save_file(tensors, temporary / "state.safetensors")
             (temporary / "state.json").write_text(json.dumps(state) + "\n")
@@ -227,8 +226,8 @@ class Run:
     def write_final(self, network: Llama | ValueModel, tokenizer: Tokenizer, metrics: dict) -> None:
         if any(not math.isfinite(value or 0) for of_system in metrics.values() for value in of_system.values()):
             raise UsageError(f"{self.out}: not saved, as what it was measured by is no number: {metrics}")
-        final, start = self.work / "final.tmp", Path(self.settings.start)
-        try:
+        start = Path(self.settings.start)
+        with replacing(self.out, self.work / "final.tmp") as final:
             network.save_pretrained(final)
             (final / "tokenizer.model").write_bytes(tokenizer.model)
             for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]:  # for other programs
@@ -236,10 +235,6 @@ class Run:
                     shutil.copy(start / name, final)
             (final / "train.json").write_text(json.dumps(vars(self.settings), indent=2) + "\n")
             (final / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-            final.rename(self.out)
-        except BaseException:
-            shutil.rmtree(final, ignore_errors=True)
-            raise
         self.lock.release()
         shutil.rmtree(self.work)
 

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ivl import Probe, ProxyDelta, ValueModel
 from model import Llama, LlamaConfig
 from run.cli import run_cli
+from run.folder import Run
 from sample import Guided
 
 # ---- where things are
@@ -99,6 +101,33 @@ def ask(home: Path, *arguments, **options) -> str:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
+
+
+def stop_at(folder: Path, step: int, *command) -> None:
+    """Run train.py in this process, stopped behind a step as by Ctrl-C; it must have a checkpoint by then."""
+    def report(self, done: int, *rest):
+        if done + 1 == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "report", report)
+        assert inside(folder, *command)[0] == 130
+    assert list(folder.glob("*.training/step-*/state.json"))
+
+
+def in_two_shards(folder: Path) -> None:
+    """Turn a checkpoint's model.safetensors into two files and their index."""
+    tensors = load_file(folder / "model.safetensors")
+    weight_map = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in weight_map if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def assert_identical(a: Path, b: Path) -> None:
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 # ---- tokenizers

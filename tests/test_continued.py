@@ -11,7 +11,7 @@ import torch
 from data.tiny_world import TINY_SIZES, World
 from data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from model import Llama
-from paper.continued import MARKERS, MarkedTokenizer, continued_documents, widen
+from paper.continued import MarkedTokenizer, continued_documents, widen
 from tests.helpers import VALUE, ask, byte_pairs, inside, refused, small, weights
 
 SHORT = ["--steps", 3, "--batch-size", 4]

@@ -24,7 +24,7 @@ from run import folder
 from run.jobs import tiny_config
 from run.show import examine
 from sample import Guided
-from tests.helpers import (ENVIRONMENT, ROOT, SHORT, VALUE, ask, byte_pairs, inside, refused, run, small, succeed,
+from tests.helpers import (ENVIRONMENT, ROOT, SHORT, VALUE, ask, assert_identical, byte_pairs, inside, refused, run, small, succeed,
                            weights)
 from train import Objective, Settings, accumulate_gradient, language_loss, learning_rate, table5
 
@@ -53,7 +53,6 @@ def test_the_base_is_bit_identical_after_value_training(home, tmp_path):
 def test_the_loss_falls_and_the_metrics_are_those_of_the_saved_network(home):
     base = Llama.from_pretrained(home / "out/seed0/tiny-s")
     metrics = json.loads((home / "out/seed0/tiny-s/metrics.json").read_text())["base"]
-    from data.tokenizer import load_tokenizer
     assert examine(Guided(base), world_of(home / "out/seed0/tiny-s"), load_tokenizer(home / "out/seed0/tiny-s")) == metrics
     log = succeed(home, "train.py", "--base", "--value", "--no-full", "--steps", "40", "--out", home / "falls")
     steps = [line.split() for line in log.splitlines() if line.startswith("step")]
@@ -257,11 +256,6 @@ def test_table_5():
 
 
 # ---- resuming
-
-
-def assert_identical(a: Path, b: Path) -> None:
-    ours, theirs = weights(a), weights(b)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def kill_and_resume(folder: Path, command: list, out: Path, kills: int, rng: random.Random, lifetime: float) -> int:
