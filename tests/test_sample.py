@@ -3,10 +3,15 @@
 import pytest
 import torch
 
+from beyond.speculation import Speculative, speculate
+from data.chat import stop_ids
+from data.errors import UsageError
+from data.tokenizer import TiktokenTokenizer
 from ivl import SCHEMES
+from model import Llama
 from run.cli import clock
 from sample import Guided, generate, pick, score
-from tests.helpers import assert_same_or_tied, pair, plugged, random_prompts, small
+from tests.helpers import assert_same_or_tied, byte_pairs, pair, plugged, random_prompts, small
 
 PLUGS = [*SCHEMES, "proxy"]
 
@@ -130,3 +135,36 @@ def test_an_empty_prompt_is_an_error():
 
 def test_clock():
     assert [clock(seconds) for seconds in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
+
+
+def test_an_empty_context_or_continuation_is_one_error():
+    for pairs in ([([], [3])], [([3], [])], [([3], [4]), ([], [])]):
+        with pytest.raises(ValueError, match="at least one token in each context and in each continuation"):
+            score(pair(), pairs)
+
+
+def test_what_ends_an_answer(tmp_path):
+    tokenizer = TiktokenTokenizer(byte_pairs())
+    base = small(eos_token_id=[40, 41])
+    base.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [41, 42]}')
+    loaded = Llama.from_pretrained(tmp_path)
+    assert loaded.config.eos_token_id == [40, 41, 42]
+    ends = {tokenizer.eos_id, tokenizer.end_of_turn_id}
+    assert stop_ids(tokenizer, "llama-3", [loaded, small(eos_token_id=7), small()]) == ends | {7, 40, 41, 42}
+    assert stop_ids(tokenizer, "llama-2", []) == ends
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_no_number_is_an_error_that_names_the_network(number):
+    for name, at in (("base", 0), ("value network", 1)):
+        guided = pair()
+        network = guided.llamas[at]
+        network.lm_head.weight.data[7] = number
+        with pytest.raises(UsageError, match=f"the {name}'s logits are no numbers .nan or inf. in float32"):
+            generate(guided, [[1, 2]], max_new_tokens=2, stop_ids=set())
+        with pytest.raises(UsageError, match=f"the {name}'s logits"):
+            score(guided, [([1, 2], [3])])
+        system = Speculative(guided, small(), 2)
+        with pytest.raises(UsageError, match=f"the {name}'s logits"):
+            speculate(system, [[1, 2]], max_new_tokens=4, stop_ids=set())

@@ -138,3 +138,40 @@ def test_an_absent_tokenizer_is_named(tmp_path):
     for path, message in [(tmp_path, "no tokenizer.model"), (tmp_path / "x.model", "No such file")]:
         with pytest.raises(UsageError, match=message):
             load_tokenizer(path)
+
+
+# ---- what is no property of the kind
+
+
+def trained(**options) -> SentencePieceTokenizer:
+    import io
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["the hell they live in", "hello world", "a b  c"] * 30), model_writer=written,
+                                             model_type="bpe", vocab_size=330, byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False,
+                                             minloglevel=2, **options)
+    return SentencePieceTokenizer(written.getvalue())
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_whether_a_space_is_put_in_front_is_asked_of_the_model(prefix):
+    tokenizer = trained(add_dummy_prefix=prefix)
+    assert tokenizer.space_in_front is prefix
+    for text in ["hello world", "the hell", " two  spaces "]:
+        assert tokenizer.decode(tokenizer.encode(text)).split() == text.split()
+    assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
+    assert StreamDecoder(tokenizer).push(tokenizer.encode("hello")[0])[:1] == "h"
+
+
+def test_user_defined_pieces_are_never_matched_in_a_text():
+    tokenizer = trained(user_defined_symbols=["<PRE>", "hell", "  "], remove_extra_whitespaces=False)
+    ids = {piece: tokenizer.processor.piece_to_id(piece) for piece in ["<PRE>", "hell"]}
+    for text in ["<PRE>", "a <PRE>b", "the hell", "hello <PRE> <PRE>"]:
+        assert not set(tokenizer.encode(text)) & set(ids.values())
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.token_bytes(ids["<PRE>"]) == b"<PRE>"  # a model may say it
+    assert sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model).encode("a <PRE>b")[2] == ids["<PRE>"]  # what is mended
+
+
+def test_spaces_at_the_end_of_words_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="marks spaces at the end of words"):
+        trained(treat_whitespace_as_suffix=True)

@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from fast import alignment
 from fast.alignment import align_all
@@ -12,7 +13,7 @@ from data.errors import UsageError
 from data.tiny_world import World
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
 from tests.helpers import REAL, SHARED, byte_pairs, inside, needs_real, python
-from vocab_map import (HOWS, Speller, VocabMap, align_by_loop, build, levenshtein, normalise, overlap, piece_cost, share_bytes,
+from vocab_map import (HOWS, Speller, VocabMap, align_by_loop, build, count_pairs, levenshtein, normalise, overlap, piece_cost, share_bytes,
                        spell_out, strongest, without_mark)
 
 HARD = ["漢字かな交じり文、한국어와 العربية", "👩‍👩‍👧‍👦 flags 🇩🇪🇫🇷, e\u0301 n\u0303 a\u030a\u0301", "def f(x):\n\treturn  x ** 2  # ``` \\n\n\n",
@@ -290,3 +291,18 @@ def test_the_fast_path_is_as_fast_as_claimed(tmp_path):
 def test_the_bench_prints_its_tables():
     output = python("-m", "bench.vocab_map", "--rounds", "1")
     assert output.count("| fast, all at once ") == 2 and "| --how offsets " in output and "failed" not in output
+
+
+def test_texts_that_a_tokenizer_changes_are_left_out_of_offsets_and_counted(tmp_path, capsys):
+    import io
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["the hell they live in", "hello world"] * 30), model_writer=written,
+                                             model_type="bpe", vocab_size=300, byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+                                             normalization_rule_name="nmt_nfkc")  # merges spaces
+    merging, exact = SentencePieceTokenizer(written.getvalue()), TiktokenTokenizer(byte_pairs(b"he", b"th"))
+    pairs, counts = count_pairs(["hello world", "two  spaces", "a\u2581mark", "the hell"], exact, merging, "offsets")
+    assert "left out 2 of 4 texts" in capsys.readouterr().err
+    alone, their_counts = count_pairs(["hello world", "the hell"], exact, merging, "offsets")
+    assert pairs.tolist() == alone.tolist() and counts.tolist() == their_counts.tolist()
+    with pytest.raises(UsageError, match="changes the bytes of every text"):
+        count_pairs(["two  spaces"], exact, merging, "offsets")
