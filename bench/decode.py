@@ -23,6 +23,7 @@ from bench.train import SHAPES as TRAINED_SHAPES
 from beyond.speculation import Passes, Speculative, measure_passes, predicted_speed_up, speculate
 from data.chat import encode_chat
 from data.errors import UsageError
+from data.files import write_text
 from data.tiny_world import PIECES, TEMPLATE, TINY_SIZES, prompt_text, world_of
 from data.tokenizer import load_tokenizer
 from fast.graphs import CapturedGuided
@@ -348,7 +349,7 @@ def main():
     bench = bench_table_3 if args.speculate is None else bench_speculation
     numbers = {"device": describe(device)} | bench(args, device)
     if args.json:
-        args.json.write_text(json.dumps(numbers, indent=2) + "\n")
+        write_text(args.json, json.dumps(numbers, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bench.measure import Result, compare, copy_bandwidth, describe, ratio, table, times
 from fast.loss import value_loss_from_hidden
+from data.files import write_text
 from ivl import ivl_loss
 from run.cli import ArgumentParser, positive_int, run_cli
 
@@ -120,7 +121,7 @@ def main():
             print(f"{heading}: {size}\n\n{show(results, N * V * dtype.itemsize, bandwidth, start == 'logits')}\n", flush=True)
             numbers["sizes"][-1][f"from_{start}"] = {name: vars(each) for name, each in results.items()}
     if args.json:
-        args.json.write_text(json.dumps(numbers, indent=2) + "\n")
+        write_text(args.json, json.dumps(numbers, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch.nn as nn
 
 from bench.measure import Result, compare, describe, ratio, table, times
 from fast.loss import value_loss
+from data.files import write_text
 from ivl import ValueModel
 from model import Llama, LlamaConfig
 from run.cli import ArgumentParser, positive_int, run_cli
@@ -82,7 +83,7 @@ def main():
         print(f"A {value} value network on a {base} base\n\n{show(results, tokens)}\n", flush=True)
         numbers["pairs"][f"{value} on {base}"] = {name: vars(result) for name, result in results.items()}
     if args.json:
-        args.json.write_text(json.dumps(numbers, indent=2) + "\n")
+        write_text(args.json, json.dumps(numbers, indent=2) + "\n")
 
 
 if __name__ == "__main__":

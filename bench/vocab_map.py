@@ -19,8 +19,9 @@ import torch
 import vocab_map
 from bench.measure import Result, compare, describe, ratio, table, times
 from data.chat import encode_chat
-from data.records import read_texts
 from data.errors import UsageError
+from data.files import write_text
+from data.records import read_texts
 from data.tiny_world import TEMPLATE, World, prompt_text, world_of
 from data.tokenizer import Tokenizer, load_tokenizer
 from fast.alignment import align_all
@@ -208,7 +209,7 @@ def main():
         print(f"Making a map from {args.texts or 'the texts of a tiny world'}, all of it\n\n{table(rows)}\n")
         numbers["whole"] = {name: vars(result) for name, result in results.items()}
     if args.json:
-        args.json.write_text(json.dumps(numbers, indent=2) + "\n")
+        write_text(args.json, json.dumps(numbers, indent=2) + "\n")
 
 
 if __name__ == "__main__":

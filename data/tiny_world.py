@@ -14,7 +14,6 @@ Everything is a function of the seed: names, facts, splits, text and tokenizer.
 import base64
 import io
 import json
-import os
 import random
 import re
 from collections import Counter
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from data.chat import encode_chat, end_token, with_system
 from data.errors import UsageError
+from data.files import write_text
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------
@@ -280,9 +280,7 @@ class World:
                 raise UsageError(f"{path}: not what world {self.seed} makes; to train on it give its copy with --data, "
                                 "else delete it")
         else:
-            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may do this at once
-            temporary.write_text(text, encoding="utf-8")
-            temporary.rename(path)
+            write_text(path, text)
         return path
 
     # -- examination --------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 
 from pathlib import Path
 
+from data.files import write_text
 from paper import appendix_b, fig2, fig3, fig4, norm, table1, table2, table4
 from paper.networks import NETWORKS, Kept
 from paper.report import (OURS, STAND_INS, Results, draw, machine, parse_arguments, results_of, section_text, table,
@@ -84,7 +85,7 @@ def main():
     args.results.mkdir(parents=True, exist_ok=True)
     for script in SCRIPTS:
         draw(script, results, args.results)
-    (args.results / "RESULTS.md").write_text(document(results, args.seeds), encoding="utf-8")
+    write_text(args.results / "RESULTS.md", document(results, args.seeds))
     print(overview(results))
     print(f"saved {args.results / 'RESULTS.md'}")
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.errors import UsageError
-from data.files import read_json
+from data.files import read_json, write_text
 from data.tiny_world import World
 from run.cli import clock
 
@@ -151,9 +151,7 @@ class Kept:
 def write(file: Path, record: dict) -> None:
     """Whole or not at all, however this process ends."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    temporary.rename(file)
+    write_text(file, json.dumps(record, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------

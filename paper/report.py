@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from data.errors import UsageError
+from data.files import replacing
 from paper.networks import Kept, jobs_for, make
 from run.cli import ArgumentParser, number, positive_int
 
@@ -101,7 +102,8 @@ def draw(script: ModuleType, results: Results, folder: Path) -> None:
     from matplotlib import pyplot
     figure = script.draw(pyplot, results)
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / script.PICTURE, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    with replacing(folder / script.PICTURE) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
     print(f"saved {folder / script.PICTURE}")
 
