@@ -185,33 +185,18 @@ class Speller:
         self.tokenizer = tokenizer
         self.rank: dict[bytes, tuple[float, int]] = {}  # of a token's bytes: how early it is merged, and its id
         self.single: dict[int, int] = {}  # tokens of one byte, for bytes that are part of no longer token
-        if tokenizer.kind == "tiktoken":
-            self.read_byte_pairs()
-        else:
-            self.read_pieces()
+        for id in range(tokenizer.vocab_size):
+            token, rank = tokenizer.token_bytes(id), tokenizer.merge_rank(id)
+            if tokenizer.is_byte(id):
+                self.single[token[0]] = id
+            if rank is not None:
+                self.rank[token] = rank, id
         missing = set(range(256)) - self.single.keys()
         if missing:
             raise UsageError(f"a tokenizer without a token for the byte {min(missing)}; it cannot spell every text")
 
-    def read_byte_pairs(self) -> None:
-        for id in range(self.tokenizer.vocab_size):
-            token = self.tokenizer.token_bytes(id)
-            if token:
-                self.rank[token] = id, id
-            if len(token) == 1:
-                self.single[token[0]] = id
-
-    def read_pieces(self) -> None:
-        processor = self.tokenizer.processor
-        for id in range(self.tokenizer.vocab_size):
-            token = self.tokenizer.token_bytes(id)
-            if processor.is_byte(id):
-                self.single[token[0]] = id
-            elif token and not processor.is_unknown(id) and not processor.is_unused(id):
-                self.rank[token] = -processor.get_score(id), id
-
     def __call__(self, piece: bytes) -> list[int]:
-        if self.tokenizer.kind == "sentencepiece":
+        if not self.tokenizer.byte_level:
             # The characters of a piece; bytes that are none stand alone.
             text = piece.decode(errors="surrogateescape")
             return self.merge([character.encode(errors="surrogateescape") for character in text])
@@ -244,9 +229,9 @@ def spell_out(source: Tokenizer, target: Tokenizer) -> list[tuple[int, ...]]:
     spelled: list[tuple[int, ...]] = []
     for id in range(source.vocab_size):
         piece = source.token_bytes(id)
-        if source.kind == "sentencepiece" and source.processor.is_byte(id):
+        if not source.byte_level and source.is_byte(id):
             spelled.append((speller.single[piece[0]],))  # a byte remains a byte, though there may be a piece of it, too
-        elif not piece or (source.kind == "sentencepiece" and source.processor.is_unknown(id)):
+        elif not piece or id == source.unknown_id:
             spelled.append(())
         else:
             spelled.append(tuple(speller(piece)))
@@ -257,7 +242,8 @@ def spell_out(source: Tokenizer, target: Tokenizer) -> list[tuple[int, ...]]:
 
 def by_hand(source: Tokenizer, target: Tokenizer) -> dict[int, int]:
     """Tokens without bytes that mean the same in both tokenizers."""
-    return {source.bos_id: target.bos_id, source.end_of_turn_id: target.end_of_turn_id, source.eos_id: target.eos_id}
+    pairs = {source.bos_id: target.bos_id, source.end_of_turn_id: target.end_of_turn_id, source.eos_id: target.eos_id}
+    return {id: other for id, other in pairs.items() if None not in (id, other)}
 
 
 def overlap(texts: list[str], base: Tokenizer, value: Tokenizer, spelled: list[tuple[int, ...]]) -> float:

@@ -27,11 +27,18 @@ IGNORE = -100  # the label of a position that is not supervised
 # ---------------------------------------------------------------------------------------------------------
 # Templates
 
-TEMPLATES = ("llama-2", "llama-3")
+TEMPLATES = ("llama-2", "llama-3", "chatml", "zephyr")
+NEEDED = {"llama-3": "<|start_header_id|>", "chatml": "<|im_start|>"}  # a special token that tells a template
 
 
 def default_template(tokenizer: Tokenizer) -> str:
-    return "llama-3" if tokenizer.kind == "tiktoken" else "llama-2"
+    """By the special tokens that the tokenizer has."""
+    return next((name for name, special in NEEDED.items() if special in tokenizer.specials), "llama-2")
+
+
+def can_speak(tokenizer: Tokenizer, template: str) -> bool:
+    """Whether a tokenizer has the special tokens of a template."""
+    return template not in NEEDED or NEEDED[template] in tokenizer.specials
 
 
 def with_system(system: str, turns: list[Turn]) -> list[Turn]:
@@ -41,7 +48,7 @@ def with_system(system: str, turns: list[Turn]) -> list[Turn]:
 
 def end_token(tokenizer: Tokenizer, template: str) -> int:
     """The token that ends the assistant's turn."""
-    return tokenizer.eos_id if template == "llama-2" else tokenizer.end_of_turn_id
+    return tokenizer.end_of_turn_id if template in NEEDED else tokenizer.eos_id
 
 
 def stop_ids(tokenizer: Tokenizer, template: str, llamas: list) -> set[int]:
@@ -58,8 +65,10 @@ def encode_chat(tokenizer: Tokenizer, template: str, turns: list[Turn]) -> tuple
 
     llama-2    <s>[INST] question [/INST] answer </s>, again for each exchange; one <s> and one </s> per exchange
     llama-3    <|begin_of_text|>, then <|start_header_id|>role<|end_header_id|>, blank line, text<|eot_id|> per turn
+    chatml     <|im_start|>role, new line, text<|im_end|>, new line, per turn (SmolLM2, Yi, Hermes, Qwen)
+    zephyr     <|role|>, new line, text</s>, new line, per turn, the first in plain text (TinyLlama-Chat)
 
-    A system turn may come first. Texts are stripped as the vendors do it.
+    A system turn may come first. Texts are stripped as the vendors do it, in the last two not at all.
     """
     return with_mask(segments_of(tokenizer, template, turns))
 
@@ -76,7 +85,11 @@ def with_mask(segments: Iterable[Segment]) -> tuple[list[int], list[bool]]:
 
 
 def segments_of(tokenizer: Tokenizer, template: str, turns: list[Turn]) -> Iterator[Segment]:
-    return {"llama-2": llama2_segments, "llama-3": llama3_segments}[template](tokenizer, turns)
+    if not can_speak(tokenizer, template):
+        raise UsageError(f"the {template} template needs the special token {NEEDED[template]}, which this tokenizer lacks; use another "
+                         "--template, llama-2 for instance")
+    kinds = {"llama-2": llama2_segments, "llama-3": llama3_segments, "chatml": chatml_segments, "zephyr": zephyr_segments}
+    return kinds[template](tokenizer, turns)
 
 
 def llama2_segments(tokenizer: Tokenizer, turns: list[Turn]) -> Iterator[Segment]:
@@ -94,19 +107,45 @@ def llama2_segments(tokenizer: Tokenizer, turns: list[Turn]) -> Iterator[Segment
 
 
 def llama3_segments(tokenizer: Tokenizer, turns: list[Turn]) -> Iterator[Segment]:
-    if tokenizer.kind != "tiktoken":
-        raise UsageError("the llama-3 template needs the special tokens of a tiktoken tokenizer; use --template llama-2")
-
     def header(name: str) -> Segment:
         start, end = tokenizer.specials["<|start_header_id|>"], tokenizer.specials["<|end_header_id|>"]
         return [start, *tokenizer.encode(name), end, *tokenizer.encode("\n\n")], "header"
 
-    yield [tokenizer.bos_id], "header"
+    yield [tokenizer.specials["<|begin_of_text|>"]], "header"
     for role, text in turns:
         yield header("assistant" if role == CONTEXT else role)
         yield tokenizer.encode(text.strip()) + [tokenizer.end_of_turn_id], role
     if turns[-1][0] == "user":
         yield header("assistant")
+
+
+def chatml_segments(tokenizer: Tokenizer, turns: list[Turn]) -> Iterator[Segment]:
+    start, end = tokenizer.specials["<|im_start|>"], tokenizer.specials["<|im_end|>"]
+    for role, text in turns:
+        header, body = split_text(tokenizer, "assistant\n" if role == CONTEXT else f"{role}\n", text)
+        yield [start, *header], "header"
+        yield [*body, end], role
+        yield tokenizer.encode("\n"), "header"
+    if turns[-1][0] == "user":
+        yield [start, *tokenizer.encode("assistant\n")], "header"
+
+
+def zephyr_segments(tokenizer: Tokenizer, turns: list[Turn]) -> Iterator[Segment]:
+    line = ""  # the end of the turn before
+    for role, text in turns:
+        name = "assistant" if role == CONTEXT else role
+        header, body = split_text(tokenizer, f"{line}<|{name}|>\n", text)
+        yield header, "header"
+        yield [*body, tokenizer.eos_id], role
+        line = "\n"
+    yield tokenizer.encode(f"{line}<|assistant|>\n" if turns[-1][0] == "user" else line), "header"
+
+
+def split_text(tokenizer: Tokenizer, header: str, text: str) -> tuple[list[int], list[int]]:
+    """The tokens of a header and a text in one piece, as the vendors have it, cut where they are no longer the header's own."""
+    alone, whole = tokenizer.encode(header), tokenizer.encode(header + text)
+    same = next((at for at, (a, b) in enumerate(zip(alone, whole)) if a != b), min(len(alone), len(whole)))
+    return whole[:same], whole[same:]
 
 
 # ---------------------------------------------------------------------------------------------------------

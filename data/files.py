@@ -47,6 +47,8 @@ def check_regular(path: str | Path) -> Path:
         mode = path.stat().st_mode
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise UsageError(f"{str(path)!a}: no name that a file can have") from None
     if stat.S_ISDIR(mode):
         raise UsageError(f"{path}: Is a directory, where a file is wanted")
     if not stat.S_ISREG(mode):

@@ -479,7 +479,8 @@ def value_pairs(tokenizer: Tokenizer, template: str, item: Item, values: list[st
         turns = with_system(system, [("user", item.question), ("assistant", f"{before} {value}.")])
         ids, _ = encode_chat(tokenizer, template, turns)
         opening, _ = encode_chat(tokenizer, template, [*turns[:-1], ("assistant", before)])
-        closing = 2 if template == "llama-2" else 1  # the end token of the turn, and llama-2's space in front of it
+        behind = ids[::-1].index(end_token(tokenizer, template))  # tokens behind the end of the turn
+        closing = behind + (2 if template == "llama-2" else 1)  # and that end, and llama-2's space in front of it
         start, stop = len(opening) - closing, len(ids) - closing
         pairs.append((ids[:start], ids[start:stop]))
     return pairs

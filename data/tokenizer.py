@@ -1,4 +1,4 @@
-"""Tokenizers of the Llama family: SentencePiece (Llama-2, TinyLlama, CodeLlama) and tiktoken BPE (Llama-3).
+"""Tokenizers of the Llama family: SentencePiece (Llama-2, TinyLlama), tiktoken BPE (Llama-3), and tokenizer.json of both forms.
 
     python -c "from data.tokenizer import load_tokenizer; print(load_tokenizer('out/seed0/tiny-s').encode('Hello!'))"
 
@@ -8,15 +8,18 @@ Text is never searched for special tokens: "</s>" in a user's message is four ha
 import base64
 import codecs
 import hashlib
+import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
 import tiktoken
+import tokenizers
 
 from data.errors import UsageError
-from data.files import hub_hint, read_bytes
+from data.files import hub_hint, read_bytes, read_json
 
 
 def fingerprint(tokenizer: "Tokenizer", n: int) -> str:
@@ -32,6 +35,10 @@ class SentencePieceTokenizer:
     """A SentencePiece model. Its pieces mark a space as U+2581; Llama-2's puts a space in front of every text."""
 
     kind = "sentencepiece"
+    file_name = "tokenizer.model"
+    byte_level = False
+    specials: dict[str, int] = {}  # none that a chat template could use
+    default_system = ""
 
     def __init__(self, model: bytes):
         self.model = model
@@ -44,7 +51,7 @@ class SentencePieceTokenizer:
         if marked.endswith("\u2581"):
             raise ValueError("it marks spaces at the end of words, which is not supported")
         self.space_in_front = marked.startswith("\u2581")
-        self.end_of_turn_id = self.eos_id
+        self.end_of_turn_id, self.unknown_id = self.eos_id, self.processor.unk_id()
         self._bytes = [self._piece_bytes(id) for id in range(self.vocab_size)]
 
     def _piece_bytes(self, id: int) -> bytes:
@@ -62,6 +69,16 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return self.processor.encode(texts, num_threads=1)
+
+    def is_byte(self, id: int) -> bool:
+        """Whether a token stands for a single byte and is no piece of text."""
+        return self.processor.is_byte(id)
+
+    def merge_rank(self, id: int) -> float | None:
+        """How early a token is made of two others in byte-pair encoding; None where it never is."""
+        model = self.processor
+        never = model.is_byte(id) or model.is_control(id) or model.is_unknown(id) or model.is_unused(id)
+        return None if never else -model.get_score(id)
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes that a token stands for; none for control tokens."""
@@ -119,7 +136,11 @@ class TiktokenTokenizer:
     """Byte-level BPE in the file format of Llama-3: a line per token, base64 bytes and rank; 256 specials follow."""
 
     kind = "tiktoken"
+    file_name = "tokenizer.model"
+    byte_level = True
     space_in_front = False
+    unknown_id = None
+    default_system = ""
     # Which pieces a text falls into before byte pairs are merged; part of Llama-3's definition.
     pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -156,6 +177,12 @@ class TiktokenTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
+    def is_byte(self, id: int) -> bool:
+        return len(self.token_bytes(id)) == 1
+
+    def merge_rank(self, id: int) -> float | None:
+        return id if self.token_bytes(id) else None
+
     def token_bytes(self, id: int) -> bytes:
         """The bytes that a token stands for; none for special tokens."""
         if not 0 <= id < self.vocab_size:
@@ -182,34 +209,170 @@ def cut_long_runs(text: str) -> list[str]:
     return parts + [text[start:]]
 
 
-Tokenizer = SentencePieceTokenizer | TiktokenTokenizer
+class JsonTokenizer:
+    """A tokenizer.json of Hugging Face's library `tokenizers`: a byte-level BPE, or one of pieces with byte fallback.
+
+    The first is Llama-3's and SmolLM2's form, the second Llama-2's. Which tokens begin and end a text stands in files
+    beside it: `config` is what those say (read_token_config).
+    """
+
+    kind = "json"
+    file_name = "tokenizer.json"
+
+    def __init__(self, model: bytes, config: dict | None = None):
+        self.model = model
+        raw = json.loads(model)
+        if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict) or raw["model"].get("type", "BPE") != "BPE":
+            raise ValueError("it is no byte-pair encoding")
+        added = {token["content"]: token["id"] for token in raw.get("added_tokens") or []}
+        for token in raw.get("added_tokens") or []:  # none is looked for in a text, but for runs of white space
+            token["special"] = bool(token["content"].strip())
+        self.backend = tokenizers.Tokenizer.from_str(json.dumps(raw))
+        self.backend.encode_special_tokens = True
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.byte_level = '"ByteLevel"' in json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")])
+        if not self.byte_level and not raw["model"].get("byte_fallback"):
+            raise ValueError("neither a byte-level BPE nor one with byte fallback")
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.specials = {name: id for name, id in added.items() if name.strip()}
+        self.unknown_id = vocabulary.get(raw["model"].get("unk_token")) if not self.byte_level else None
+        self._bytes = [b""] * self.vocab_size  # also of ids that no token has
+        for piece, id in vocabulary.items():
+            self._bytes[id] = b"" if piece in self.specials else self._piece_bytes(piece)
+        if self.unknown_id is not None:
+            self._bytes[self.unknown_id] = " \u2047 ".encode()  # as SentencePiece decodes it
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in raw["model"]["merges"]]
+        self._ranks: dict[int, int] = {}
+        for rank, (a, b) in enumerate(pairs):
+            self._ranks.setdefault(vocabulary[a + b], rank)
+        self.space_in_front = self.token_bytes(self.encode("a")[0]).startswith(b" ")
+        config = config or {}
+        self.bos_id = vocabulary.get(config.get("bos"), config.get("bos_id"))
+        self.eos_id = vocabulary.get(config.get("eos"), config.get("eos_id"))
+        if self.eos_id is None:
+            raise ValueError("nothing beside it says which token ends a text: no eos_token in tokenizer_config.json, no eos_token_id in "
+                             "generation_config.json or config.json")
+        self.end_of_turn_id = next((self.specials[name] for name in ("<|eot_id|>", "<|im_end|>") if name in self.specials), self.eos_id)
+        self.default_system = config.get("default_system", "")
+
+    def _piece_bytes(self, piece: str) -> bytes:
+        if self.byte_level:
+            return bytes(BYTE_OF[character] for character in piece) if set(piece) <= BYTE_OF.keys() else piece.encode()
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Token ids; with no token that begins a text, bos adds none."""
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return [self.bos_id] * (bos and self.bos_id is not None) + ids + [self.eos_id] * eos
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [each.ids for each in self.backend.encode_batch(texts, add_special_tokens=False)]
+
+    def is_byte(self, id: int) -> bool:
+        piece = self.backend.id_to_token(id) or ""
+        return len(self._bytes[id]) == 1 if self.byte_level else re.fullmatch("<0x[0-9A-F]{2}>", piece) is not None
+
+    def merge_rank(self, id: int) -> float | None:
+        """For a single character, which is made of nothing, the last rank."""
+        if not self._bytes[id] or id == self.unknown_id or self.is_byte(id) and not self.byte_level:
+            return None
+        return self._ranks.get(id, len(self._ranks))
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that a token stands for; none for special tokens."""
+        return self._bytes[id]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of some tokens, without the space in front if encode adds one; bytes that are no UTF-8 become U+FFFD."""
+        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.space_in_front else text
+
+    fingerprint = fingerprint
+
+
+def byte_characters() -> dict[str, int]:
+    """The character that a byte-level BPE writes for each byte, as GPT-2 does: itself if it can be seen, else one from 256 on."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + number): byte for number, byte in enumerate(hidden)}
+
+
+BYTE_OF = byte_characters()
+
+
+def read_token_config(folder: Path) -> dict:
+    """What the files beside a tokenizer.json say of its first and last token, by name (bos, eos) or id (bos_id, eos_id).
+
+    And `default_system`, the system prompt that the checkpoint's own chat_template puts where there is none.
+    """
+    raw = {name: read_json(folder / name) if (folder / name).exists() else {}
+           for name in ("tokenizer_config.json", "generation_config.json", "config.json")}
+    found = {}
+    for side in ("bos", "eos"):
+        named = raw["tokenizer_config.json"].get(f"{side}_token")
+        if isinstance(named, dict):  # an added token with its properties
+            named = named.get("content")
+        if isinstance(named, str):
+            found[side] = named
+        for file in ("generation_config.json", "config.json"):
+            id = raw[file].get(f"{side}_token_id")
+            id = id[0] if isinstance(id, list) and id else id
+            if type(id) is int and id >= 0:
+                found.setdefault(f"{side}_id", id)
+    template = raw["tokenizer_config.json"].get("chat_template")
+    default = re.search(r"<\|im_start\|>system(?:\n|\\n)([^<{'\"]+)<\|im_end\|>", template) if isinstance(template, str) else None
+    return found | ({"default_system": default[1]} if default else {})
+
+
+Tokenizer = SentencePieceTokenizer | TiktokenTokenizer | JsonTokenizer
+
+# Where two files of one folder are compared.
+SAMPLE_TEXTS = ["Hello, world!", " two  spaces\n\n\tand a tab", "naïve café 漢字 👍 1234567890", "def f(x):\n    return x ** 2", "I'll DON'T <s> [INST]"]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer.model, or the one in a checkpoint folder (Meta's keep it in original/).
+    """Load a tokenizer file, or the one in a checkpoint folder; the kinds are told apart by content.
 
-    The two kinds are told apart by content. Raises UsageError when the file is absent or of neither kind.
+    A folder has tokenizer.model, original/tokenizer.model (Meta's) or tokenizer.json. Of two that agree, the one with
+    more tokens is taken; of two that do not, tokenizer.model, and it is said. Raises UsageError when there is none.
     """
     path = Path(path)
-    file = path
-    if path.is_dir():
-        found = [path / name for name in ["tokenizer.model", "original/tokenizer.model"] if (path / name).exists()]
-        if not found:
-            raise UsageError(f"{path}: no tokenizer.model and no original/tokenizer.model (a tokenizer.json alone is not read)"
-                             f"{hub_hint(path)}")
-        file = found[0]
-    elif not path.exists() and hub_hint(path):
-        raise UsageError(f"{path}: No such file or directory{hub_hint(path)}")
+    if not path.is_dir():
+        if not path.exists() and hub_hint(path):
+            raise UsageError(f"{path}: No such file or directory{hub_hint(path)}")
+        return read_tokenizer(path)
+    found = [path / name for name in ["tokenizer.model", "original/tokenizer.model", "tokenizer.json"] if (path / name).exists()]
+    if not found:
+        raise UsageError(f"{path}: no tokenizer.model, no original/tokenizer.model, and no tokenizer.json{hub_hint(path)}")
+    first = read_tokenizer(found[0])
+    if found[-1].name != "tokenizer.json" or len(found) == 1:
+        return first
+    second = read_tokenizer(found[-1])
+    if all(first.encode(text) == second.encode(text) for text in SAMPLE_TEXTS):
+        return second if second.vocab_size > first.vocab_size else first
+    print(f"{path}: its {found[0].name} and its tokenizer.json cut texts differently; the first is used", file=sys.stderr)
+    return first
+
+
+def read_tokenizer(file: Path) -> Tokenizer:
     model = read_bytes(file)
     try:
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model):
             return TiktokenTokenizer(model)
+        if model.lstrip()[:1] == b"{":
+            return JsonTokenizer(model, read_token_config(file.parent))
         return SentencePieceTokenizer(model)
-    except (IndexError, KeyError, RuntimeError, UnicodeDecodeError):  # what reading a protobuf message that is none raises
-        kind = "it is JSON; a tokenizer.json is not read" if model.lstrip()[:1] == b"{" else f"it begins with {model[:12]!r}"
-        raise UsageError(f"{file}: neither a SentencePiece nor a tiktoken model, or a damaged one ({kind})") from None
+    except UsageError:
+        raise
     except ValueError as error:
-        raise UsageError(f"{file}: neither a SentencePiece nor a tiktoken model that can be used: {error}") from None
+        raise UsageError(f"{file}: neither a SentencePiece nor a tiktoken model nor a tokenizer.json that can be used: {error}") from None
+    except Exception as error:  # the library raises no narrower class; protobuf that is none raises several
+        said = f"{type(error).__name__}: {error}" if model.lstrip()[:1] == b"{" else f"it begins with {model[:12]!r}"
+        raise UsageError(f"{file}: neither a SentencePiece nor a tiktoken model nor a tokenizer.json, or a damaged one ({said})") from None
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict:

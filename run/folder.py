@@ -226,13 +226,14 @@ class Run:
     def write_final(self, network: Llama | ValueModel, tokenizer: Tokenizer, metrics: dict) -> None:
         if any(not math.isfinite(value or 0) for of_system in metrics.values() for value in of_system.values()):
             raise UsageError(f"{self.out}: not saved, as what it was measured by is no number: {metrics}")
-        start = Path(self.settings.start)
+        sources = [Path(path) for path in (self.settings.start, *self.settings.bases) if Path(path).is_dir()]
+        source = next((path for path in sources if load_tokenizer(path).model == tokenizer.model), None)
         with replacing(self.out, self.work / "final.tmp") as final:
             network.save_pretrained(final)
-            (final / "tokenizer.model").write_bytes(tokenizer.model)
-            for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]:  # for other programs
-                if (start / name).is_file() and load_tokenizer(start).model == tokenizer.model:
-                    shutil.copy(start / name, final)
+            (final / tokenizer.file_name).write_bytes(tokenizer.model)
+            for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]:  # also for other programs
+                if source and (source / name).is_file():
+                    shutil.copy(source / name, final)
             (final / "train.json").write_text(json.dumps(vars(self.settings), indent=2) + "\n")
             (final / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         self.lock.release()

@@ -212,13 +212,14 @@ def post_training(scheme: str, bases: list[Path], start: str, out: Path, args, d
     if max_length > longest:
         raise UsageError(f"--max-length {max_length}: the checkpoint was made for {longest} tokens")
     template = args.template or (TEMPLATE if world else default_template(tokenizer))
-    dataset = ChatDataset(data, tokenizer, template, max_length, args.system)
+    system = args.system or (tokenizer.default_system if template == "chatml" else "")
+    dataset = ChatDataset(data, tokenizer, template, max_length, system)
     split = (list(range(len(dataset))), []) if world else hold_out(dataset, args.seed, args.held_out)
     chosen = with_usual(build, tiny, flags, len(split[0])) | dict(max_length=max_length)
     settings = Settings(job="value" if scheme else "full", bases=[str(path) for path in bases], start=start, scheme=scheme,
                         probe_width=width, template=template, seed=args.seed,
                         data=f"tiny-world {world.seed}" if world else data, data_hash=digest(dataset.path),
-                        dtype=args.dtype, base_hashes=tuple(map(digest_weights, bases)), held_out=len(split[1]), system=args.system,
+                        dtype=args.dtype, base_hashes=tuple(map(digest_weights, bases)), held_out=len(split[1]), system=system,
                         **chosen)
     run = Run(out, settings, args.resume or keep and (out / "train.json").exists(), args.save_every, processes)
     if not run.finished:

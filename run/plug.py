@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from data.chat import TEMPLATES, default_template
-from data.checkpoint import name_of, own_template, read_value_info
+from data.chat import TEMPLATES, can_speak, default_template
+from data.checkpoint import is_a_path, name_of, own_template, read_value_info
 from data.errors import UsageError
 from data.files import read_json
 from data.tiny_world import TINY_SIZES, World, world_of
@@ -125,6 +125,7 @@ class Plugged:
     on_its_own: Callable[[], Speaker] | None  # what is plugged in, in the base it was trained on, where that is another
     guide: str  # what guides, in words
     world: World | None
+    guide_path: Path  # the folder of the value network or expert
     base_path: Path
     own_path: Path  # the base that the value network was trained on, or the anti-expert
 
@@ -149,14 +150,14 @@ def plug_in(args) -> Plugged:
     if vocab_map is None:
         tokenizer = base_tokenizer = min(tokenizer, base_tokenizer, key=lambda each: each.vocab_size)
     world = world_of(base_path)
-    if not (world or args.chat or args.prompt):
+    if not (world or args.chat or args.prompt or args.web):
         raise UsageError("this base is not from the tiny world, which brings its own questions; ask with --prompt or --chat")
     # the networks
     device, dtype = pick_device(args.dtype, tiny=world is not None)
     kind = choose_guided(args, world is not None, device) if vocab_map is None else None
     system = info.get("system", "") if args.system is None else args.system
     template = alone_template = info["template"]
-    if vocab_map is not None and template == "llama-3" and base_tokenizer.kind != "tiktoken":
+    if vocab_map is not None and not can_speak(base_tokenizer, template):
         alone_template = default_template(base_tokenizer)  # it lacks the other's special tokens
     print(f"base {base_path}, {describe_guide(args, value_path, own_path, info)}, template {template}"
           + (f", system prompt {system[:60]!r}" if system else ""))
@@ -184,7 +185,7 @@ def plug_in(args) -> Plugged:
                    alone=Speaker(f"{name_of(base_path)} alone", alone, base_tokenizer, alone_template, system),
                    on_its_own=on_its_own if is_other else None,
                    guide="proxy tuning" if args.expert else "the value network",
-                   world=world, base_path=base_path, own_path=own_path)
+                   world=world, guide_path=value_path, base_path=base_path, own_path=own_path)
 
 
 def find_guide(args) -> tuple[Path, dict, Path]:
@@ -206,7 +207,7 @@ def read_expert(args) -> dict:
         raise UsageError(f"--expert {expert}: a value network, which is plugged in with --value")
     record = read_json(expert / "train.json") if (expert / "train.json").is_file() else {}
     untuned = [args.anti_expert] if args.anti_expert else record.get("bases")
-    if not isinstance(untuned, list) or not untuned or not isinstance(untuned[0], str):
+    if not isinstance(untuned, list) or not untuned or not is_a_path(untuned[0]):
         raise UsageError(f"--expert {expert}: it does not record what it was tuned from; name that with --anti-expert")
     template = args.template or record.get("template") or default_template(load_tokenizer(expert))
     if template not in TEMPLATES:
