@@ -224,6 +224,8 @@ class JsonTokenizer:
         raw = json.loads(model)
         if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict) or raw["model"].get("type", "BPE") != "BPE":
             raise ValueError("it is no byte-pair encoding")
+        if not isinstance(raw["model"].get("vocab"), dict) or not isinstance(raw["model"].get("merges"), list):
+            raise ValueError("its model has no vocab, or no merges")
         added = {token["content"]: token["id"] for token in raw.get("added_tokens") or []}
         for token in raw.get("added_tokens") or []:  # none is looked for in a text, but for runs of white space
             token["special"] = bool(token["content"].strip())
@@ -247,7 +249,6 @@ class JsonTokenizer:
         self._ranks: dict[int, int] = {}
         for rank, (a, b) in enumerate(pairs):
             self._ranks.setdefault(vocabulary[a + b], rank)
-        self.space_in_front = self.token_bytes(self.encode("a")[0]).startswith(b" ")
         config = config or {}
         self.bos_id = vocabulary.get(config.get("bos"), config.get("bos_id"))
         self.eos_id = vocabulary.get(config.get("eos"), config.get("eos_id"))
@@ -256,6 +257,7 @@ class JsonTokenizer:
                              "generation_config.json or config.json")
         self.end_of_turn_id = next((self.specials[name] for name in ("<|eot_id|>", "<|im_end|>") if name in self.specials), self.eos_id)
         self.default_system = config.get("default_system", "")
+        self.space_in_front = self.token_bytes(self.encode("a")[0]).startswith(b" ")
 
     def _piece_bytes(self, piece: str) -> bytes:
         if self.byte_level:

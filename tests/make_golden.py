@@ -100,6 +100,43 @@ def hash_ids(ids: list[int]) -> str:
     return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()[:8]
 
 
+def write_tokenizer_json() -> None:
+    """A small tokenizer.json of each form, trained by the library tokenizers on HARD_STRINGS, and transformers' ids of the texts."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    by_bytes = Tokenizer(models.BPE())
+    by_bytes.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    by_bytes.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    by_bytes.train_from_iterator(HARD_STRINGS * 3, trainer)
+    by_bytes.add_tokens([AddedToken("Straße", normalized=False), AddedToken("    ", normalized=False)])
+
+    by_pieces = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    by_pieces.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    by_pieces.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    words = [("\u2581" + text.replace(" ", " \u2581")).split() for text in HARD_STRINGS if text.isascii()]
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))], show_progress=False)
+    by_pieces.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    by_pieces.normalizer, kept = None, by_pieces.normalizer
+    by_pieces.train_from_iterator([" ".join(each) for each in words] * 3, trainer)
+    raw = json.loads(by_pieces.to_str())
+    raw["pre_tokenizer"] = None
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if not token["content"].startswith("<0x")]  # plain pieces of the vocabulary
+    by_pieces = Tokenizer.from_str(json.dumps(raw))
+    by_pieces.normalizer = kept
+    for name, made, bos, eos in (("json-bytes", by_bytes, "<|im_start|>", "<|im_end|>"), ("json-pieces", by_pieces, "<s>", "</s>")):
+        folder = GOLDEN / name
+        folder.mkdir(exist_ok=True)
+        made.save(str(folder / "tokenizer.json"), pretty=False)
+        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "eos_token": {"content": eos}}) + "\n")
+        theirs = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=bos, eos_token=eos, split_special_tokens=True)
+        texts = [*HARD_STRINGS, "a <|im_end|> b", "</s><s>", "<unk> <0x0A>", "1234 56"]
+        cases = [{"text": text, "ids": theirs.encode(text, add_special_tokens=False)} for text in texts if "Straße" not in text]
+        (folder / "token_ids.json").write_text(json.dumps(cases) + "\n")
+
+
 def write_token_ids(folder: Path, templates: Path | None) -> None:
     # transformers 5 derives other merges from Llama-2's tokenizer.model than SentencePiece has (runs of spaces), so
     # these come from transformers 4, whose fast tokenizers are a second implementation of the same file.
@@ -132,5 +169,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokenizers", type=Path, help="write the token ids, with the tokenizers in this folder")
     parser.add_argument("--templates", type=Path, help="write the hashes of conversations, with the chat templates in this folder")
+    parser.add_argument("--json", action="store_true", help="write the small files of tokenizer.json")
     args = parser.parse_args()
+    if args.json:
+        write_tokenizer_json()
+        raise SystemExit
     write_token_ids(args.tokenizers, args.templates) if args.tokenizers else write_checkpoints()

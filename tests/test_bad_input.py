@@ -253,7 +253,7 @@ FOLDERS = {
     "a hub name, sample": (None, [*SAMPLE, "--base", "org/model"], 2, "`hf download org/model`"),
     "a file as base": (None, [*SAMPLE, "--base", "chats.jsonl"], 2, "chats.jsonl"),
     "lfs tokenizer": (write("base/tokenizer.model", LFS), TRAIN, 2, "`git lfs pull`"), "empty tokenizer": (write("base/tokenizer.model", b""), SAMPLE, 2, "an empty file"),
-    "a tokenizer.json renamed": (write("base/tokenizer.model", b'{"model": {}}'), TRAIN, 2, "it is JSON; a tokenizer.json is not read"),
+    "a tokenizer.json renamed": (write("base/tokenizer.model", b'{"model": {}}'), TRAIN, 2, "its model has no vocab, or no merges"),
     "a tokenizer as pipe": (pipe("base/tokenizer.model"), SAMPLE, 2, "a pipe or a device"),
     "tiktoken of three fields": (write("base/tokenizer.model", b"aGU= 0\naGU= 1 2\n"), TRAIN, 2, "line 2 is not a token in base64 and its rank"),
     "tiktoken of huge ranks": (write("base/tokenizer.model", b"aGU= 0\nZGU= " + b"9" * 5000), TRAIN, 2, "line 2 is not a token"),

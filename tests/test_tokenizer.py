@@ -1,13 +1,15 @@
 """data/tokenizer.py: both kinds against transformers' own ids, bytes, fingerprints and streaming."""
 
 import json
+import shutil
 
 import pytest
 import sentencepiece
 
 from data.errors import UsageError
 from data.tiny_world import World
-from data.tokenizer import SentencePieceTokenizer, StreamDecoder, TiktokenTokenizer, load_tokenizer
+from data.tokenizer import (BYTE_OF, JsonTokenizer, SentencePieceTokenizer, StreamDecoder, TiktokenTokenizer, is_same_family,
+                            load_tokenizer)
 from tests.helpers import REAL, SHARED, byte_pairs, needs_real
 from tests.make_golden import GOLDEN
 
@@ -175,3 +177,81 @@ def test_user_defined_pieces_are_never_matched_in_a_text():
 def test_spaces_at_the_end_of_words_are_refused(tmp_path):
     with pytest.raises(ValueError, match="marks spaces at the end of words"):
         trained(treat_whitespace_as_suffix=True)
+
+
+# ---- tokenizer.json (tests/golden/json-*, by an independent program)
+
+
+@pytest.fixture(params=["json-bytes", "json-pieces"])
+def json_folder(request, tmp_path):
+    shutil.copytree(GOLDEN / request.param, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_tokenizer_json_has_the_ids_of_transformers_and_gives_texts_back(json_folder):
+    tokenizer = load_tokenizer(json_folder)
+    for case in json.loads((json_folder / "token_ids.json").read_text()):
+        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+        assert tokenizer.decode(case["ids"]) == case["text"]
+        assert b"".join(map(tokenizer.token_bytes, case["ids"])) == b" " * (tokenizer.space_in_front and case["text"] != "") + case["text"].encode()
+    assert tokenizer.encode_batch(["a b", "<s>"]) == [tokenizer.encode("a b"), tokenizer.encode("<s>")]
+    ends = tokenizer.encode("a", bos=True, eos=True)
+    assert ends[0] == tokenizer.bos_id and ends[-1] == tokenizer.eos_id and tokenizer.token_bytes(ends[-1]) == b""
+
+
+def test_no_added_token_is_matched_in_a_text(json_folder):
+    tokenizer = load_tokenizer(json_folder)
+    for name, id in tokenizer.specials.items():
+        assert id not in tokenizer.encode(f"a {name}{name} b") and tokenizer.decode(tokenizer.encode(f"a {name} b")) == f"a {name} b"
+
+
+def test_beginning_and_end_come_from_the_files_beside_it(json_folder):
+    (json_folder / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="nothing beside it says which token ends a text"):
+        load_tokenizer(json_folder)
+    (json_folder / "config.json").write_text('{"eos_token_id": 2}')
+    assert load_tokenizer(json_folder).eos_id == 2 and load_tokenizer(json_folder).bos_id is None
+    (json_folder / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": [0, 2]}')
+    tokenizer = load_tokenizer(json_folder)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 0) and tokenizer.encode("a", bos=True)[0] == 1
+
+
+def test_the_default_system_prompt_is_the_templates(json_folder):
+    raw = json.loads((json_folder / "tokenizer_config.json").read_text())
+    for template in ["{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}", "{{ '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}"]:
+        (json_folder / "tokenizer_config.json").write_text(json.dumps(raw | {"chat_template": template}))
+        assert load_tokenizer(json_folder).default_system == "Be brief."
+
+
+def test_two_files_in_a_folder(tmp_path, capsys):
+    model = trained(add_dummy_prefix=False)
+    shutil.copytree(GOLDEN / "json-pieces", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.model").write_bytes(model.model)
+    assert load_tokenizer(tmp_path).kind == "sentencepiece" and "cut texts differently; the first is used" in capsys.readouterr().err
+    (tmp_path / "tokenizer.model").unlink()
+    assert load_tokenizer(tmp_path).kind == "json"
+
+
+def test_the_same_vocabulary_in_both_forms_is_one_family():
+    """A byte-level vocabulary as tiktoken's lines and as tokenizer.json."""
+    merges = [b"he", b"ll", b"hell"]
+    lines = TiktokenTokenizer(byte_pairs(*merges))
+    character = {byte: name for name, byte in BYTE_OF.items()}
+    pieces = ["".join(character[byte] for byte in lines.token_bytes(id)) for id in range(259)]
+    raw = {"version": "1.0", "added_tokens": [{"id": 259 + n, "content": f"<|{n}|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+                                               "normalized": False} for n in range(256)],
+           "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}, "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+           "model": {"type": "BPE", "vocab": {piece: id for id, piece in enumerate(pieces)}, "merges": ["h e", "l l", "he ll"]}}
+    other = JsonTokenizer(json.dumps(raw).encode(), {"eos_id": 260})
+    assert is_same_family(lines, other) and other.encode("hello") == lines.encode("hello")
+    assert other.fingerprint(515) == lines.fingerprint(515)
+
+
+@pytest.mark.parametrize("content, said", [(b'{"model": {"type": "Unigram", "vocab": []}}', "no byte-pair encoding"), (b'{"model": 3}', "no byte-pair encoding"),
+                                           (b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "neither a byte-level BPE nor one with byte fallback"),
+                                           (b"{", "Expecting property name"), (b'{"model": {"type": "BPE"}}', "no vocab, or no merges")])
+def test_a_bad_tokenizer_json_is_refused(content, said, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UsageError, match=f"tokenizer.json: neither.*{said}") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
