@@ -4,7 +4,7 @@
     python -m tests.make_golden --tokenizers FOLDER     # token ids, with transformers 4 and protobuf, from
                                                         # llama2-tokenizer.model and llama3-tokenizer.model in FOLDER
     python -m tests.make_golden --tokenizers FOLDER --templates TEMPLATES    # hashes of the token ids of 500 conversations, with the
-                                                        # vendors' chat_template in TEMPLATES, llama-2.jinja and llama-3.jinja
+                                                        # vendors' chat_template in TEMPLATES: llama-2.jinja, llama-3.jinja, zephyr.jinja
 
 The results are in the repository, so the tests themselves need no transformers. Run it again only to add a case.
 """
@@ -153,7 +153,7 @@ def write_token_ids(folder: Path, templates: Path | None) -> None:
         llama3.add_special_tokens({"additional_special_tokens": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]})
         llama3.bos_token = "<|begin_of_text|>"
         ours = TiktokenTokenizer((folder / "llama3-tokenizer.model").read_bytes()).specials
-        for name, tokenizer in {"llama-2": llama2, "llama-3": llama3}.items():
+        for name, tokenizer in {"llama-2": llama2, "llama-3": llama3, "zephyr": llama2}.items():
             tokenizer.chat_template = (templates / f"{name}.jinja").read_text(encoding="utf-8")
             ids = {tokenizer.convert_tokens_to_ids(special): ours[special] for special in ours} if name == "llama-3" else {}
             hashes[name] = [hash_ids([ids.get(id, id) for id in tokenizer.apply_chat_template(

@@ -13,9 +13,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from beyond.attribution import BROWSERS
-from beyond.playground import HAS_ANSWERED, LONGEST_BODY, PAGE, Browser, Playground, Server, main
 
+from beyond.attribution import BROWSERS
+from beyond.playground import (
+    HAS_ANSWERED,
+    LONGEST_BODY,
+    PAGE,
+    Browser,
+    Playground,
+    Server,
+    main,
+)
 from run.arguments import sample_arguments
 from run.cli import run_cli
 from run.plug import plug_in
@@ -294,9 +302,9 @@ TOKENS = '[...document.querySelectorAll(".token")].map(e => e.textContent)'
 def click(browser: Browser, element: str) -> None:
     """The mouse goes where an element is in sight, and is pressed there."""
     browser.evaluate(f"{element}.scrollIntoView({{block: 'center'}})")
-    x, y = browser.evaluate(f"(() => {{ const box = {element}.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; }})()")
+    left, top, width, height = browser.evaluate(f"(box => [box.x, box.y, box.width, box.height])({element}.getBoundingClientRect())")
     for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-        browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+        browser.call("Input.dispatchMouseEvent", type=kind, x=left + width / 2, y=top + height / 2, button="left", clickCount=1)
 
 
 @needs_browser
@@ -310,7 +318,8 @@ def test_a_person_asks_moves_alpha_and_branches(server):
         click(browser, 'document.querySelector("form button")')
         browser.wait_for(HAS_ANSWERED)
         guided = browser.evaluate(TOKENS)
-        assert len(guided) == len(expected(server, "Greet <b>Mira</b>.")) and not browser.evaluate('document.querySelectorAll("b").length')
+        assert len(guided) == len(expected(server, "Greet <b>Mira</b>."))
+        assert browser.evaluate('document.querySelectorAll("b").length') == 0
 
         # alpha to 0: the base's own words
         browser.evaluate('document.getElementById("alpha").focus()')
@@ -329,7 +338,8 @@ def test_a_person_asks_moves_alpha_and_branches(server):
         click(browser, 'document.querySelector("#detail table:last-child button")')
         browser.wait_for(f'{HAS_ANSWERED} && document.querySelectorAll(".token.chosen").length === 1')
         branch = browser.evaluate(TOKENS)
-        assert branch[:at] == guided[:at] and branch[at] != guided[at] and "you chose 1" in browser.evaluate('document.getElementById("said").textContent')
+        assert branch[:at] == guided[:at] and branch[at] != guided[at]
+        assert "you chose 1" in browser.evaluate('document.getElementById("said").textContent')
 
         # the other base, and a mistake
         browser.evaluate('document.getElementById("base").value = "tiny-m"; document.getElementById("base").onchange()')
