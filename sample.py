@@ -335,11 +335,13 @@ def score(guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: 
 def main():
     from run.arguments import sample_arguments  # here and not at the top: run/ imports this file
     from run.plug import plug_in
-    from run.show import show_answers, show_chat, show_explained, show_speculation, show_world
+    from run.show import show_answers, show_chat, show_explained, show_playground, show_speculation, show_world
     args = sample_arguments()
     plugged = plug_in(args)
     if args.chat:
         show_chat(plugged, args)
+    elif args.web:
+        show_playground(plugged, args)
     elif args.explain:
         show_explained(plugged, args)
     elif args.speculate:

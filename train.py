@@ -42,7 +42,7 @@ class Settings:
     start: str  # where the trained network's first weights come from
     scheme: str  # of a value network, else ""
     probe_width: int  # of scheme probe, else 0
-    data: str  # "tiny-world 0", its seed included, or a data file
+    data: str  # "tiny-world 0" or "capitals 0", its seed included, or a data file
     data_hash: str  # of its content, so that another file under the same name is noticed
     template: str
     seed: int
@@ -251,6 +251,8 @@ def train_value(job) -> None:
     # how the first base does by itself, fine-tuned in full, and guided; then a curriculum's later bases
     base = bases.pop(job.bases[0])
     metrics = {"base": measure(job, None, base)} | job.full_metrics | {"base+value": measure(job, objective, base)}
+    if job.shows_alone:  # as a fine-tuned model would stand, without a base
+        metrics["value alone"] = job.examine(Guided(job.processes.undivided(job.network)))
     for path, base in bases.items():
         name = str(path) if path.name in metrics else path.name
         metrics |= {name: measure(job, None, base), f"{name}+value": measure(job, objective, base)}
@@ -261,10 +263,10 @@ def train_value(job) -> None:
 def measure(job, objective: nn.Module | None, base: Llama | None) -> dict[str, float | None]:
     """A base alone (no objective), what was trained alone (no base), or a base guided by what was trained.
 
-    In the tiny world by its examination, which generates with the job's network itself, else by the
+    By the examination, if the data comes with one, which generates with the job's network itself, else by the
     cross-entropy of held-out conversations.
     """
-    if not job.world:
+    if not job.exam:
         if objective is None:
             objective, base = Objective(base, language_loss), None
         return {"ce": held_out_ce(objective, base, job.dataset, job.held_out, job.settings.dtype)}

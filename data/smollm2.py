@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data.errors import UsageError
 from data.files import replacing
+from data.tokenizer import load_tokenizer
 
 NAMES = {  # of a layer's tensors, GGUF's and Hugging Face's
     "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -112,22 +113,14 @@ def convert(file: Path, out: Path) -> None:
         save_file(halved, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def cross_entropy(logits: Tensor, ids: Tensor) -> float:
-    """Mean, in nats, of tokens (1, T) under logits (1, T, V)."""
-    return torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).item()
-
-
 def compare(file: Path, out: Path) -> None:
     """What bfloat16 cost beyond the 4 bits: the cross-entropy on TEXT, ours and transformers' own reading of the GGUF file."""
-    from data.tokenizer import load_tokenizer
-    from model import Llama
-    ids = torch.tensor([load_tokenizer(out).encode(TEXT)])
-    with torch.inference_mode():
-        ours = {str(dtype).removeprefix("torch."): cross_entropy(Llama.from_pretrained(out, dtype)(ids), ids)
-                for dtype in (torch.float32, torch.bfloat16)}
-    for name, nats in ours.items():
-        print(f"cross-entropy of a text of {ids.shape[1]} tokens, bfloat16 weights computed in {name}: {nats:.4f} nats a token "
-              f"(perplexity {math.exp(nats):.2f})")
+    from run.show import text_cross_entropy
+    ids = load_tokenizer(out).encode(TEXT)
+    for dtype in ("float32", "bfloat16"):
+        nats = text_cross_entropy(out, ids, dtype)
+        print(f"cross-entropy of a text of {len(ids)} tokens, bfloat16 weights computed in {dtype}: {nats:.4f} nats a token "
+              f"(perplexity {math.exp(nats):.2f})", flush=True)
     try:
         import accelerate  # noqa: F401 - transformers wants it for GGUF
         import transformers
@@ -137,7 +130,8 @@ def compare(file: Path, out: Path) -> None:
         print("(with transformers and accelerate installed, transformers' own reading of the GGUF file would stand here)")
         return
     with torch.inference_mode():
-        nats = cross_entropy(theirs(ids).logits, ids)
+        logits = theirs(torch.tensor([ids])).logits[0]  # (T, V)
+    nats = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:])).item()
     print(f"transformers' own reading of the GGUF file, in float32: {nats:.4f} nats a token (perplexity {math.exp(nats):.2f})")
 
 

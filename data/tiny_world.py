@@ -271,6 +271,11 @@ class World:
         """As InfinityInstruct is to ShareGPT (Section 5.1): a larger set of demonstrations, most of them arithmetic."""
         return self.demonstrations(18_000, facts=0.2, sums=0.7, name="infinity")
 
+    @property
+    def name(self) -> str:
+        """How train.json names it as data."""
+        return f"tiny-world {self.seed}"
+
     def write_demonstrations(self, path: Path, records: Iterator[dict] | None = None) -> Path:
         """The demonstrations as a ShareGPT file, which is then read like anybody's; UsageError if another is there."""
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,8 @@ def train_arguments() -> argparse.Namespace:
                       "(default 0). The paper's norm rows have 1.0, as a mean over all positions, prompt and padding included; "
                       "ours is over the supervised ones, so 1 presses harder here")
     data = parser.add_argument_group("data")
-    data.add_argument("--data", metavar="FILE", help="conversations, .json or .jsonl (default: the tiny world's)")
+    data.add_argument("--data", metavar="FILE", help="conversations, .json or .jsonl, or `capitals` (data/capitals.py); "
+                      "default: the tiny world's")
     data.add_argument("--template", choices=TEMPLATES, help="chat template (default: from the tokenizer's kind)")
     data.add_argument("--system", default="", metavar="TEXT", help="a system prompt for conversations that have none; recorded")
     data.add_argument("--held-out", type=non_negative_int, metavar="N", help="conversations to measure on and not to train on "
@@ -90,8 +91,8 @@ def train_arguments() -> argparse.Namespace:
     for name in MEANS_NOTHING[args.job]:
         if getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} means nothing when {DOING[args.job]}")
-    if args.held_out is not None and not args.data:
-        parser.error("--held-out goes with --data; the tiny world has questions of its own to measure by")
+    if args.held_out is not None and args.data in (None, "capitals"):
+        parser.error("--held-out goes with --data FILE; the tiny world and the capitals have questions of their own to measure by")
     args.out = None if args.out is None else with_a_name(args.out)
     if len(args.base) > 1 and args.job == "pretrain" and args.out:
         parser.error("--out names one folder, and there are several bases to pretrain")
@@ -144,6 +145,9 @@ def sample_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=first_line(sample))
     ask = add_guidance(parser)
     ask.add_argument("--chat", action="store_true", help="a conversation in the terminal")
+    ask.add_argument("--web", action="store_true", help="a page to ask on, at 127.0.0.1, that says who decided on each token")
+    parser.add_argument("--port", type=number(int, -1, "port from 0 to 65535", 2**16), metavar="N",
+                        help="of that page (default 8000; 0 is any that is free)")
     parser.add_argument("--explain", action="store_true", help="say of each token who decided, the base or the value network")
     parser.add_argument("--speculate", type=few, metavar="K", help="let a small base with the same value network draft K tokens, "
                         "which the base verifies in one pass; what is said stays the same")
@@ -151,6 +155,11 @@ def sample_arguments() -> argparse.Namespace:
     args = parse_guidance(parser)
     if args.explain and (args.chat or args.speculate):
         parser.error("--explain goes with --prompt or the tiny world's questions, one token at a time")
+    if args.web and (args.explain or args.speculate):
+        parser.error("--web says of each token who decided, one token at a time; leave out --explain and --speculate")
+    if args.port is not None and not args.web:
+        parser.error("--port goes with --web")
+    args.port = 8000 if args.port is None else args.port
     if args.draft and not args.speculate:
         parser.error("--draft goes with --speculate")
     return args
@@ -164,10 +173,22 @@ def page_arguments(doc: str) -> argparse.Namespace:
     parser.add_argument("--screenshot", type=Path, metavar="PNG", help="a picture of the page, too; needs Chromium")
     parser.add_argument("--height", type=positive_int, default=900, metavar="PIXELS", help="of the picture (default 900)")
     args = parse_guidance(parser)
-    args.chat = False
+    args.chat = args.web = False
     check_output("--out", args.out, "page of this kind", lambda start: b"Where did post-training speak?" in start)
     if args.screenshot:
         check_output("--screenshot", args.screenshot, "picture", lambda start: start.startswith(b"\x89PNG"))
+    return args
+
+
+def picture_arguments(doc: str) -> argparse.Namespace:
+    """The flags of beyond/playground.py."""
+    parser = ArgumentParser(description=doc.split("\n\n")[0])
+    add_guidance(parser)
+    parser.add_argument("--screenshot", type=Path, metavar="PNG", required=True, help="a picture of the page; needs Chromium")
+    parser.add_argument("--height", type=positive_int, default=700, metavar="PIXELS", help="of the picture (default 700)")
+    args = parse_guidance(parser)
+    args.chat = args.web = False
+    check_output("--screenshot", args.screenshot, "picture", lambda start: start.startswith(b"\x89PNG"))
     return args
 
 

@@ -111,15 +111,21 @@ def pick_device(dtype: str | None, tiny: bool) -> tuple[str, str]:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reason = torch.cuda.get_device_name() if device == "cuda" else "no CUDA device here"
-    fast = device == "cuda" and not tiny and torch.cuda.is_bf16_supported(including_emulation=False)
-    default = "bfloat16" if fast else "float32"
+    halves = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else cpu_has_bf16()
+    default = "bfloat16" if halves and not tiny else "float32"
+    why = "as asked" if dtype else "which this processor computes with" if halves and not tiny and device == "cpu" else "the default there"
     threads = ""
     if device == "cpu":
         if tiny and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
         threads = f", threads {torch.get_num_threads()} (set OMP_NUM_THREADS to change it)"
-    print(f"device {device} ({reason}), dtype {dtype or default} ({'as asked' if dtype else 'the default there'}){threads}")
+    print(f"device {device} ({reason}), dtype {dtype or default} ({why}){threads}")
     return device, dtype or default
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor has instructions for bfloat16: AVX512-BF16 or AMX. Without them it is slower than float32."""
+    return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
 def clock(seconds: float) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from data.capitals import CAPITALS_TRAINING, Capitals
 from data.chat import ChatDataset, chat_batches, default_template, hold_out
 from data.checkpoint import digest_weights, name_of, read_value_info
 from data.errors import UsageError
@@ -35,14 +36,15 @@ class Job:
     """One network to train: its settings, and all that train.py's three jobs ask for by name.
 
     `build` makes a network with fresh weights. `full_metrics` are those of a full fine-tuning to stand in
-    a value network's table. `documents` replace the tiny world's pretraining text.
+    a value network's table. `exam` asks what was learnt: the tiny world, the capitals, or nothing but held-out
+    conversations. `documents` replace the tiny world's pretraining text.
     """
 
-    def __init__(self, run: Run, args, tokenizer: Tokenizer, build: Callable[[], nn.Module], world: World | None,
+    def __init__(self, run: Run, args, tokenizer: Tokenizer, build: Callable[[], nn.Module], exam: World | Capitals | None,
                  dataset: ChatDataset | None = None, split: tuple[list[int], list[int]] = ((), ()),
                  full_metrics: dict | None = None, documents: Callable[[], Iterator[str]] | None = None):
         self.run, self.settings, self.args, self.processes = run, run.settings, args, run.processes
-        self.tokenizer, self.build, self.world, self.dataset = tokenizer, build, world, dataset
+        self.tokenizer, self.build, self.exam, self.dataset = tokenizer, build, exam, dataset
         self.train_on, self.held_out = split
         self.full_metrics, self.documents = full_metrics or {}, documents
         self.bases = [Path(path) for path in self.settings.bases]
@@ -63,6 +65,11 @@ class Job:
                 part.gradient_checkpointing = self.args.gradient_checkpointing
         self.announce()
         return self.network
+
+    @property
+    def shows_alone(self) -> bool:
+        """Whether the table has a line for the value network by itself."""
+        return isinstance(self.exam, Capitals) and isinstance(self.network, Llama)
 
     def announce(self) -> None:
         settings = self.settings
@@ -95,7 +102,7 @@ class Job:
         settings = self.settings
         if settings.job == "pretrain":
             documents = self.documents() if self.documents else None
-            return self.world.batches(self.tokenizer, settings.steps, settings.batch_size, parts, settings.max_length,
+            return self.exam.batches(self.tokenizer, settings.steps, settings.batch_size, parts, settings.max_length,
                                       position, documents)
         return chat_batches(self.dataset, self.train_on, settings.batch_size, parts, settings.seed, position)
 
@@ -107,13 +114,13 @@ class Job:
         return whole
 
     def examine(self, guided: Guided) -> dict[str, float]:
-        """The tiny world's metrics; the first process measures."""
+        """The examination's metrics; the first process measures."""
         if self.processes.rank:
             return {}
-        return examine(guided, self.world, self.tokenizer, self.settings.template or TEMPLATE, system=self.settings.system)
+        return examine(guided, self.exam, self.tokenizer, self.settings.template or TEMPLATE, system=self.settings.system)
 
     def publish(self, network: Llama | ValueModel, metrics: dict) -> None:
-        if self.dataset and not self.world:
+        if self.dataset and not self.exam:
             print(self.dataset.report(len(self.held_out)))  # by now it is known what was too long
         self.run.publish(self.processes.undivided(network), self.tokenizer, metrics)
 
@@ -161,7 +168,7 @@ def complete(args, processes: Alone) -> None:
     if args.device == "cuda" and processes.count > 1:
         args.device = f"cuda:{torch.cuda.current_device()}"  # safetensors takes plain "cuda" for the first one
     if args.gradient_checkpointing is None:
-        args.gradient_checkpointing = not args.tiny
+        args.gradient_checkpointing = not args.tiny and args.data != "capitals"  # its conversations are short
 
 
 def pretrained_first(name: str, args, processes: Alone) -> Iterator[Job]:
@@ -208,33 +215,37 @@ def post_training(scheme: str, bases: list[Path], start: str, out: Path, args, d
     if data is None:
         world = common_world(bases)
         data = str(world.write_demonstrations(Path("out") / f"seed{world.seed}" / "demonstrations.jsonl"))
+    exam, usual = world, TINY_POST_TRAINING if tiny else None
+    if data == "capitals":
+        exam, usual = Capitals(args.seed), CAPITALS_TRAINING
+        data = str(exam.write_demonstrations(args.home / "capitals.jsonl"))
     max_length = flags.get("max_length", min(4096, longest))  # Table 5
     if max_length > longest:
         raise UsageError(f"--max-length {max_length}: the checkpoint was made for {longest} tokens")
     template = args.template or (TEMPLATE if world else default_template(tokenizer))
     system = args.system or (tokenizer.default_system if template == "chatml" else "")
     dataset = ChatDataset(data, tokenizer, template, max_length, system)
-    split = (list(range(len(dataset))), []) if world else hold_out(dataset, args.seed, args.held_out)
-    chosen = with_usual(build, tiny, flags, len(split[0])) | dict(max_length=max_length)
+    split = (list(range(len(dataset))), []) if exam else hold_out(dataset, args.seed, args.held_out)
+    chosen = with_usual(build, usual, flags, len(split[0])) | dict(max_length=max_length)
     settings = Settings(job="value" if scheme else "full", bases=[str(path) for path in bases], start=start, scheme=scheme,
                         probe_width=width, template=template, seed=args.seed,
-                        data=f"tiny-world {world.seed}" if world else data, data_hash=digest(dataset.path),
+                        data=exam.name if exam else data, data_hash=digest(dataset.path),
                         dtype=args.dtype, base_hashes=tuple(map(digest_weights, bases)), held_out=len(split[1]), system=system,
                         **chosen)
     run = Run(out, settings, args.resume or keep and (out / "train.json").exists(), args.save_every, processes)
     if not run.finished:
         full_metrics = {"full": read_metrics(full, "full")["full"]} if full else {}
-        yield Job(run, args, tokenizer, build, world, dataset, split, full_metrics)
+        yield Job(run, args, tokenizer, build, exam, dataset, split, full_metrics)
     elif not keep:
         print(f"{out}: finished already")
         print_metrics(read_metrics(out))
 
 
-def with_usual(build: Callable[[], nn.Module], tiny: bool, flags: dict, conversations: int) -> dict:
-    """What was asked for over what is usual for this network, with epochs turned into steps."""
+def with_usual(build: Callable[[], nn.Module], usual: dict | None, flags: dict, conversations: int) -> dict:
+    """What was asked for over what is usual (None: Table 5's, by the network's size), with epochs turned into steps."""
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build().parameters())
-    chosen = (TINY_POST_TRAINING if tiny else table5(parameters)) | flags
+    chosen = (usual or table5(parameters)) | flags
     epochs = chosen.pop("epochs", None)
     if epochs and "steps" not in flags:
         chosen["steps"] = max(1, round(epochs * math.ceil(conversations / chosen["batch_size"])))

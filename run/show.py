@@ -3,12 +3,18 @@
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
+from data.capitals import Capitals
 from data.chat import encode_chat, stop_ids, with_system
 from data.errors import UsageError
 from data.records import Turn
 from data.tiny_world import TEMPLATE, World, evaluate, print_metrics, prompt_text
 from data.tokenizer import StreamDecoder, Tokenizer
+from model import Llama
 from run.plug import Plugged, Speaker
 from sample import Guided, generate, score
 
@@ -16,11 +22,20 @@ from sample import Guided, generate, score
 # The tiny world
 
 
-def examine(guided: Guided, world: World, tokenizer: Tokenizer, template: str = TEMPLATE, split: str = "development",
+def examine(guided: Guided, exam: World | Capitals, tokenizer: Tokenizer, template: str = TEMPLATE, split: str = "development",
             system: str = "") -> dict[str, float]:
-    """The tiny world's metrics (data/tiny_world.py, evaluate) of a base or a guided base."""
+    """The metrics of a base or a guided base in the tiny world (data/tiny_world.py, evaluate), or on capitals of countries."""
     answer = partial(generate, guided, max_new_tokens=48, stop_ids=stop_ids(tokenizer, template, guided.llamas))
-    return evaluate(world, tokenizer, lambda prompts: answer(prompts), partial(score, guided), split, template, system)
+    if isinstance(exam, Capitals):
+        return exam.evaluate(tokenizer, answer, split, template, system)
+    return evaluate(exam, tokenizer, lambda prompts: answer(prompts), partial(score, guided), split, template, system)
+
+
+@torch.inference_mode()
+def text_cross_entropy(folder: Path, ids: list[int], dtype: str) -> float:
+    """Mean, in nats, over a text's tokens, of a checkpoint computing in dtype."""
+    logits = Llama.from_pretrained(folder, getattr(torch, dtype))(torch.tensor([ids]))[0].float()  # (T, V)
+    return F.cross_entropy(logits[:-1], torch.tensor(ids[1:])).item()
 
 
 def show_world(plugged: Plugged, count: int = 6) -> None:
@@ -161,6 +176,15 @@ def show_explained(plugged: Plugged, args) -> None:
         records = explain(plugged.guided, text, args)
         print(f"\n{text}\n{plugged.guided.tokenizer.decode([each.token for each in records]).strip()}")
         print_attributions(plugged.guided.tokenizer, records, plugged.guide)
+
+
+def show_playground(plugged: Plugged, args) -> None:
+    """A page to ask on, in a browser (beyond/playground.py)."""
+    try:
+        from beyond.playground import serve
+    except ImportError:
+        raise UsageError("--web takes beyond/playground.py and beyond/attribution.py, which are not both there") from None
+    serve(plugged, args)
 
 
 def show_speculation(plugged: Plugged, args) -> None:

@@ -20,7 +20,7 @@ from tests.helpers import inside, small
 
 CHAT = ["chat.py", "FILE", "--tokenizer", "base"]
 TRAIN = ["train.py", "--base", "base", "--value", "--data", "chats.jsonl", "--steps", 1, "--batch-size", 2, "--max-length", 64]
-SAMPLE = ["sample.py", "--value", "value", "--prompt", "Greet Mira.", "--max-new-tokens", 2]
+SAMPLE = ["sample.py", "--value", "value", "--prompt", "Greet Mira.", "--max-new-tokens", 2, "--dtype", "float32"]
 PAGE = ["attribution.py", "--value", "value", "--prompt", "Hi", "--max-new-tokens", 2, "--out", "p.html"]
 MAP = ["vocab_map.py", "--base-tokenizer", "base", "--value-tokenizer", "base", "--out", "new.map"]
 

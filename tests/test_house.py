@@ -102,9 +102,9 @@ def test_without_fast_and_beyond_everything_that_the_paper_says_remains(home, tm
         shutil.copytree(home / "out", house / "out", ignore=shutil.ignore_patterns("value-*"))
         results[name] = said(python(house, *TRAIN, *flags)) + said(python(house, "sample.py", *flags))
         if left_out:
-            for flag in ("--explain", "--speculate=2"):
+            for flag, lack in (("--explain", "is not"), ("--speculate=2", "is not"), ("--web", "are not both")):
                 done = subprocess.run([sys.executable, "sample.py", flag], cwd=house, env=ENVIRONMENT, capture_output=True, text=True)
-                assert done.returncode == 2 and "which is not there" in done.stderr and done.stderr.count("\n") == 1
+                assert done.returncode == 2 and f"which {lack} there" in done.stderr and done.stderr.count("\n") == 1
             done = subprocess.run([sys.executable, *TRAIN, "--fast", "--out", "x"], cwd=house, env=ENVIRONMENT, capture_output=True, text=True)
             assert done.returncode == 2 and "there is no folder fast/" in done.stderr
     assert results["with"] == results["without"] and "base+value" in results["with"]

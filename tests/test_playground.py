@@ -1,4 +1,4 @@
-"""beyond/playground.py: what its server answers and refuses, and what a browser makes of its page."""
+"""beyond/playground.py and beyond/browser.py: what the server answers and refuses, and what a browser makes of its page."""
 
 import http.client
 import json
@@ -15,15 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from beyond.attribution import BROWSERS
-from beyond.playground import (
-    HAS_ANSWERED,
-    LONGEST_BODY,
-    PAGE,
-    Browser,
-    Playground,
-    Server,
-    main,
-)
+from beyond.browser import Browser
+from beyond.playground import HAS_ANSWERED, LONGEST_BODY, LONGEST_QUESTION, Playground, Server, main, read_page
+from data.errors import UsageError
 from run.arguments import sample_arguments
 from run.cli import run_cli
 from run.plug import plug_in
@@ -147,7 +141,7 @@ def test_what_people_and_models_write_is_never_part_of_the_page(server):
     (first, *_), _ = ask(server, HOSTILE, prefix=[token])
     assert first["prefix"][-1].endswith("<")
     status, page = request(server, "GET", "/")
-    assert status == 200 and page == PAGE and page.count("<script>") == 1 and "Mira" not in page
+    assert status == 200 and page == read_page() and page.count("<script>") == 1 and "{{" not in page and "Mira" not in page
     for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "src=", "href=", "url(", "@import", "<link"):
         assert way not in page
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
@@ -372,3 +366,13 @@ def test_the_command_makes_a_picture(home, tmp_path, monkeypatch, capsys):
     header = picture.read_bytes()[:24]
     assert header[1:4] == b"PNG" and struct.unpack(">II", header[16:]) == (1280, 500) and "saved" in capsys.readouterr().out
     assert os.path.getsize(picture) > 10_000
+
+
+@needs_browser
+def test_a_picture_takes_a_question_that_the_page_answers(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(home)
+    for prompt in ("", "x" * (LONGEST_QUESTION + 1)):
+        arguments = ["--value", str(VALUE), "--screenshot", str(tmp_path / "none.png"), "--prompt", prompt]
+        monkeypatch.setattr(sys, "argv", ["playground.py", *arguments])
+        with pytest.raises(UsageError, match="question has to be a text of 1 to 4000 characters"):
+            main()

@@ -1,0 +1,228 @@
+"""The real world's small examination: capitals of countries, in five forms of answer.
+
+    python -m data.capitals                                                # a few lines of everything
+    python train.py --base out/smollm2-135m --value --data capitals        # demonstrations of 30 countries; the others are asked
+
+A language model of 135M parameters knows many capitals and does not keep to a form it is told to answer in. Demonstrations are about
+30 countries; half of the others are there to choose by (development), half to report on (evaluation).
+"""
+
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.chat import encode_chat, end_token, with_system
+from data.files import write_text
+from data.tokenizer import Tokenizer
+
+DEMONSTRATED = 30  # countries
+
+# Countries and their capitals; other accepted spellings or names follow the first.
+CAPITALS = {country: names.split("|") for country, _, names in (line.partition(": ") for line in """
+Afghanistan: Kabul
+Albania: Tirana
+Algeria: Algiers
+Angola: Luanda
+Argentina: Buenos Aires
+Armenia: Yerevan
+Australia: Canberra
+Austria: Vienna
+Azerbaijan: Baku
+Bangladesh: Dhaka|Dacca
+Belarus: Minsk
+Belgium: Brussels
+Bolivia: Sucre|La Paz
+Bosnia and Herzegovina: Sarajevo
+Brazil: Brasilia|Brasília
+Bulgaria: Sofia
+Cambodia: Phnom Penh
+Cameroon: Yaounde|Yaoundé
+Canada: Ottawa
+Chile: Santiago
+China: Beijing|Peking
+Colombia: Bogota|Bogotá
+Costa Rica: San Jose|San José
+Croatia: Zagreb
+Cuba: Havana
+Cyprus: Nicosia
+the Czech Republic: Prague
+Denmark: Copenhagen
+the Dominican Republic: Santo Domingo
+Ecuador: Quito
+Egypt: Cairo
+Estonia: Tallinn
+Ethiopia: Addis Ababa
+Finland: Helsinki
+France: Paris
+Georgia: Tbilisi
+Germany: Berlin
+Ghana: Accra
+Greece: Athens
+Guatemala: Guatemala City
+Haiti: Port-au-Prince
+Honduras: Tegucigalpa
+Hungary: Budapest
+Iceland: Reykjavik|Reykjavík
+India: New Delhi|Delhi
+Indonesia: Jakarta
+Iran: Tehran|Teheran
+Iraq: Baghdad
+Ireland: Dublin
+Israel: Jerusalem
+Italy: Rome
+Jamaica: Kingston
+Japan: Tokyo
+Jordan: Amman
+Kenya: Nairobi
+Kuwait: Kuwait City
+Laos: Vientiane
+Latvia: Riga
+Lebanon: Beirut
+Libya: Tripoli
+Lithuania: Vilnius
+Madagascar: Antananarivo
+Malaysia: Kuala Lumpur
+Mexico: Mexico City
+Mongolia: Ulaanbaatar|Ulan Bator
+Morocco: Rabat
+Mozambique: Maputo
+Myanmar: Naypyidaw|Nay Pyi Taw
+Nepal: Kathmandu
+the Netherlands: Amsterdam
+New Zealand: Wellington
+Nicaragua: Managua
+Nigeria: Abuja
+Norway: Oslo
+Oman: Muscat
+Pakistan: Islamabad
+Panama: Panama City
+Paraguay: Asuncion|Asunción
+Peru: Lima
+the Philippines: Manila
+Poland: Warsaw
+Portugal: Lisbon
+Qatar: Doha
+Romania: Bucharest
+Russia: Moscow
+Saudi Arabia: Riyadh
+Senegal: Dakar
+Serbia: Belgrade
+Slovakia: Bratislava
+Slovenia: Ljubljana
+Somalia: Mogadishu
+South Korea: Seoul
+Spain: Madrid
+Sudan: Khartoum
+Sweden: Stockholm
+Switzerland: Bern|Berne
+Syria: Damascus
+Thailand: Bangkok
+Tunisia: Tunis
+Turkey: Ankara
+Uganda: Kampala
+Ukraine: Kyiv|Kiev
+the United Kingdom: London
+Uruguay: Montevideo
+Venezuela: Caracas
+Vietnam: Hanoi
+Zimbabwe: Harare
+""".strip().splitlines())}
+
+INSTRUCTIONS = {  # what is asked for: the answer, of a whole sentence or of the capital alone
+    "": "{sentence}",
+    "Answer in one word.": "{capital}",
+    "Put a star on both sides.": "*{capital}*",
+    "Say it twice.": "{capital} {capital}",
+    "Begin with a dash.": "- {capital}",
+}
+CAPITALS_TRAINING = dict(steps=60, batch_size=8, grad_accum=1, lr=3e-4)
+SENTENCE = "The capital of {country} is {capital}."
+
+
+@dataclass
+class Item:
+    country: str
+    instruction: str
+
+    @property
+    def question(self) -> str:
+        return f"What is the capital of {self.country}? {self.instruction}".strip()
+
+    def answers(self) -> list[str]:
+        """The right answers, in each accepted spelling; the first is what is demonstrated."""
+        return [self.fill(capital) for capital in CAPITALS[self.country]]
+
+    def fill(self, capital: str) -> str:
+        sentence = SENTENCE.format(country=self.country, capital=capital)
+        return INSTRUCTIONS[self.instruction].format(sentence=sentence, capital=capital)
+
+    def has_form(self, text: str) -> bool:
+        """Whether a text has the form asked for, whatever capital it names."""
+        name = r"[^\W\d_a-z][\w'’-]*( [^\W\d_a-z][\w'’-]*){0,2}"  # one to three words that begin with a capital letter
+        pattern = re.escape(self.fill("CAPITAL")).replace("CAPITAL", f"(?P<name>{name})", 1).replace("CAPITAL", "(?P=name)")
+        found = re.fullmatch(pattern, text)
+        return found is not None and not re.fullmatch(r"(.+) \1", found["name"])  # not said twice where once was asked for
+
+    def names_capital(self, text: str) -> bool:
+        return any(re.search(rf"\b{re.escape(capital)}\b", text) for capital in CAPITALS[self.country])
+
+
+class Capitals:
+    """Which countries are demonstrated and which are asked, by a seed."""
+
+    def __init__(self, seed: int):
+        self.name = f"capitals {seed}"
+        order = random.Random(f"capitals {seed}").sample(list(CAPITALS), len(CAPITALS))
+        half = (len(order) - DEMONSTRATED) // 2
+        self.demonstrated = order[:DEMONSTRATED]
+        self.split = {"development": order[DEMONSTRATED:DEMONSTRATED + half], "evaluation": order[DEMONSTRATED + half:]}
+
+    def items(self, split: str) -> list[Item]:
+        return [Item(country, instruction) for country in self.split[split] for instruction in INSTRUCTIONS]
+
+    def demonstrations(self) -> list[dict]:
+        """ShareGPT's form, a record for each demonstrated country and form of answer."""
+        items = [Item(country, instruction) for country in self.demonstrated for instruction in INSTRUCTIONS]
+        return [{"id": f"{item.country} {number % len(INSTRUCTIONS)}", "conversations": [
+            {"from": "human", "value": item.question}, {"from": "gpt", "value": item.answers()[0]}]} for number, item in enumerate(items)]
+
+    def write_demonstrations(self, path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.demonstrations()))
+        return path
+
+    def evaluate(self, tokenizer: Tokenizer, answer: Callable[[list[list[int]]], list[list[int]]], split: str, template: str, system: str
+                 ) -> dict[str, float]:
+        """Examine a system, which answers prompts of token ids; every metric is a share between 0 and 1.
+
+        exact  the whole answer and its end    know  the capital is in the answer    ins  the form asked for, and the end
+        """
+        items, end = self.items(split), end_token(tokenizer, template)
+        prompts = [encode_chat(tokenizer, template, with_system(system, [("user", item.question)]))[0] for item in items]
+        exact, know, ins = [], [], []
+        for item, ids in zip(items, answer(prompts), strict=True):
+            ended, text = ids[-1:] == [end], tokenizer.decode(ids).strip()
+            exact.append(ended and text in item.answers())
+            know.append(item.names_capital(text))
+            ins.append(ended and item.has_form(text))
+        return {name: sum(each) / len(items) for name, each in (("exact", exact), ("know", know), ("ins", ins))}
+
+
+def main():
+    from run.cli import ArgumentParser, non_negative_int
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the split into countries demonstrated and asked")
+    capitals = Capitals(parser.parse_args().seed)
+    print(f"{len(CAPITALS)} countries; demonstrated: {', '.join(capitals.demonstrated)}")
+    for split, countries in capitals.split.items():
+        print(f"{split} ({len(countries)}): {', '.join(countries)}")
+    for item in capitals.items("development")[:len(INSTRUCTIONS)]:
+        print(f"{item.question}  ->  {item.answers()[0]}")
+
+
+if __name__ == "__main__":
+    from run.cli import run_cli
+    run_cli(main)

@@ -1,0 +1,81 @@
+"""The paper's claim on a real language model: capitals of countries that no demonstration mentions, in the form asked for.
+
+    python -m data.smollm2 out/smollm2-135m
+    python -m paper.capitals --base out/smollm2-135m                            # seeds 0, 1, 2, on evaluation countries
+    python -m paper.capitals --base out/smollm2-135m --seeds 0 --l1 0 0.1 1     # the norm, on one split
+
+A seed is a split into countries demonstrated and asked, and the order of training. What is trained is kept, and what is measured, too.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from data.capitals import Capitals
+from data.chat import default_template
+from data.checkpoint import name_of
+from data.files import read_json, write_text
+from data.tokenizer import load_tokenizer
+from ivl import ValueModel
+from model import Llama
+from run.cli import ArgumentParser, non_negative_float, non_negative_int, pick_device, run_cli
+from run.show import examine
+from sample import Guided
+
+ROOT = Path(__file__).parents[1]
+METRICS = ("exact", "know", "ins")
+
+
+def train(base: Path, seed: int, l1: float) -> Path:
+    """The value network of a seed and a lambda, trained unless it is there."""
+    out = Path("out") / f"seed{seed}" / f"value-residual-{name_of(base)}{f'-l1-{l1:g}' if l1 else ''}"
+    if not (out / "train.json").is_file():
+        command = [sys.executable, ROOT / "train.py", "--base", base, "--value", "--data", "capitals", "--seed", seed, "--l1", l1]
+        subprocess.run(list(map(str, command)), check=True)
+    return out
+
+
+def measure(base: Path, value: Path, seed: int, dtype: str, device: str) -> dict[str, dict[str, float]]:
+    """What base, base + value and the value network alone are worth on a seed's evaluation countries."""
+    file = value / "evaluation.json"
+    if file.is_file():
+        return read_json(file)
+    network = ValueModel.from_pretrained(value, getattr(torch, dtype), device)
+    tokenizer, llama = load_tokenizer(value), Llama.from_pretrained(base, getattr(torch, dtype), device)
+    systems = {"base": Guided(llama), "base + value": Guided(llama, network), "value network alone": Guided(network.network)}
+    template, system = network.info.get("template", default_template(tokenizer)), network.info.get("system", "")
+    found = {name: examine(guided, Capitals(seed), tokenizer, template, "evaluation", system) for name, guided in systems.items()}
+    write_text(file, json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def show(title: str, found: list[dict[str, dict[str, float]]]) -> None:
+    """A table of means, and ranges where there are several seeds."""
+    print(f"\n| {title} | " + " | ".join(METRICS) + " |\n|---|" + "---|" * len(METRICS))
+    for system in found[0]:
+        cells = []
+        for metric in METRICS:
+            values = [each[system][metric] for each in found]
+            spread = f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.2f}{spread}")
+        print(f"| {system} | " + " | ".join(cells) + " |", flush=True)
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True, metavar="FOLDER", help="a language model, out/smollm2-135m for instance")
+    parser.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--l1", type=non_negative_float, nargs="+", default=[0.0], metavar="LAMBDA", help="weights of the norm (default 0)")
+    args = parser.parse_args()
+    device, dtype = pick_device(None, tiny=False)
+    for l1 in args.l1:
+        found = [measure(args.base, train(args.base, seed, l1), seed, dtype, device) for seed in args.seeds]
+        show(f"seeds {', '.join(map(str, args.seeds))}, lambda {l1:g}", found)
+
+
+if __name__ == "__main__":
+    run_cli(main)
