@@ -11,6 +11,7 @@ The package's own needs, a terminal tool and a compiled llama.cpp, are not wante
 import importlib.util
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -113,9 +114,8 @@ def convert(file: Path, out: Path) -> None:
         save_file(halved, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def compare(file: Path, out: Path) -> None:
-    """What bfloat16 cost beyond the 4 bits: the cross-entropy on TEXT, ours and transformers' own reading of the GGUF file."""
-    from run.show import text_cross_entropy
+def compare(file: Path, out: Path, text_cross_entropy: Callable) -> None:
+    """What bfloat16 cost beyond the 4 bits: the cross-entropy on TEXT, ours (run/show.py) and transformers' own reading of the GGUF file."""
     ids = load_tokenizer(out).encode(TEXT)
     for dtype in ("float32", "bfloat16"):
         nats = text_cross_entropy(out, ids, dtype)
@@ -137,6 +137,7 @@ def compare(file: Path, out: Path) -> None:
 
 def main():
     from run.cli import ArgumentParser
+    from run.show import text_cross_entropy
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("out", type=Path, help="the folder to make, out/smollm2-135m for instance")
     args = parser.parse_args()
@@ -146,7 +147,7 @@ def main():
     args.out.parent.mkdir(parents=True, exist_ok=True)
     convert(file, args.out)
     print(f"saved {args.out}, from {file.name}")
-    compare(file, args.out)
+    compare(file, args.out, text_cross_entropy)
 
 
 if __name__ == "__main__":
