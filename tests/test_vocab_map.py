@@ -273,21 +273,6 @@ def test_bad_input_is_told_in_one_line(command, tmp_path, arguments, content, sa
 
 
 @pytest.mark.slow
-@needs_real
-def test_the_fast_path_is_as_fast_as_claimed(tmp_path):
-    """Batched, with no distance remembered from before, beside the loop that calls editdistance in each cell."""
-    pytest.importorskip("editdistance")
-    files = ["--base-tokenizer", SHARED / "llama3-tokenizer.model", "--value-tokenizer", SHARED / "llama2-tokenizer.model",
-             "--texts", SHARED / "gsm8k-train.jsonl"]
-    python("-m", "bench.vocab_map", *files, "--rounds", "2", "--json", tmp_path / "numbers.json", OMP_NUM_THREADS="2")
-    numbers = json.loads((tmp_path / "numbers.json").read_text())
-    for size, least in (("200 tokens", 25), ("2000 tokens", 100)):
-        slow, fast = [numbers[size][name]["seconds"] for name in ("loop, editdistance in each cell", "fast, all at once")]
-        assert sorted(a / b for a, b in zip(slow, fast))[-1] >= least
-    assert numbers["whole"]["paper"]["first"] < 60 and numbers["whole"]["paper"]["peak"] < 1e9
-
-
-@pytest.mark.slow
 def test_the_bench_prints_its_tables():
     output = python("-m", "bench.vocab_map", "--rounds", "1")
     assert output.count("| fast, all at once ") == 2 and "| --how offsets " in output and "failed" not in output
