@@ -191,11 +191,15 @@ class Speller:
                 self.single[token[0]] = id
             if rank is not None:
                 self.rank[token] = rank, id
-        missing = set(range(256)) - self.single.keys()
-        if missing:
-            raise UsageError(f"a tokenizer without a token for the byte {min(missing)}; it cannot spell every text")
+        self.missing = set(range(256)) - self.single.keys()  # SmolLM2 lacks some control characters, say
+        printable = self.missing & set(range(32, 127))
+        if printable:
+            raise UsageError(f"a tokenizer without a token for the byte {min(self.missing)}; it cannot spell every text")
 
     def __call__(self, piece: bytes) -> list[int]:
+        """None where it has no token for a byte of the piece."""
+        if self.missing & set(piece):
+            return []
         if not self.tokenizer.byte_level:
             # The characters of a piece; bytes that are none stand alone.
             text = piece.decode(errors="surrogateescape")
@@ -229,7 +233,7 @@ def spell_out(source: Tokenizer, target: Tokenizer) -> list[tuple[int, ...]]:
     spelled: list[tuple[int, ...]] = []
     for id in range(source.vocab_size):
         piece = source.token_bytes(id)
-        if not source.byte_level and source.is_byte(id):
+        if not source.byte_level and source.is_byte(id) and piece[0] in speller.single:
             spelled.append((speller.single[piece[0]],))  # a byte remains a byte, though there may be a piece of it, too
         elif not piece or id == source.unknown_id:
             spelled.append(())

@@ -134,9 +134,9 @@ Zimbabwe: Harare
 INSTRUCTIONS = {  # what is asked for: the answer, of a whole sentence or of the capital alone
     "": "{sentence}",
     "Answer in one word.": "{capital}",
-    "Put a star on both sides.": "*{capital}*",
-    "Say it twice.": "{capital} {capital}",
-    "Begin with a dash.": "- {capital}",
+    "Put a star on both sides.": "* {sentence} *",
+    "Say it twice.": "{sentence} {sentence}",
+    "Begin with a dash.": "- {sentence}",
 }
 CAPITALS_TRAINING = dict(steps=60, batch_size=8, grad_accum=1, lr=3e-4)
 SENTENCE = "The capital of {country} is {capital}."

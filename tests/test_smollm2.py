@@ -12,8 +12,9 @@ from data.chat import default_template, encode_chat, stop_ids, with_system
 from data.tokenizer import load_tokenizer
 from model import Llama
 from sample import Guided, generate
-from tests.helpers import inside
+from tests.helpers import REAL, inside, needs_real
 from tests.make_golden import HARD_STRINGS, odd_conversations
+from vocab_map import build
 
 # ---- the examination, which needs no model
 
@@ -30,14 +31,15 @@ def test_capitals_are_split_and_asked_in_every_form():
 
 def test_answers_are_judged_by_form_and_knowledge():
     assert Item("Ukraine", "").answers() == ["The capital of Ukraine is Kyiv.", "The capital of Ukraine is Kiev."]
-    assert Item("France", "Say it twice.").answers() == ["Paris Paris"]
+    assert Item("France", "Say it twice.").answers() == ["The capital of France is Paris. The capital of France is Paris."]
     for instruction in INSTRUCTIONS:
         item = Item("Argentina", instruction)
         for capital in ("Buenos Aires", "Lima", "Port-au-Prince"):
             assert item.has_form(item.fill(capital))
         others = [other for other in INSTRUCTIONS if other != instruction]
         assert not any(item.has_form(Item("Argentina", other).fill("Lima")) for other in others)
-    assert not Item("France", "Say it twice.").has_form("Paris Lyon")
+    assert not Item("France", "Say it twice.").has_form("The capital of France is Paris. The capital of France is Lyon.")
+    assert not Item("France", "Answer in one word.").has_form("Paris Paris")
     assert Item("France", "").names_capital("It is Paris, I think.") and not Item("France", "").names_capital("Parisian")
 
 
@@ -147,4 +149,19 @@ def test_a_value_network_learns_the_form_and_leaves_the_knowledge(smollm2):
     assert guided["exact"] > alone["exact"]
     assert json.loads((smollm2.parent / "out/seed0/value-residual-smollm2-135m/train.json").read_text())["data"] == "capitals 0"
     status, output, errors = inside(smollm2.parent, "sample.py", "--prompt", "What is the capital of Spain? Put a star on both sides.")
-    assert status == 0 and "*Madrid*" in output, output + errors
+    assert status == 0 and "* The capital of Spain is Madrid. *" in output, output + errors
+
+
+@needs_real
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", REAL)
+def test_maps_between_its_tokens_and_llamas_spell_the_same_bytes(smollm2, kind):
+    ours, other = load_tokenizer(smollm2), load_tokenizer(REAL[kind])
+    texts = [text for text in texts_of(30) if not set(text.encode()) & {4, 6, 19, 20, 22, 29}][:20]  # bytes that SmolLM2 has no token for
+    for base, value in ((ours, other), (other, ours)):
+        spelled = build(base, value).pieces
+        for text in texts:
+            mapped = b"".join(value.token_bytes(token) for id in base.encode(text) for token in spelled[id])
+            assert mapped.strip() == text.encode().strip()
+    identity = build(ours, ours).pieces
+    assert all([token for id in ours.encode(text) for token in identity[id]] == ours.encode(text) for text in texts[:5])

@@ -13,6 +13,7 @@ from data.errors import UsageError
 from data.tiny_world import World
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
 from tests.helpers import REAL, SHARED, byte_pairs, inside, needs_real, python
+from tests.make_golden import GOLDEN, HARD_STRINGS
 from vocab_map import (HOWS, Speller, VocabMap, align_by_loop, build, count_pairs, levenshtein, normalise, overlap, piece_cost, share_bytes,
                        spell_out, strongest, without_mark)
 
@@ -291,3 +292,21 @@ def test_texts_that_a_tokenizer_changes_are_left_out_of_offsets_and_counted(tmp_
     assert pairs.tolist() == alone.tolist() and counts.tolist() == their_counts.tolist()
     with pytest.raises(UsageError, match="changes the bytes of every text"):
         count_pairs(["two  spaces"], exact, merging, "offsets")
+
+
+@pytest.mark.parametrize("name", ["json-bytes", "json-pieces"])
+def test_maps_through_tokenizer_json_spell_the_same_bytes(name):
+    ours, other = load_tokenizer(GOLDEN / name), TiktokenTokenizer(byte_pairs(b"he", b"th", b"the"))
+    for base, value in ((ours, ours), (ours, other), (other, ours)):
+        spelled = build(base, value).pieces
+        for id in range(base.vocab_size):
+            if base.token_bytes(id) and id != base.unknown_id:
+                assert b"".join(map(value.token_bytes, spelled[id])) == base.token_bytes(id)
+        for text in HARD_STRINGS[:20]:
+            mapped = [token for id in base.encode(text) for token in spelled[id]]
+            assert b"".join(map(value.token_bytes, mapped)) == b"".join(map(base.token_bytes, base.encode(text)))
+    same = build(ours, ours)
+    text = "Hello, world! The cat."
+    assert [token for id in ours.encode(text) for token in same.pieces[id]] == ours.encode(text)
+    for how in HOWS[1:]:
+        assert build(other, ours, how, ["the hell", "they live"]).how == how
