@@ -19,6 +19,9 @@ from data.files import write_text
 from data.tokenizer import Tokenizer
 
 DEMONSTRATED = 30  # countries
+# Table 5's settings are for 86,000 conversations; these are 150. Chosen by 18 of seed 0's development countries, at a constant rate of 1e-4:
+# exact .43, .44, .60 after 8, 16, 32 steps, of .00 to .11 without; a cosine over 48 steps does as much. Higher rates cost knowledge.
+CAPITALS_TRAINING = dict(steps=48, batch_size=8, grad_accum=1, lr=1e-4)
 
 # Countries and their capitals; other accepted spellings or names follow the first.
 CAPITALS = {country: names.split("|") for country, _, names in (line.partition(": ") for line in """
@@ -138,7 +141,6 @@ INSTRUCTIONS = {  # what is asked for: the answer, of a whole sentence or of the
     "Say it twice.": "{sentence} {sentence}",
     "Begin with a dash.": "- {sentence}",
 }
-CAPITALS_TRAINING = dict(steps=60, batch_size=8, grad_accum=1, lr=3e-4)
 SENTENCE = "The capital of {country} is {capital}."
 
 
