@@ -45,6 +45,7 @@ SHAPES = TRAINED_SHAPES | {
     "Llama-2-13B": LlamaConfig(32000, 5120, 13824, 40, 40, 40, max_position_embeddings=4096),
     "tiny-s": tiny_shape("tiny-s"), "tiny-l": tiny_shape("tiny-l"),
     "23M": LlamaConfig(32000, 384, 1024, 6, 6, 6, tie_word_embeddings=True),
+    "SmolLM2-135M": LlamaConfig(49152, 576, 1536, 30, 9, 3, rope_theta=100_000.0, tie_word_embeddings=True),
     "110M": LlamaConfig(32000, 768, 2048, 12, 12, 12, tie_word_embeddings=True),
 }
 PAIRS = {"cuda": [("TinyLlama", "Llama-2-7B"), ("TinyLlama", "Llama-2-13B")], "cpu": [("tiny-s", "tiny-l"), ("23M", "110M")]}
