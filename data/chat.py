@@ -28,17 +28,25 @@ IGNORE = -100  # the label of a position that is not supervised
 # Templates
 
 TEMPLATES = ("llama-2", "llama-3", "chatml", "zephyr")
-NEEDED = {"llama-3": "<|start_header_id|>", "chatml": "<|im_start|>"}  # a special token that tells a template
+NEEDED = {"llama-3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+          "chatml": ["<|im_start|>", "<|im_end|>"]}  # special tokens; the last one ends a turn
 
 
 def default_template(tokenizer: Tokenizer) -> str:
-    """By the special tokens that the tokenizer has."""
-    return next((name for name, special in NEEDED.items() if special in tokenizer.specials), "llama-2")
+    """By the special tokens that the tokenizer has; where it has those of several, by its checkpoint's own chat_template."""
+    able = [name for name in NEEDED if can_speak(tokenizer, name)]
+    told = [name for name in able if NEEDED[name][1] in tokenizer.chat_template or NEEDED[name][0] in tokenizer.chat_template]
+    return (told or able or ["llama-2"])[0]
 
 
 def can_speak(tokenizer: Tokenizer, template: str) -> bool:
     """Whether a tokenizer has the special tokens of a template."""
-    return template not in NEEDED or NEEDED[template] in tokenizer.specials
+    return all(special in tokenizer.specials for special in NEEDED.get(template, []))
+
+
+def system_of(tokenizer: Tokenizer, template: str, given: str | None) -> str:
+    """The system prompt: what was given, "" included, or else what the checkpoint's own chatml template puts there."""
+    return given if given is not None else tokenizer.default_system if template == "chatml" else ""
 
 
 def with_system(system: str, turns: list[Turn]) -> list[Turn]:
@@ -48,7 +56,7 @@ def with_system(system: str, turns: list[Turn]) -> list[Turn]:
 
 def end_token(tokenizer: Tokenizer, template: str) -> int:
     """The token that ends the assistant's turn."""
-    return tokenizer.end_of_turn_id if template in NEEDED else tokenizer.eos_id
+    return tokenizer.specials[NEEDED[template][-1]] if can_speak(tokenizer, template) and template in NEEDED else tokenizer.eos_id
 
 
 def stop_ids(tokenizer: Tokenizer, template: str, llamas: list) -> set[int]:
@@ -86,8 +94,8 @@ def with_mask(segments: Iterable[Segment]) -> tuple[list[int], list[bool]]:
 
 def segments_of(tokenizer: Tokenizer, template: str, turns: list[Turn]) -> Iterator[Segment]:
     if not can_speak(tokenizer, template):
-        raise UsageError(f"the {template} template needs the special token {NEEDED[template]}, which this tokenizer lacks; use another "
-                         "--template, llama-2 for instance")
+        raise UsageError(f"the {template} template needs the special tokens {', '.join(NEEDED[template])}, which this tokenizer lacks; use "
+                         "another --template, llama-2 for instance")
     kinds = {"llama-2": llama2_segments, "llama-3": llama3_segments, "chatml": chatml_segments, "zephyr": zephyr_segments}
     return kinds[template](tokenizer, turns)
 
@@ -142,7 +150,10 @@ def zephyr_segments(tokenizer: Tokenizer, turns: list[Turn]) -> Iterator[Segment
 
 
 def split_text(tokenizer: Tokenizer, header: str, text: str) -> tuple[list[int], list[int]]:
-    """The tokens of a header and a text in one piece, as the vendors have it, cut where they are no longer the header's own."""
+    """The tokens of a header and a text in one piece, as the vendors have it, cut where they are no longer the header's own.
+
+    A text that begins with white space may swallow the header's line feed into a token of its own: that is then the text's.
+    """
     alone, whole = tokenizer.encode(header), tokenizer.encode(header + text)
     same = next((at for at, (a, b) in enumerate(zip(alone, whole)) if a != b), min(len(alone), len(whole)))
     return whole[:same], whole[same:]
@@ -210,10 +221,10 @@ class ChatDataset:
 
 
 def whole_of(record: dict, key: int) -> int:
-    """A number for the conversation that a record is a piece of: ShareGPT's ids X_0 and X_1 are pieces of X."""
-    id = record.get("id")
+    """A number for the conversation that a record is a piece of: by the same id, and ShareGPT's ids X_0 and X_1 are pieces of X."""
+    id = record.get("conversation_id", record.get("id"))
     piece = re.fullmatch(r"(.+)_\d+", id) if isinstance(id, str) else None
-    name = f"piece {piece[1]}" if piece else f"record {key}"
+    name = f"piece {piece[1]}" if piece else f"piece {id}" if type(id) in (str, int) else f"record {key}"
     return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=7).digest(), "big")
 
 
@@ -237,9 +248,13 @@ def stream_batches(dataset: ChatDataset, indices: list[int], batch_size: int, se
     while True:
         order = random.Random(f"order {seed} {epoch}").sample(indices, len(indices))
         found = window > 0
+        if window and (window - 1) * width >= len(order):
+            raise UsageError(f"{dataset.path}: a position beyond its data, window {window} of an epoch")
         for start in range(window * width, len(order), width):
             samples = [sample for index in order[start:start + width] if (sample := dataset.sample(index))]
             samples.sort(key=lambda sample: len(sample[0]))
+            if skip > -(-len(samples) // batch_size):
+                raise UsageError(f"{dataset.path}: a position beyond its data, batch {skip} of a window")
             batches = [samples[first:first + batch_size] for first in range(0, len(samples), batch_size)]
             random.Random(f"window {seed} {epoch} {window}").shuffle(batches)
             found = found or bool(batches)
@@ -262,8 +277,8 @@ def chat_batches(dataset: ChatDataset, indices: list[int], batch_size: int, part
 def hold_out(dataset: ChatDataset, seed: int, count: int | None = None) -> tuple[list[int], list[int]]:
     """Indices to train on, and of some conversations to measure on: `count`, or 1%, at least 16, at most a tenth.
 
-    Pieces of one conversation stay on one side. But where that leaves nothing to choose, as when all ids
-    are train_0, train_1, ..., the ids are taken to number the records.
+    Pieces of one conversation stay on one side. But ids that more than a tenth of the records share (and more
+    than 16), such as train_0, train_1, ..., are taken to number records.
     """
     total = len(dataset)
     if count is None:
@@ -272,9 +287,9 @@ def hold_out(dataset: ChatDataset, seed: int, count: int | None = None) -> tuple
         raise UsageError(f"{dataset.path}: {total} usable conversations, and {count} of them to hold out; --held-out N changes that")
     order = random.Random(f"held out {seed}").sample(range(total), total)
     wholes = dataset.wholes.tolist()
+    sizes, most = Counter(wholes), max(16, total // 10)
+    wholes = [whole if sizes[whole] <= most and len(sizes) > 1 else -1 - index for index, whole in enumerate(wholes)]
     sizes = Counter(wholes)
-    if max(sizes.values()) > max(16, total // 10) or len(sizes) == 1:
-        wholes, sizes = list(range(total)), Counter(range(total))
     chosen: set[int] = set()
     left = count
     for index in order:
@@ -302,16 +317,21 @@ def main():
     from run.cli import ArgumentParser, positive_int
     parser = ArgumentParser(description="Show the first conversations of a data file as training sees them.")
     parser.add_argument("data", help="a .json or .jsonl file")
-    parser.add_argument("--tokenizer", required=True, help="a tokenizer.model, or a folder that has one")
+    parser.add_argument("--tokenizer", required=True, help="a tokenizer.model or tokenizer.json, or a folder that has one")
     parser.add_argument("--template", choices=TEMPLATES, help="default: from the tokenizer's kind")
-    parser.add_argument("--system", default="", metavar="TEXT", help="a system prompt for conversations that have none")
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt for conversations that have none")
     parser.add_argument("--max-length", type=positive_int, default=4096, help="tokens per conversation (default 4096)")
     parser.add_argument("--show", type=positive_int, default=3, help="how many (default 3)")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer)
-    dataset = ChatDataset(args.data, tokenizer, args.template or default_template(tokenizer), args.max_length, args.system)
+    template = args.template or default_template(tokenizer)
+    system = system_of(tokenizer, template, args.system)
+    dataset = ChatDataset(args.data, tokenizer, template, args.max_length, system)
+    print(f"template {template}" + (f", system prompt {system!r}" if system else ""))
     for index in range(min(args.show, len(dataset))):
-        ids, supervised = dataset.sample(index) or ([], [])
+        if (sample := dataset.sample(index)) is None:
+            continue
+        ids, supervised = sample
         print(f"-- {len(ids)} tokens, {sum(supervised)} supervised, in capitals here")
         for id, is_supervised in zip(ids, supervised):
             text = tokenizer.token_bytes(id).decode("utf-8", "replace")

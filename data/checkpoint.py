@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 
 from data.chat import TEMPLATES
 from data.errors import UsageError
-from data.files import check_regular, digest, hub_hint, read_bytes, read_json, refuse_foreign
+from data.files import check_regular, digest, hub_hint, read_json, refuse_foreign
 from data.records import is_unicode
+from data.tokenizer import read_chat_template
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -48,13 +49,8 @@ CHAT_MARKS = {"llama-3": "<|start_header_id|>", "llama-2": "[INST]", "chatml": "
 
 def own_template(path: Path) -> str | None:
     """Which chat template a checkpoint's own chat_template looks like; None where it has none, or none that we know."""
-    texts = []
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        if (path / name).is_file():
-            texts.append(json.dumps(read_json(path / name).get("chat_template"), ensure_ascii=False))
-    if (path / "chat_template.jinja").is_file():
-        texts.append(read_bytes(path / "chat_template.jinja").decode(errors="replace"))
-    return next((name for text in texts for name, mark in CHAT_MARKS.items() if mark in text), None)
+    text = read_chat_template(path)
+    return next((name for name, mark in CHAT_MARKS.items() if mark in text), None)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -319,12 +315,14 @@ def refuse_prefixes(file: Path, names: list[str], shapes: dict[str, tuple]) -> N
 
 def is_computed(name: str) -> bool:
     """Rotary frequencies, cosines and sines, which some conversions store and we compute."""
-    return re.search(r"(^|\.)(rotary_emb\.\w+|rope\.freqs|inv_freq)$", name) is not None
+    return re.search(r"(^|\.)(rotary_emb\.\w+|rope\.freqs|rope_freqs(\.weight)?|freqs_cis|inv_freq|cos_cached|sin_cached)$", name) is not None
 
 
-def digest_weights(path: Path) -> str:
-    """A hash of a checkpoint's weights, by which another one in the same place is noticed."""
-    return hashlib.blake2b("".join(digest(file) for file in sorted(find_shards(path))).encode(), digest_size=16).hexdigest()
+def digest_checkpoint(path: Path) -> str:
+    """A hash of config, weights and tokenizer, by which another checkpoint in the same place is noticed."""
+    beside = ("config.json", "tokenizer.model", "original/tokenizer.model", "tokenizer.json")
+    files = sorted(find_shards(path)) + [path / name for name in beside if (path / name).is_file()]
+    return hashlib.blake2b("".join(map(digest, files)).encode(), digest_size=16).hexdigest()
 
 
 @contextmanager

@@ -34,7 +34,10 @@ FOREIGN = {  # how a file begins: what it is, and the way out
     b"\xfd7zXZ": "compressed by xz; decompress it first",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; decompress it first",
     b"SQLite format 3": "an SQLite data base; export its table as JSON lines",
-    b"<!doctype html": "a web page; download the file itself, by its 'raw' link for instance",
+    b"\xff\xfe\0\0": "UTF-32; save it as UTF-8", b"\0\0\xfe\xff": "UTF-32; save it as UTF-8",
+    b"[\0": "UTF-16 without its mark; save it as UTF-8", b"{\0": "UTF-16 without its mark; save it as UTF-8",
+    b"\0[": "UTF-16 without its mark; save it as UTF-8", b"\0{": "UTF-16 without its mark; save it as UTF-8",
+    b"7z\xbc\xaf": "a 7z archive; unpack it first", b"\x04\x22\x4d\x18": "compressed by lz4; decompress it first",
     b"<html": "a web page; download the file itself, by its 'raw' link for instance",
 }
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -60,8 +63,9 @@ def check_regular(path: str | Path) -> Path:
 
 def refuse_foreign(path: Path, start: bytes) -> None:
     """UsageError if a file that begins like this is of a kind that people mistake for what is wanted."""
+    is_page = start.lower().startswith((b"<!doctype html", b"<html")) and path.suffix != ".txt"
     for magic, says in FOREIGN.items():
-        if start.lower().startswith(magic.lower()):
+        if start.startswith(magic) or is_page and magic == b"<html":
             raise UsageError(f"{path}: {says}")
 
 

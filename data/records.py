@@ -29,9 +29,13 @@ ROLES = {"system": "system", "developer": "system",
          "human": "user", "user": "user", "prompter": "user", "customer": "user",
          "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "assistant": "assistant",
          "model": "assistant", "ai": "assistant", "bot": "assistant", "claude": "assistant", "gemini": "assistant"}
-ONE_EXCHANGE = [("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("question", "answer")]
-UNSEEN = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios")  # no template here shows them
-WEIGHTS = ("weight", "loss_weight", "train", "loss")  # of a turn: OpenAI's, and others'
+ONE_EXCHANGE = [("instruction", "output"), ("instruction", "response"), ("prompt", "completion"), ("prompt", "response"),
+                ("question", "answer"), ("question", "response"), ("query", "response")]
+SYSTEM = ("system", "system_prompt", "system_message")  # beside the turns
+# What no template here shows, of a record or a turn; and what belongs to a question beside its own text.
+UNSEEN = ("tools", "functions", "image", "images", "image_path", "video", "videos", "audio", "audios")
+UNSEEN_BESIDE = ("options", "choices", "documents")
+WEIGHTS = ("weight", "loss_weight", "train", "loss", "trainable")  # of a turn or a record: OpenAI's, and others'
 
 
 class UnknownForm(ValueError):
@@ -53,42 +57,49 @@ def read_turns(record) -> tuple[list[Turn], str]:
 def find_turns(record) -> list[Turn]:
     """All turns of a record, as they stand in it."""
     if not isinstance(record, dict):
-        raise UnknownForm("no object")
+        raise UnknownForm("no object in it")
     refuse_preferences(record)
     key = next((key for key in LISTS if key in record), None)
     pair = next((pair for pair in ONE_EXCHANGE if record.keys() >= set(pair)), None)
     if key is None and pair is None:
-        raise UnknownForm("neither 'conversations' nor 'messages' nor 'instruction' and 'output' in it")
-    for field in UNSEEN:
-        if record.get(field) not in (None, "", [], {}, "[]"):
-            raise Unusable(f"'{field}', which no template here can show")
+        raise UnknownForm("neither 'conversations' nor 'messages' in it, nor a question and its answer under names that are known")
+    refuse_unseen(record, UNSEEN if key else UNSEEN + UNSEEN_BESIDE)
+    if weight_of(record) == 0:
+        raise Unusable("weight 0")
     if key is None:
         turns = one_exchange(record, *pair)
     elif isinstance(record[key], list):
         turns = [read_turn(turn) for turn in record[key]]
     else:
         raise Unusable(f"'{key}' that is no list")
-    system = text_of(record.get("system", record.get("system_prompt")) or "", "a system prompt")
-    if system.strip() and not (turns and turns[0][0] == "system"):
-        turns = [("system", system), *turns]
-    return turns
+    if turns and turns[0][0] == "system" and turns[0][1].strip():
+        return turns
+    texts = [text_of(record.get(name) or "", "a system prompt") for name in SYSTEM]
+    return next(([("system", text), *turns] for text in texts if text.strip()), turns)
+
+
+def refuse_unseen(fields: dict, names: tuple[str, ...]) -> None:
+    for name in names:
+        if fields.get(name) not in (None, "", [], {}, "[]"):
+            raise Unusable(f"'{name}', which no template here can show")
 
 
 def refuse_preferences(record: dict) -> None:
-    names = [str(name) for name in record]
-    if any(name.startswith("chosen") for name in names) and any(name.startswith("rejected") for name in names):
+    if any(str(name).startswith(("rejected", "non_preferred")) and value is not None for name, value in record.items()):
         raise UsageError("is a preference, chosen and rejected, and training takes demonstrations; keep the chosen answers alone, "
                          "as conversations")
-    if isinstance(record.get("label"), bool):
+    label, completed = record.get("label"), {"prompt", "completion"} <= record.keys()
+    if isinstance(label, bool) or completed and label in (0, 1, "true", "false", "True", "False"):
         raise UsageError("is a preference, a boolean label as in KTO's data, and training takes demonstrations; keep the "
                          "records whose label is true, without the label")
 
 
 def one_exchange(record: dict, question: str, answer: str) -> list[Turn]:
     """Alpaca's instruction, input and output, with a history of earlier exchanges; other names of a question and its answer."""
-    asked = [text_of(record[question], repr(question)), text_of(record.get("input") or "", "'input'")]
+    asked = [text_of(record[question], repr(question))] + [text_of(record.get(name) or "", repr(name)) for name in ("context", "input")]
     turns: list[Turn] = []
-    for exchange in record.get("history") or []:
+    history = record.get("history") or []
+    for exchange in history if isinstance(history, list) else [history]:
         if not isinstance(exchange, list) or len(exchange) != 2:
             raise Unusable("a history that is no list of questions and answers")
         turns += zip(("user", "assistant"), [text_of(text, "a history") for text in exchange])
@@ -104,28 +115,35 @@ def read_turn(turn) -> Turn:
     known = ROLES.get(role.strip().lower())
     if known is None:
         raise Unusable(f"unknown role {role[:40]!r}")
+    refuse_unseen(turn, UNSEEN)
     content = next((turn[key] for key in TEXT_KEYS if key in turn), None)
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise Unusable("a tool call" if content else "a tool call without text")
     if content is None:
-        raise Unusable("a tool call without text" if turn.get("tool_calls") or turn.get("function_call") else "a turn without text")
+        raise Unusable("a turn without text")
     text = text_of(content, "a turn")
-    weights = [turn[name] for name in WEIGHTS if turn.get(name) is not None]
-    if any(weight not in (0, 1) for weight in weights):
+    return (CONTEXT if known == "assistant" and weight_of(turn) == 0 else known), text
+
+
+def weight_of(fields: dict) -> int:
+    """0 for what is not to be learnt, else 1."""
+    weights = [fields[name] for name in WEIGHTS if fields.get(name) is not None]
+    if any(not isinstance(weight, (int, float)) or weight not in (0, 1) for weight in weights):
         raise Unusable("a weight that is neither 0 nor 1")
-    return (CONTEXT if known == "assistant" and 0 in weights else known), text
+    return int(0 not in weights)
 
 
 def text_of(content, what: str) -> str:
     """A text, or the texts of a list of parts joined."""
-    parts = content if isinstance(content, list) else [content]
-    texts = []
-    for part in parts:
-        if isinstance(part, dict) and part.get("type", "text") == "text":
-            part = part.get("text")
-        if not isinstance(part, str):
-            kind = part.get("type") if isinstance(part, dict) else None
-            raise Unusable(f"a part that is no text ({str(kind)[:40]})" if kind else f"{what} that is no text")
-        texts.append(part)
-    text = "".join(texts)
+    text = content
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise Unusable(f"a part that is no text ({str(kind)[:40]})")
+        text = "".join(part["text"] for part in content)
+    if not isinstance(text, str):
+        raise Unusable(f"{what} that is no text")
     if not is_unicode(text):
         raise Unusable("half of a surrogate pair")
     return text
@@ -134,7 +152,8 @@ def text_of(content, what: str) -> str:
 def keep_exchanges(turns: list[Turn]) -> tuple[list[Turn], str]:
     """An optional system turn and whole exchanges: of what comes otherwise, what stands before it."""
     system = [turn for turn in turns[:1] if turn[0] == "system" and turn[1].strip()]
-    turns = turns[1:] if turns[:1] and turns[0][0] == "system" else turns
+    while turns and turns[0][0] == "system" and (not turns[0][1].strip() or turns[0] in system):
+        turns = turns[1:]
     left_out = []
     if turns and turns[0][0] in ("assistant", CONTEXT):  # ShareGPT was cut into pieces that may begin with an answer
         turns, left_out = turns[1:], ["a leading answer"]
@@ -176,10 +195,12 @@ class Records:
         self.path, self.whole = Path(path), None
         if is_plain_text(self.path):
             raise UsageError(f"{path}: plain text, by its name; conversations come as .json or .jsonl")
-        if self.path.suffix in (".csv", ".tsv"):
+        if self.path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
             raise UsageError(f"{path}: a table; conversations come as .json or .jsonl, plain texts as .txt or .jsonl")
         self.file = open_text(path)
         start = self.file.read(4096).removeprefix(b"\xef\xbb\xbf")
+        while not start.strip() and (more := self.file.read(2**20)):
+            start = more
         if not start.strip():
             raise UsageError(f"{path}: {'nothing but white space' if start else 'an empty file'}")
         self.file.seek(0)
@@ -188,7 +209,8 @@ class Records:
                 self.whole = json.loads(self.file.read().decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
                 if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-                    raise UsageError(f"{path}: several arrays after each other; `jq -c '.[]' FILE` makes lines of them") from None
+                    makes = "{messages: .}" if b'"role"' in start or b'"from"' in start and b'"conversations"' not in start else ".[]"
+                    raise UsageError(f"{path}: several arrays after each other; `jq -c '{makes}' FILE` makes lines of them") from None
                 raise UsageError(f"{path}: {json_fault(error)}") from None
 
     def __iter__(self) -> Iterator[tuple[int, str, object]]:
@@ -254,7 +276,7 @@ def refuse_wrapping(path: Path, record) -> None:
 
 
 def is_plain_text(path: Path) -> bool:
-    return path.name.removesuffix(".gz").endswith(".txt")
+    return path.name.lower().removesuffix(".gz").endswith(".txt")
 
 
 class Usable:

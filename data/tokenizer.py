@@ -38,7 +38,7 @@ class SentencePieceTokenizer:
     file_name = "tokenizer.model"
     byte_level = False
     specials: dict[str, int] = {}  # none that a chat template could use
-    default_system = ""
+    default_system = chat_template = ""
 
     def __init__(self, model: bytes):
         self.model = model
@@ -140,7 +140,7 @@ class TiktokenTokenizer:
     byte_level = True
     space_in_front = False
     unknown_id = None
-    default_system = ""
+    default_system = chat_template = ""
     # Which pieces a text falls into before byte pairs are merged; part of Llama-3's definition.
     pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -227,6 +227,7 @@ class JsonTokenizer:
         if not isinstance(raw["model"].get("vocab"), dict) or not isinstance(raw["model"].get("merges"), list):
             raise ValueError("its model has no vocab, or no merges")
         added = {token["content"]: token["id"] for token in raw.get("added_tokens") or []}
+        silent = {token["content"] for token in raw.get("added_tokens") or [] if token.get("special")}  # they stand for no text
         for token in raw.get("added_tokens") or []:  # none is looked for in a text, but for runs of white space
             token["special"] = bool(token["content"].strip())
         self.backend = tokenizers.Tokenizer.from_str(json.dumps(raw))
@@ -242,7 +243,7 @@ class JsonTokenizer:
         self.unknown_id = vocabulary.get(raw["model"].get("unk_token")) if not self.byte_level else None
         self._bytes = [b""] * self.vocab_size  # also of ids that no token has
         for piece, id in vocabulary.items():
-            self._bytes[id] = b"" if piece in self.specials else self._piece_bytes(piece)
+            self._bytes[id] = b"" if piece in silent else piece.encode() if piece in added else self._piece_bytes(piece)
         if self.unknown_id is not None:
             self._bytes[self.unknown_id] = " \u2047 ".encode()  # as SentencePiece decodes it
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in raw["model"]["merges"]]
@@ -256,8 +257,15 @@ class JsonTokenizer:
             raise ValueError("nothing beside it says which token ends a text: no eos_token in tokenizer_config.json, no eos_token_id in "
                              "generation_config.json or config.json")
         self.end_of_turn_id = next((self.specials[name] for name in ("<|eot_id|>", "<|im_end|>") if name in self.specials), self.eos_id)
-        self.default_system = config.get("default_system", "")
+        for id in (self.bos_id, self.eos_id):
+            if id is not None and id >= self.vocab_size:
+                raise ValueError(f"the files beside it name token {id}, and it has {self.vocab_size}")
+        self.default_system, self.chat_template = config.get("default_system", ""), config.get("chat_template", "")
         self.space_in_front = self.token_bytes(self.encode("a")[0]).startswith(b" ")
+
+    def ends(self) -> dict:
+        """What tokenizer_config.json would say of the tokens that begin and end a text."""
+        return {name: None if id is None else self.backend.id_to_token(id) for name, id in (("bos_token", self.bos_id), ("eos_token", self.eos_id))}
 
     def _piece_bytes(self, piece: str) -> bytes:
         if self.byte_level:
@@ -325,9 +333,22 @@ def read_token_config(folder: Path) -> dict:
             id = id[0] if isinstance(id, list) and id else id
             if type(id) is int and id >= 0:
                 found.setdefault(f"{side}_id", id)
-    template = raw["tokenizer_config.json"].get("chat_template")
-    default = re.search(r"<\|im_start\|>system(?:\n|\\n)([^<{'\"]+)<\|im_end\|>", template) if isinstance(template, str) else None
-    return found | ({"default_system": default[1]} if default else {})
+    found["chat_template"] = read_chat_template(folder)
+    default = re.search(r"<\|im_start\|>system(?:\n|\\n)([^<{+]+)<\|im_end\|>", found["chat_template"])
+    return found | ({"default_system": default[1].replace("\\'", "'")} if default else {})
+
+
+def read_chat_template(folder: Path) -> str:
+    """A checkpoint's own chat_template, from where transformers keeps it; of several, all of them one after the other."""
+    if (folder / "chat_template.jinja").exists():
+        return read_bytes(folder / "chat_template.jinja").decode(errors="replace")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        template = read_json(folder / name).get("chat_template") if (folder / name).exists() else None
+        if isinstance(template, list):  # of objects of name and template
+            template = "".join(str(each.get("template")) for each in template if isinstance(each, dict))
+        if isinstance(template, str):
+            return template
+    return ""
 
 
 Tokenizer = SentencePieceTokenizer | TiktokenTokenizer | JsonTokenizer
@@ -362,10 +383,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def read_tokenizer(file: Path) -> Tokenizer:
     model = read_bytes(file)
+    is_json = model.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{"
     try:
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model):
             return TiktokenTokenizer(model)
-        if model.lstrip()[:1] == b"{":
+        if is_json:
             return JsonTokenizer(model, read_token_config(file.parent))
         return SentencePieceTokenizer(model)
     except UsageError:
@@ -373,7 +395,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
     except ValueError as error:
         raise UsageError(f"{file}: neither a SentencePiece nor a tiktoken model nor a tokenizer.json that can be used: {error}") from None
     except Exception as error:  # the library raises no narrower class; protobuf that is none raises several
-        said = f"{type(error).__name__}: {error}" if model.lstrip()[:1] == b"{" else f"it begins with {model[:12]!r}"
+        said = f"{type(error).__name__}: {error}" if is_json else f"it begins with {model[:12]!r}"
         raise UsageError(f"{file}: neither a SentencePiece nor a tiktoken model nor a tokenizer.json, or a damaged one ({said})") from None
 
 

@@ -60,7 +60,8 @@ def train_arguments() -> argparse.Namespace:
     data.add_argument("--data", metavar="FILE", help="conversations, .json or .jsonl, or `capitals` (data/capitals.py); "
                       "default: the tiny world's")
     data.add_argument("--template", choices=TEMPLATES, help="chat template (default: from the tokenizer's kind)")
-    data.add_argument("--system", default="", metavar="TEXT", help="a system prompt for conversations that have none; recorded")
+    data.add_argument("--system", metavar="TEXT", help="a system prompt for conversations that have none; recorded (default: what the "
+                      "checkpoint's own chatml template says)")
     data.add_argument("--held-out", type=non_negative_int, metavar="N", help="conversations to measure on and not to train on "
                       "(default 1%%, at least 16, at most a tenth)")
     data.add_argument("--max-length", type=positive_int, metavar="N", help="tokens per conversation (default at most 4096)")

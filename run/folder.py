@@ -60,10 +60,11 @@ class Run:
         if self.work.exists():
             if not self.work.is_dir():
                 raise UsageError(f"{self.work}: exists, and is no run of train.py; choose another --out")
-            all_ours = all(ours.fullmatch(path.name) and not path.is_symlink() for path in self.work.iterdir())
+            odd = [path.name for path in self.work.iterdir() if not ours.fullmatch(path.name) or path.is_symlink()]
             orphaned = self.checkpoints() and not saved.exists() and not self.finished
-            if not all_ours or orphaned:
-                raise UsageError(f"{self.work}: exists, and is no run of train.py; choose another --out")
+            if odd or orphaned:
+                what = f"has {min(odd)} in it" if odd else "has checkpoints without settings"
+                raise UsageError(f"{self.work}: exists, and is no run of train.py, as it {what}; choose another --out")
 
     @property
     def finished(self) -> bool:
@@ -71,7 +72,8 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Oldest first; more than one only if a kill came between the rename and the removal."""
-        return sorted(self.work.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        found = [path for path in self.work.glob("step-*") if re.fullmatch(r"step-\d{1,12}", path.name) and path.is_dir()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     # -- while it trains
 
@@ -231,9 +233,12 @@ class Run:
         with replacing(self.out, self.work / "final.tmp") as final:
             network.save_pretrained(final)
             (final / tokenizer.file_name).write_bytes(tokenizer.model)
-            for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]:  # also for other programs
+            for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+                         "chat_template.jinja"]:  # also for other programs
                 if source and (source / name).is_file():
                     shutil.copy(source / name, final)
+            if tokenizer.kind == "json" and not (final / "tokenizer_config.json").exists():  # what config.json alone said
+                (final / "tokenizer_config.json").write_text(json.dumps(tokenizer.ends()) + "\n")
             (final / "train.json").write_text(json.dumps(vars(self.settings), indent=2) + "\n")
             (final / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         self.lock.release()
@@ -273,7 +278,8 @@ def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
                 raise UsageError(f"{file.parent}: a run is there, and {CHANGED[name]}; choose another --out, or delete the folder{leave_out}")
             raise UsageError(f"{file.parent}: a run with other settings is there: {name} was {found[name]!r}, now "
                              f"{wanted[name]!r}; choose another --out, or delete the folder{leave_out}")
-    for name in sorted((wanted.keys() - NEWER) ^ (found.keys() - NEWER - OLDER)):
+    newer = NEWER if OLDER & found.keys() else set()
+    for name in sorted((wanted.keys() - newer) ^ (found.keys() - newer - OLDER)):
         raise UsageError(f"{file}: damaged, or a run with other settings than this version has: {name} is "
                          f"{'there' if name in found else 'not there'}; choose another --out, or delete the folder")
 

@@ -5,6 +5,7 @@
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import torch
 import torch.nn as nn
 
 from data.capitals import CAPITALS_TRAINING, Capitals
-from data.chat import ChatDataset, chat_batches, default_template, hold_out
-from data.checkpoint import digest_weights, name_of, read_value_info
+from data.chat import ChatDataset, chat_batches, default_template, hold_out, system_of
+from data.checkpoint import digest_checkpoint, name_of, own_template, read_value_info
 from data.errors import UsageError
 from data.files import digest
 from data.tiny_world import TEMPLATE, TINY_SIZES, World, print_metrics, world_of
@@ -79,7 +80,8 @@ class Job:
             says = f"pretraining {self.run.out.name}, {size}, on {tokens:,} tokens of {settings.data}"
         else:
             what = f"a value network ({settings.scheme})" if settings.scheme else "in full"
-            says = f"training {what}, {size}, from {settings.start}, on {self.dataset.report(len(self.held_out))}"
+            says = f"training {what}, {size}, from {settings.start}, on {self.dataset.report(len(self.held_out))}, "
+            says += f"template {settings.template}" + (f", system prompt {settings.system[:60]!r}" if settings.system else "")
         print(f"{says} -> {self.run.out}", flush=True)
 
     def value_info(self) -> dict:
@@ -222,15 +224,18 @@ def post_training(scheme: str, bases: list[Path], start: str, out: Path, args, d
     max_length = flags.get("max_length", min(4096, longest))  # Table 5
     if max_length > longest:
         raise UsageError(f"--max-length {max_length}: the checkpoint was made for {longest} tokens")
-    template = args.template or (TEMPLATE if world else default_template(tokenizer))
-    system = args.system or (tokenizer.default_system if template == "chatml" else "")
+    recorded = read_value_info(start, SCHEMES) if (Path(start) / "ivl.json").is_file() else {}  # what is trained further keeps its own
+    template = args.template or recorded.get("template") or (TEMPLATE if world else default_template(tokenizer))
+    system = system_of(tokenizer, template, recorded.get("system") if args.system is None else args.system)
+    if own_template(bases[0]) not in (None, template):
+        print(f"{bases[0]}: its own chat_template looks like {own_template(bases[0])}, and it is trained in {template}", file=sys.stderr)
     dataset = ChatDataset(data, tokenizer, template, max_length, system)
     split = (list(range(len(dataset))), []) if exam else hold_out(dataset, args.seed, args.held_out)
     chosen = with_usual(build, usual, flags, len(split[0])) | dict(max_length=max_length)
     settings = Settings(job="value" if scheme else "full", bases=[str(path) for path in bases], start=start, scheme=scheme,
                         probe_width=width, template=template, seed=args.seed,
                         data=exam.name if exam else data, data_hash=digest(dataset.path),
-                        dtype=args.dtype, base_hashes=tuple(map(digest_weights, bases)), held_out=len(split[1]), system=system,
+                        dtype=args.dtype, base_hashes=tuple(map(digest_checkpoint, bases)), held_out=len(split[1]), system=system,
                         **chosen)
     run = Run(out, settings, args.resume or keep and (out / "train.json").exists(), args.save_every, processes)
     if not run.finished:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data.chat import TEMPLATES, can_speak, default_template
+from data.chat import TEMPLATES, can_speak, default_template, system_of
 from data.checkpoint import is_a_path, name_of, own_template, read_value_info
 from data.errors import UsageError
 from data.files import read_json
@@ -76,7 +76,7 @@ def refuse_value_network(flag: str, path: Path) -> None:
 def check_recorded(tokenizer: Tokenizer, info: dict, value: Path) -> None:
     """UsageError if the tokenizer beside a value network is not the one it was trained with."""
     if describe_tokenizer(tokenizer) != info["tokenizer"]:
-        raise UsageError(f"{value}: its tokenizer.model is not the one that its ivl.json records")
+        raise UsageError(f"{value}: its tokenizer is not the one that its ivl.json records")
 
 
 def check_same_family(base_tokenizer: Tokenizer, value_tokenizer: Tokenizer, base: str, value: str) -> None:
@@ -215,7 +215,9 @@ def read_expert(args) -> dict:
     own = own_template(expert)
     if own not in (None, template):
         print(f"--expert {expert}: its own chat_template looks like {own}, and it is asked in {template}", file=sys.stderr)
-    return {"bases": untuned, "template": template, "scheme": "residual"}
+    system = record.get("system")
+    return {"bases": untuned, "template": template, "scheme": "residual",
+            "system": system_of(load_tokenizer(expert), template, system if isinstance(system, str) else None)}
 
 
 def describe_guide(args, value: Path, own: Path, info: dict) -> str:

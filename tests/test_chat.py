@@ -159,6 +159,20 @@ RECORDS = {  # a record, what is kept of it, and what is said of the rest; kept:
     "no role": ({"messages": [{"content": "q"}]}, None, "a turn without a role"),
     "turns no list": ({"messages": "q"}, None, "'messages' that is no list"),
     "a turn no object": ({"messages": ["q", "a"]}, None, "a turn that is no object"),
+    "a tool call with text": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": [{}]}]}, None,
+                              "a tool call"),
+    "a picture in a turn": ({"messages": [{"role": "user", "content": "q", "images": ["x"]}, {"role": "assistant", "content": "a"}]}, None,
+                            "'images', which no template here can show"),
+    "a record of weight 0": (openai("q", "a", weight=0), None, "weight 0"),
+    "not trainable": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x", "trainable": False},
+                                    *openai("q", "a")["messages"]]}, [("user", "q"), ("context", "x"), *KEPT], ""),
+    "an empty system and a system_prompt": (openai("q", "a", system="", system_prompt="s"), [("system", "s"), *KEPT], ""),
+    "a blank system turn and a field": (sharegpt(("system", " "), *PLAIN) | {"system": "s"}, [("system", "s"), *KEPT], ""),
+    "a null preference": (openai("q", "a", chosen=None, rejected=None), KEPT, ""),
+    "columns": ({"instruction": ["q", "q"], "output": ["a", "a"]}, None, "a part that is no text (str)"),
+    "dolly": ({"instruction": "q", "context": "c", "response": "a"}, [("user", "q\nc"), ("assistant", "a")], ""),
+    "choices": ({"question": "q", "choices": ["x", "y"], "answer": "a"}, None, "'choices', which no template here can show"),
+    "a history that is none": ({"instruction": "q", "output": "a", "history": 5}, None, "a history that is no list of questions and answers"),
     "alpaca": ({"instruction": "q", "input": "", "output": "a"}, KEPT, ""),
     "alpaca with an input": ({"instruction": "q", "input": "i", "output": "a"}, [("user", "q\ni"), ("assistant", "a")], ""),
     "alpaca with a history": ({"instruction": "q", "output": "a", "history": [["q", "a"]], "system": "s"},
@@ -199,7 +213,8 @@ def test_records(case):
 
 @pytest.mark.parametrize("record", [
     {"prompt": "q", "chosen": "a", "rejected": "b"}, sharegpt(("human", "q")) | {"chosen": {}, "rejected": {}},
-    {"prompt": "q", "completion": "a", "label": True}, openai("q", "a", label=False), {"chosen_response": "a", "rejected_response": "b"}])
+    {"prompt": "q", "completion": "a", "label": True}, openai("q", "a", label=False), {"chosen_response": "a", "rejected_response": "b"},
+    openai("q", "a", rejected_response="b"), {"prompt": "q", "completion": "a", "label": 0}])
 def test_preferences_are_refused_by_name(record):
     with pytest.raises(UsageError, match="is a preference"):
         read_turns(record)
@@ -265,7 +280,7 @@ BAD = {
     "no utf-8": (b'{"conversations": [{"from": "human", "value": "\xff"}]}\n', "line 1 is not UTF-8"),
     "array no utf-8": (b'["\xff"]', "not UTF-8"),
     "wrong keys": (b'{"text": "hello"}\n', "neither 'conversations' nor 'messages'"),
-    "a number": (b"3\n", "line 1 has no object"), "an array of numbers": (b"[1, 2]", "record 1"),
+    "a number": (b"3\n", "line 1 has no object in it"), "an array of numbers": (b"[1, 2]", "record 1"),
     "turns no list": (b'{"messages": "hello"}\n', "'messages' that is no list"),
     "turn without text": (b'{"messages": [{"role": "user"}]}\n', "1 with a turn without text"),
     "text a number": (b'{"messages": [{"role": "user", "content": 3}]}\n', "a turn that is no text"),
@@ -359,6 +374,15 @@ def test_held_out_conversations_are_not_trained_on(dataset, tmp_path, sentence_p
     for seed in range(5):
         train_on, held_out = hold_out(whole, seed)
         assert 0 < len(held_out) <= 9 and not {index // 3 for index in held_out} & {index // 3 for index in train_on}
+    mixed = [record | {"id": f"c{number // 2}_{number % 2}" if number < 100 else f"train_{number}"} for number, record in enumerate(numbered(200))]
+    both = ChatDataset(write(tmp_path / "mixed.json", mixed, False), sentence_piece, "llama-2", 64)
+    same = [record | {"id": f"c{number // 2}"} for number, record in enumerate(numbered(90))]
+    same = ChatDataset(write(tmp_path / "same.json", same, False), sentence_piece, "llama-2", 64)
+    for seed in range(5):
+        train_on, held_out = hold_out(both, seed)
+        assert len(held_out) == 16 and not {index // 2 for index in held_out if index < 100} & {index // 2 for index in train_on if index < 100}
+        train_on, held_out = hold_out(same, seed)
+        assert not {index // 2 for index in held_out} & {index // 2 for index in train_on}
     named = [record | {"id": f"train_{number}"} for number, record in enumerate(numbered(90))]
     dataset = ChatDataset(write(tmp_path / "named.json", named, False), sentence_piece, "llama-2", 64)
     assert len(hold_out(dataset, 0)[1]) == 9

@@ -424,7 +424,7 @@ def test_bad_input_to_train(home, checkpoint, chats, tmp_path):
         "argument --lr": [*real, "--lr", "-1"], "'nan' is no positive number": [*real, "--lr", "nan"], "argument --steps": [*real[:-1], "0"],
         "argument --batch-size": [*real, "--batch-size", "x"], "argument --l1": [*real, "--l1", "-0.1"],
         "argument --seed": [*real, "--seed", "-1"], "argument --dtype": [*real, "--dtype", "int8"],
-        "argument --grad-accum": [*real, "--grad-accum", "0"], "argument --template": [*real, "--template", "chatml"],
+        "argument --grad-accum": [*real, "--grad-accum", "0"], "argument --template": [*real, "--template", "vicuna"],
         "--epochs: not allowed with argument": [*real, "--epochs", "1"], "--full: not allowed with argument --value": [*real, "--full"],
         "--fast: not allowed with argument --plain": [*real, "--plain", "--fast"],
         "--l1 means nothing": ["--base", "tiny-s", "--l1", "1"], "--l1 means nothing when fine-tuning": ["--full", "--l1", "1"],
@@ -462,7 +462,7 @@ def test_bad_input_to_sample(home, checkpoint, tmp_path):
     shutil.copytree(value, tmp_path / "exchanged")
     (tmp_path / "exchanged/tokenizer.model").write_bytes(byte_pairs())
     cases = {
-        "not the one that its ivl.json records": ["--value", tmp_path / "exchanged", "--base", home / "out/seed0/tiny-s"],
+        "is not the one that its ivl.json records": ["--value", tmp_path / "exchanged", "--base", home / "out/seed0/tiny-s"],
         "`python train.py` trains one": [],
         "no such folder": ["--value", tmp_path / "absent"],
         "no ivl.json": ["--value", checkpoint],
