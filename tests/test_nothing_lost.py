@@ -138,3 +138,12 @@ def test_100_mutations(damaged_house):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_1000_mutations(damaged_house, seed):
     assert fuzz.fuzz(damaged_house, seed, count=1000) == []
+
+
+@pytest.mark.parametrize("lr", ["1e38", "3e38"])
+def test_nothing_with_a_number_that_is_none_is_published(lr, checkpoint, chats, tmp_path):
+    """The update of the last step, behind which no loss would show it."""
+    command = ["train.py", "--base", checkpoint, "--value", "--data", chats, "--steps", 1, "--batch-size", 4, "--out", tmp_path / "new/run"]
+    before = sorted(tmp_path.rglob("*"))
+    assert "no number" in refused(tmp_path, *command, "--lr", lr)
+    assert sorted(tmp_path.rglob("*")) == before
