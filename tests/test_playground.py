@@ -301,6 +301,7 @@ def click(browser: Browser, element: str) -> None:
         browser.call("Input.dispatchMouseEvent", type=kind, x=left + width / 2, y=top + height / 2, button="left", clickCount=1)
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_person_asks_moves_alpha_and_branches(server):
     browser = Browser(server.address, 1280, 800)
@@ -344,6 +345,7 @@ def test_a_person_asks_moves_alpha_and_branches(server):
         browser.close()
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_browser_shows_it_at_1280_and_at_390_pixels(server):
     browser = Browser(f"{server.address}#{'long' * 60}", 1280, 800)
@@ -357,6 +359,7 @@ def test_a_browser_shows_it_at_1280_and_at_390_pixels(server):
         browser.close()
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_command_makes_a_picture(home, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(home)
@@ -368,6 +371,7 @@ def test_the_command_makes_a_picture(home, tmp_path, monkeypatch, capsys):
     assert os.path.getsize(picture) > 10_000
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_picture_takes_a_question_that_the_page_answers(home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
