@@ -31,6 +31,12 @@ def fingerprint(tokenizer: "Tokenizer", n: int) -> str:
     return digest.hexdigest()
 
 
+def decode(tokenizer: "Tokenizer", ids: list[int]) -> str:
+    """The text of some tokens, without the space in front if encode adds one; bytes that are no UTF-8 become U+FFFD."""
+    text = b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", errors="replace")
+    return text.removeprefix(" ") if tokenizer.space_in_front else text
+
+
 class SentencePieceTokenizer:
     """A SentencePiece model. Its pieces mark a space as U+2581; Llama-2's puts a space in front of every text."""
 
@@ -84,12 +90,7 @@ class SentencePieceTokenizer:
         """The bytes that a token stands for; none for control tokens."""
         return self._bytes[id]
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of some tokens, without the space in front if encode adds one; bytes that are no UTF-8 become U+FFFD."""
-        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
-        return text.removeprefix(" ") if self.space_in_front else text
-
-    fingerprint = fingerprint
+    fingerprint, decode = fingerprint, decode
 
 
 def without_user_defined(model: bytes) -> bytes:
@@ -189,11 +190,7 @@ class TiktokenTokenizer:
             raise IndexError(f"token {id} of a vocabulary of {self.vocab_size}")
         return self._bytes[id] if id < len(self._bytes) else b""
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of some tokens; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
-
-    fingerprint = fingerprint
+    fingerprint, decode = fingerprint, decode
 
 
 LONGEST_RUN = 25_000  # as in Meta's own tokenizer
@@ -296,12 +293,7 @@ class JsonTokenizer:
         """The bytes that a token stands for; none for special tokens."""
         return self._bytes[id]
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of some tokens, without the space in front if encode adds one; bytes that are no UTF-8 become U+FFFD."""
-        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
-        return text.removeprefix(" ") if self.space_in_front else text
-
-    fingerprint = fingerprint
+    fingerprint, decode = fingerprint, decode
 
 
 def byte_characters() -> dict[str, int]:

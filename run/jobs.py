@@ -5,7 +5,6 @@
 
 import functools
 import math
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch.nn as nn
 
 from data.capitals import CAPITALS_TRAINING, Capitals
 from data.chat import ChatDataset, chat_batches, default_template, hold_out, system_of
-from data.checkpoint import digest_checkpoint, name_of, own_template, read_value_info
+from data.checkpoint import digest_checkpoint, name_of, read_value_info
 from data.errors import UsageError
 from data.files import digest
 from data.tiny_world import TEMPLATE, TINY_SIZES, World, print_metrics, world_of
@@ -23,7 +22,7 @@ from ivl import SCHEMES, Probe, ValueModel
 from model import Llama, LlamaConfig, read_config
 from run.cli import pick_device
 from run.folder import Run, read_metrics
-from run.plug import check_recorded, check_same_family, find_tiny, refuse_value_network
+from run.plug import check_recorded, check_same_family, find_tiny, refuse_value_network, say_other_template
 from run.processes import Alone, load_frozen
 from run.show import examine
 from run.twins import choose_loss
@@ -227,8 +226,7 @@ def post_training(scheme: str, bases: list[Path], start: str, out: Path, args, d
     recorded = read_value_info(start, SCHEMES) if (Path(start) / "ivl.json").is_file() else {}  # what is trained further keeps its own
     template = args.template or recorded.get("template") or (TEMPLATE if world else default_template(tokenizer))
     system = system_of(tokenizer, template, recorded.get("system") if args.system is None else args.system)
-    if own_template(bases[0]) not in (None, template):
-        print(f"{bases[0]}: its own chat_template looks like {own_template(bases[0])}, and it is trained in {template}", file=sys.stderr)
+    say_other_template(str(bases[0]), bases[0], template, "trained")
     dataset = ChatDataset(data, tokenizer, template, max_length, system)
     split = (list(range(len(dataset))), []) if exam else hold_out(dataset, args.seed, args.held_out)
     chosen = with_usual(build, usual, flags, len(split[0])) | dict(max_length=max_length)

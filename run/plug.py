@@ -212,12 +212,17 @@ def read_expert(args) -> dict:
     template = args.template or record.get("template") or default_template(load_tokenizer(expert))
     if template not in TEMPLATES:
         raise UsageError(f"{expert}/train.json: template {template!r} is not supported; choose one with --template")
-    own = own_template(expert)
-    if own not in (None, template):
-        print(f"--expert {expert}: its own chat_template looks like {own}, and it is asked in {template}", file=sys.stderr)
+    say_other_template(f"--expert {expert}", expert, template, "asked")
     system = record.get("system")
     return {"bases": untuned, "template": template, "scheme": "residual",
             "system": system_of(load_tokenizer(expert), template, system if isinstance(system, str) else None)}
+
+
+def say_other_template(name: str, path: Path, template: str, use: str) -> None:
+    """A line where a checkpoint's own chat_template is visibly another than the one it is used with."""
+    own = own_template(path)
+    if own not in (None, template):
+        print(f"{name}: its own chat_template looks like {own}, and it is {use} in {template}", file=sys.stderr)
 
 
 def describe_guide(args, value: Path, own: Path, info: dict) -> str:
