@@ -17,6 +17,7 @@ from run.jobs import with_a_name
 from vocab_map import HOWS
 
 MOST_AHEAD = 32  # tokens to draft at a time; as many as fast/graphs.py captures in one step
+LLAMA_SCHEMES = [scheme for scheme in SCHEMES if scheme != "probe"]
 few = number(int, 0, f"whole number from 1 to {MOST_AHEAD}", MOST_AHEAD + 1)
 
 
@@ -108,43 +109,71 @@ def train_arguments() -> argparse.Namespace:
 # sample.py, and the page of beyond/attribution.py
 
 
-def add_guidance(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
-    """The flags that say what guides what, and how it speaks; returns the group of ways to ask."""
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what guides what."""
     guide = parser.add_mutually_exclusive_group()
     guide.add_argument("--value", metavar="FOLDER", help="a value network (default: the newest under out/)")
     guide.add_argument("--expert", metavar="FOLDER", help="proxy tuning instead: a small model after post-training")
     parser.add_argument("--base", metavar="B", help="a checkpoint folder or a tiny name (default: the one it was trained on)")
     parser.add_argument("--anti-expert", metavar="FOLDER",
                         help="the expert before post-training (default: what its train.json names)")
-    parser.add_argument("--template", choices=TEMPLATES, help="chat template of the expert (a value network records its own)")
+    parser.add_argument("--scheme", choices=LLAMA_SCHEMES, help="take --value FOLDER, a plain Llama without ivl.json that was trained as "
+                        "a value network elsewhere, as one of this scheme")
+    parser.add_argument("--template", choices=TEMPLATES, help="chat template of an expert, or with --scheme (a value network of "
+                        "ours records its own)")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt (default: what the value network was trained with)")
     parser.add_argument("--alpha", type=any_float, default=1.0, help="weight of z_delta; 0 is the base alone (default 1)")
     parser.add_argument("--vocab-map", metavar="FILE", help="a map between base and value network of different tokenizers, by "
                         "vocab_map.py (default: made on the spot, from the tokenizers alone)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and computation")
+    add_twins(parser)
+    parser.set_defaults(chat=False, web=False, prompt=None, brings_questions=False)
+
+
+def add_asking(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """The flags that say what is asked, and how answers are picked; returns the group of ways to ask."""
     ask = parser.add_mutually_exclusive_group()
     ask.add_argument("--prompt", nargs="+", metavar="TEXT", help="questions to answer (default: some of the tiny world's)")
     parser.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="per answer (default 256)")
     parser.add_argument("--temperature", type=non_negative_float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=positive_float, default=1.0, help="sample from the likeliest tokens of this share")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of sampling")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and computation")
-    add_twins(parser)
     return ask
 
 
 def parse_guidance(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Arguments of which those that add_guidance added fit together."""
+    """Arguments of which those that add_guidance and add_asking added fit together."""
     args = parser.parse_args()
-    if not args.expert and (args.anti_expert or args.template):
-        parser.error("--anti-expert and --template go with --expert")
-    if args.top_p > 1:
+    if args.anti_expert and not args.expert:
+        parser.error("--anti-expert goes with --expert")
+    if args.scheme and not (args.value and args.base):
+        parser.error("--scheme says what --value FOLDER is that has no ivl.json; name the base too, with --base")
+    if args.template and args.value and not args.scheme:
+        parser.error("--template goes with --expert or --scheme; a value network records its own")
+    if args.template and not (args.expert or args.scheme or args.brings_questions):
+        parser.error("--template goes with --expert or --scheme")
+    if getattr(args, "top_p", 1) > 1:
         parser.error("--top-p is a share, at most 1")
+    return args
+
+
+def measured_arguments(parser: argparse.ArgumentParser, temperature: float) -> argparse.Namespace:
+    """The flags of a script that brings its questions: a guided base, or with --base and no more the base alone.
+
+    `temperature` is above 0 where answers may be sampled, which a vocabulary map has to know.
+    """
+    add_guidance(parser)
+    parser.set_defaults(brings_questions=True, temperature=temperature)
+    args = parse_guidance(parser)
+    if not (args.base or args.value or args.expert):
+        parser.error("name what is measured: --base for a base alone, --value or --expert for what guides it")
     return args
 
 
 def sample_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=first_line(sample))
-    ask = add_guidance(parser)
+    add_guidance(parser)
+    ask = add_asking(parser)
     ask.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     ask.add_argument("--web", action="store_true", help="a page to ask on, at 127.0.0.1, that says who decided on each token")
     parser.add_argument("--port", type=number(int, -1, "port from 0 to 65535", 2**16), metavar="N",
@@ -170,11 +199,11 @@ def page_arguments(doc: str) -> argparse.Namespace:
     """The flags of beyond/attribution.py."""
     parser = ArgumentParser(description=doc.split("\n\n")[0])
     add_guidance(parser)
+    add_asking(parser)
     parser.add_argument("--out", type=Path, default=Path("out/attribution.html"), metavar="FILE", help="(default %(default)s)")
     parser.add_argument("--screenshot", type=Path, metavar="PNG", help="a picture of the page, too; needs Chromium")
     parser.add_argument("--height", type=positive_int, default=900, metavar="PIXELS", help="of the picture (default 900)")
     args = parse_guidance(parser)
-    args.chat = args.web = False
     check_output("--out", args.out, "page of this kind", lambda start: b"Where did post-training speak?" in start)
     if args.screenshot:
         check_output("--screenshot", args.screenshot, "picture", lambda start: start.startswith(b"\x89PNG"))
@@ -185,10 +214,10 @@ def picture_arguments(doc: str) -> argparse.Namespace:
     """The flags of beyond/playground.py."""
     parser = ArgumentParser(description=doc.split("\n\n")[0])
     add_guidance(parser)
+    add_asking(parser)
     parser.add_argument("--screenshot", type=Path, metavar="PNG", required=True, help="a picture of the page; needs Chromium")
     parser.add_argument("--height", type=positive_int, default=700, metavar="PIXELS", help="of the picture (default 700)")
     args = parse_guidance(parser)
-    args.chat = args.web = False
     check_output("--screenshot", args.screenshot, "picture", lambda start: start.startswith(b"\x89PNG"))
     return args
 

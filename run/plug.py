@@ -150,7 +150,7 @@ def plug_in(args) -> Plugged:
     if vocab_map is None:
         tokenizer = base_tokenizer = min(tokenizer, base_tokenizer, key=lambda each: each.vocab_size)
     world = world_of(base_path)
-    if not (world or args.chat or args.prompt or args.web):
+    if not (world or args.chat or args.prompt or args.web or args.brings_questions):
         raise UsageError("this base is not from the tiny world, which brings its own questions; ask with --prompt or --chat")
     # the networks
     device, dtype = pick_device(args.dtype, tiny=world is not None)
@@ -164,6 +164,8 @@ def plug_in(args) -> Plugged:
     load = partial(Llama.from_pretrained, dtype=getattr(torch, dtype), device=device)
     if args.expert:
         value = ProxyDelta(*map(load, plugs))
+    elif args.scheme:
+        value = ValueModel(load(value_path), info)
     else:
         value = ValueModel.from_pretrained(value_path, getattr(torch, dtype), device)
     base = load(base_path)
@@ -188,16 +190,47 @@ def plug_in(args) -> Plugged:
                    world=world, guide_path=value_path, base_path=base_path, own_path=own_path)
 
 
+def plug_speaker(args) -> Speaker:
+    """For scripts that bring their questions: the guided base or, without --value and --expert, the base alone."""
+    if args.value or args.expert:
+        return plug_in(args).guided
+    path = find_tiny(args.base, [Path("out/seed0")]) or Path(args.base)
+    refuse_value_network("--base", path)
+    tokenizer = load_tokenizer(path)
+    device, dtype = pick_device(args.dtype, tiny=world_of(path) is not None)
+    template = args.template or default_template(tokenizer)
+    print(f"base {path} alone, template {template}")
+    say_other_template(f"--base {path}", path, template, "asked")
+    guided = choose_guided(args, world_of(path) is not None, device)
+    base = Llama.from_pretrained(path, getattr(torch, dtype), device)
+    return Speaker(f"{name_of(path)} alone", guided(base, readable=tokenizer.vocab_size), tokenizer, template,
+                   system_of(tokenizer, template, args.system))
+
+
 def find_guide(args) -> tuple[Path, dict, Path]:
     """The folder of the value network or expert, what is known of it, and the base it was trained on."""
     if args.expert:
         path, info = Path(args.expert), read_expert(args)
     else:
         path = newest_value() if args.value is None else Path(args.value)
-        info = read_value_info(path, SCHEMES)
+        info = plain_info(args) if args.scheme else read_value_info(path, SCHEMES)
     if not args.anti_expert:
         return path, info, trained_on(path, info)
     return path, info, find_base(args.anti_expert, path, info)
+
+
+def plain_info(args) -> dict:
+    """What an ivl.json would say of a plain Llama folder that was trained as a value network elsewhere, as the command has it."""
+    path = Path(args.value)
+    if (path / "ivl.json").exists():
+        raise UsageError(f"--value {path}: it has an ivl.json, which says its scheme and template; leave out --scheme")
+    tokenizer = load_tokenizer(path)
+    template = args.template or default_template(tokenizer)
+    say_other_template(f"--value {path}", path, template, "asked")
+    print(f"--value {path}: no ivl.json, so of how it was trained nothing is known but what the command says; of its tokenizer, "
+          "only whether it fits the base's", flush=True)
+    return {"scheme": args.scheme, "template": template, "bases": [args.base], "tokenizer": describe_tokenizer(tokenizer),
+            "system": system_of(tokenizer, template, None)}
 
 
 def read_expert(args) -> dict:

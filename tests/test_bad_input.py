@@ -21,6 +21,8 @@ from tests.helpers import inside, small
 CHAT = ["chat.py", "FILE", "--tokenizer", "base"]
 TRAIN = ["train.py", "--base", "base", "--value", "--data", "chats.jsonl", "--steps", 1, "--batch-size", 2, "--max-length", 64]
 SAMPLE = ["sample.py", "--value", "value", "--prompt", "Greet Mira.", "--max-new-tokens", 2, "--dtype", "float32"]
+PLAIN = ["sample.py", "--value", "value", "--base", "base", "--scheme", "residual", "--template", "llama-2", "--prompt", "Hi",
+         "--max-new-tokens", 2, "--dtype", "float32"]
 PAGE = ["attribution.py", "--value", "value", "--prompt", "Hi", "--max-new-tokens", 2, "--out", "p.html"]
 MAP = ["vocab_map.py", "--base-tokenizer", "base", "--value-tokenizer", "base", "--out", "new.map"]
 
@@ -272,6 +274,14 @@ FOLDERS = {
     "an expert of another chat": (edit("value/tokenizer_config.json", chat_template="<|im_start|>user"),
                                   ["sample.py", "--expert", "value2", "--anti-expert", "base", "--prompt", "Hi", "--max-new-tokens", 2], 0,
                                   "its own chat_template looks like chatml, and it is asked in llama-2"),
+    "no ivl.json": (None, ["sample.py", "--value", "value2", "--base", "base", "--prompt", "Hi"], 2, "no ivl.json, so this is no value network"),
+    "a scheme for no ivl.json": (None, ["sample.py", "--value", "value2", *PLAIN[3:]], 0, "of its tokenizer, only whether it fits the base's"),
+    "a scheme beside ivl.json": (None, PLAIN, 2, "it has an ivl.json, which says its scheme and template"),
+    "a scheme without a base": (None, [*PLAIN[:3], *PLAIN[5:]], 2, "name the base too, with --base"),
+    "a scheme of another vocabulary": (lambda f: (f / "base/tokenizer.model").write_bytes(bytes_only()),
+                                       ["sample.py", "--value", "value2", *PLAIN[3:], "--scheme", "cascade"], 2, "has no use for a base"),
+    "a scheme, no weights": (lambda f: (f / "value/model.safetensors").unlink(), ["sample.py", "--value", "value2", *PLAIN[3:]], 2, "model.safetensors"),
+    "a template beside ivl.json": (None, [*SAMPLE, "--template", "llama-2"], 2, "a value network records its own"),
 }
 
 

@@ -1,5 +1,7 @@
 """sample.py: decoding with caches, in batches, greedy and sampled."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from ivl import SCHEMES
 from model import Llama
 from run.cli import clock
 from sample import Guided, generate, pick, score
-from tests.helpers import assert_same_or_tied, byte_pairs, pair, plugged, random_prompts, small
+from tests.helpers import ask, assert_same_or_tied, byte_pairs, pair, plugged, random_prompts, small
 
 PLUGS = [*SCHEMES, "proxy"]
 
@@ -168,3 +170,14 @@ def test_no_number_is_an_error_that_names_the_network(number):
         system = Speculative(guided, small(), 2)
         with pytest.raises(UsageError, match=f"the {name}'s logits"):
             speculate(system, [[1, 2]], max_new_tokens=4, stop_ids=set())
+
+
+def test_a_plain_llama_folder_is_a_value_network_when_the_command_says_of_which_scheme(home, tmp_path):
+    """As the authors' own would be: with what ivl.json says given as flags, the answers are the same."""
+    value = home / "out/seed0/value-residual-tiny-s"
+    shutil.copytree(value, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("ivl.json", "train.json"))
+    options = ["--base", home / "out/seed0/tiny-s", "--prompt", "Greet Fufa. Say it twice.", "What is 3 plus 4?"]
+    recorded = ask(home, "--value", value, *options)
+    plain = ask(home, "--value", tmp_path / "elsewhere", "--scheme", "residual", "--template", "llama-2", *options)
+    assert "nothing is known" in plain
+    assert plain.partition("Greet Fufa")[2] == recorded.partition("Greet Fufa")[2] != ""
