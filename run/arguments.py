@@ -164,10 +164,7 @@ def measured_arguments(parser: argparse.ArgumentParser, temperature: float) -> a
     """
     add_guidance(parser)
     parser.set_defaults(brings_questions=True, temperature=temperature)
-    args = parse_guidance(parser)
-    if not (args.base or args.value or args.expert):
-        parser.error("name what is measured: --base for a base alone, --value or --expert for what guides it")
-    return args
+    return parse_guidance(parser)
 
 
 def sample_arguments() -> argparse.Namespace:

@@ -194,6 +194,8 @@ def plug_speaker(args) -> Speaker:
     """For scripts that bring their questions: the guided base or, without --value and --expert, the base alone."""
     if args.value or args.expert:
         return plug_in(args).guided
+    if not args.base:
+        raise UsageError("name what is measured: --base for a base alone, --value or --expert for what guides it")
     path = find_tiny(args.base, [Path("out/seed0")]) or Path(args.base)
     refuse_value_network("--base", path)
     tokenizer = load_tokenizer(path)

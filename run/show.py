@@ -81,10 +81,14 @@ def encode_turns(speaker: Speaker, turns: list[Turn]) -> list[int]:
     return encode_chat(speaker.tokenizer, speaker.template, with_system(speaker.system, turns))[0]
 
 
+def longest_of(speaker: Speaker) -> int:
+    """How many positions all of its checkpoints have."""
+    return min(llama.config.max_position_embeddings for llama in [speaker.guided.base, *speaker.guided.llamas])
+
+
 def room_for_answer(speaker: Speaker, prompt: list[int], args) -> int:
     """How many tokens an answer may have: as many as asked for, or as the checkpoints have positions for."""
-    llamas = [speaker.guided.base, *speaker.guided.llamas]
-    longest = min(llama.config.max_position_embeddings for llama in llamas)
+    longest = longest_of(speaker)
     if len(prompt) >= longest:
         raise UsageError(f"the conversation is {len(prompt)} tokens long, and the checkpoint ends at {longest}")
     return min(args.max_new_tokens, longest - len(prompt))

@@ -1,0 +1,173 @@
+"""MT-Bench: answers to its two-turn questions, in the form that FastChat's judge reads.
+
+    python -m paper.mt_bench --questions question.jsonl --out model_answer/guided.jsonl --base B --value V
+    python -m paper.mt_bench --questions question.jsonl --out model_answer/guided.jsonl --check
+
+question.jsonl is FastChat's (fastchat/llm_judge/data/mt_bench). A model is called what its file is called. A run that
+is stopped goes on with the question it was at when the same command is given again. Judging takes FastChat and a key for
+GPT-4; the commands are printed at the end.
+"""
+
+import argparse
+import hashlib
+import json
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from data.errors import UsageError
+from data.files import check_output, digest, replacing
+from data.records import Records, Turn, is_unicode
+from run.arguments import measured_arguments
+from run.cli import ArgumentParser, clock, non_negative_int, positive_int, run_cli
+from run.plug import Speaker, plug_speaker
+from run.show import answer, encode_turns, longest_of
+
+TEMPERATURES = {  # FastChat's, by a question's category; 0.7 for others
+    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
+SETTINGS = ("base", "value", "expert", "anti_expert", "scheme", "template", "system", "alpha", "vocab_map", "max_new_tokens", "seed")
+
+# ---------------------------------------------------------------------------------------------------------
+# Questions and answers as FastChat writes them
+
+
+def read_questions(path: Path) -> dict[int, dict]:
+    """The questions by their ids."""
+    questions = {}
+    for _, place, question in Records(path):
+        if not isinstance(question, dict) or type(question.get("question_id")) is not int or not is_texts(question.get("turns")):
+            raise UsageError(f"{path}: {place} is no question of MT-Bench, which has a question_id and turns")
+        if question["question_id"] in questions:
+            raise UsageError(f"{path}: {place}: question {question['question_id']} comes twice")
+        questions[question["question_id"]] = question
+    return questions
+
+
+def is_texts(turns) -> bool:
+    return isinstance(turns, list) and len(turns) > 0 and all(isinstance(turn, str) and is_unicode(turn) for turn in turns)
+
+
+def read_answers(path: Path) -> dict[int, dict]:
+    """The answers that are there by their questions' ids; a last line that was cut off while it was written is dropped."""
+    if not path.exists():
+        return {}
+    whole, newline, cut = path.read_bytes().rpartition(b"\n")
+    if cut:
+        with replacing(path) as temporary:
+            temporary.write_bytes(whole + newline)
+    answers = {}
+    for _, place, record in Records(path) if whole else []:
+        if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+            raise UsageError(f"--out {path}: {place} was not written by this command; choose another name")
+        answers[record.get("question_id")] = record
+    return answers
+
+
+def check(questions: dict[int, dict], path: Path) -> None:
+    """UsageError unless FastChat's judgment script would accept the answers: each question answered once, every turn of it."""
+    seen = set()
+    for _, place, record in Records(path):
+        question = questions.get(record.get("question_id")) if isinstance(record, dict) else None
+        if question is None:
+            raise UsageError(f"{path}: {place} answers none of these questions")
+        name = f"{path}: {place}, question {question['question_id']}"
+        if question["question_id"] in seen:
+            raise UsageError(f"{name}: answered twice")
+        seen.add(question["question_id"])
+        if record.get("model_id") != path.stem:
+            raise UsageError(f"{name}: model_id is {record.get('model_id')!r}, and FastChat takes {path.stem!r} from the file's name")
+        choices = record.get("choices")
+        turns = choices[0].get("turns") if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+        if not is_texts(turns) or len(turns) != len(question["turns"]):
+            raise UsageError(f"{name}: choices[0].turns are not as many texts as the question has turns, {len(question['turns'])}")
+    if lacking := sorted(questions.keys() - seen):
+        raise UsageError(f"{path}: {len(lacking)} of {len(questions)} questions have no answer, {lacking[0]} for instance")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Answering
+
+
+def answer_turns(speaker: Speaker, question: dict, args) -> tuple[list[str], int]:
+    """The answers to a question's turns, each of which is asked behind those before it; and how many found no room."""
+    temperature = TEMPERATURES.get(question.get("category"), 0.7)
+    asking = Namespace(temperature=temperature, top_p=1.0, seed=args.seed + question["question_id"], max_new_tokens=args.max_new_tokens)
+    said: list[Turn] = []
+    no_room = 0
+    for text in question["turns"]:
+        said.append(("user", text))
+        if len(encode_turns(speaker, said)) >= longest_of(speaker):
+            no_room += 1
+            said.append(("assistant", ""))
+        else:
+            said.append(("assistant", answer(speaker, said, asking)))
+    return [text for role, text in said if role == "assistant"], no_room
+
+
+def answer_all(speaker: Speaker, questions: dict[int, dict], args, settings: dict) -> None:
+    """Answer what has no answer yet; each is written as soon as it is there."""
+    done = read_answers(args.out)
+    for record in done.values():
+        if record["settings"] != settings:
+            differing = sorted(name for name in settings if record["settings"].get(name) != settings[name])
+            raise UsageError(f"--out {args.out}: question {record['question_id']} was answered with another {', '.join(differing)}; "
+                             "choose another name")
+    waiting = [question for number, question in questions.items() if number not in done]
+    if done:
+        print(f"{args.out}: {len(done)} of {len(questions)} questions are answered already")
+    started, no_room = time.monotonic(), 0
+    for count, question in enumerate(waiting, 1):
+        turns, without = answer_turns(speaker, question, args)
+        no_room += without
+        record = {"question_id": question["question_id"], "answer_id": answer_id(settings, question), "model_id": args.out.stem,
+                  "choices": [{"index": 0, "turns": turns}], "tstamp": time.time(), "settings": settings}
+        with open(args.out, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        left = (time.monotonic() - started) / count * (len(waiting) - count)
+        print(f"question {question['question_id']} ({len(done) + count}/{len(questions)})  {clock(left)} left", flush=True)
+    if no_room:
+        print(f"{no_room} turns found no room behind what was said before, and have an empty answer")
+
+
+def answer_id(settings: dict, question: dict) -> str:
+    """A name for an answer; FastChat's are random, this one is the same when the answer is made again."""
+    what = json.dumps([settings, question["question_id"]], sort_keys=True)
+    return hashlib.blake2b(what.encode(), digest_size=11).hexdigest()
+
+
+def say_how_to_judge(path: Path) -> None:
+    print(f"""{path}: complete, as FastChat reads it. To have it judged, in FastChat's folder fastchat/llm_judge:
+    cp {path} data/mt_bench/model_answer/
+    OPENAI_API_KEY=... python gen_judgment.py --model-list {path.stem} --judge-model gpt-4
+    python show_result.py --model-list {path.stem}""")
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="FastChat's question.jsonl")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the answers, model_answer/NAME.jsonl")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=1024, metavar="N", help="of an answer (default 1024, FastChat's)")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="of sampling, in categories that are sampled")
+    parser.add_argument("--check", action="store_true", help="only check that the judge would accept --out")
+    args = measured_arguments(parser, temperature=0.7)
+    questions = read_questions(args.questions)
+    if not args.check:
+        check_output("--out", args.out, "file of answers", lambda start: start.startswith(b'{"question_id"') or not start)
+        settings = {name: getattr(args, name) for name in SETTINGS} | {"questions": digest(args.questions)}
+        try:
+            with FileLock(f"{args.out}.lock", timeout=0):
+                answer_all(plug_speaker(args), questions, args, settings)
+        except Timeout:
+            raise UsageError(f"--out {args.out}: another process is writing it") from None
+        Path(f"{args.out}.lock").unlink(missing_ok=True)
+    check(questions, args.out)
+    say_how_to_judge(args.out)
+
+
+if __name__ == "__main__":
+    run_cli(main)
