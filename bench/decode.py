@@ -1,6 +1,7 @@
 """Table 3: what guidance costs while decoding, beside the base alone and beside transformers; and what speculation gives back.
 
     python -m bench.decode                           # 128, 512 and 1024 new tokens, one text and eight at a time
+    python -m bench.decode --pair SmolLM2-135M SmolLM2-135M --dtype bfloat16    # beside llama.cpp, too, on the model's own GGUF file
     python -m bench.decode --speculate out/seed0     # tiny-s drafts for tiny-l: as trained, and as costly as a big base
 
 Shapes are the true ones of TinyLlama and Llama-2-7B and 13B on a GPU, in bfloat16; on a CPU, with one thread, those of tiny-s
@@ -10,6 +11,7 @@ tokens as asked for, greedily; transformers guides by a second model in a Logits
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -24,6 +26,7 @@ from beyond.speculation import Passes, Speculative, measure_passes, predicted_sp
 from data.chat import encode_chat
 from data.errors import UsageError
 from data.files import write_text
+from data.smollm2 import find_gguf
 from data.tiny_world import PIECES, TEMPLATE, TINY_SIZES, prompt_text, world_of
 from data.tokenizer import load_tokenizer
 from fast.graphs import CapturedGuided
@@ -51,7 +54,8 @@ SHAPES = TRAINED_SHAPES | {
 PAIRS = {"cuda": [("TinyLlama", "Llama-2-7B"), ("TinyLlama", "Llama-2-13B")], "cpu": [("tiny-s", "tiny-l"), ("23M", "110M")]}
 ALONE, VALUE, BOTH, PROXY = "base alone", "value network alone", "value + base", "proxy tuning"
 THEIRS, THEIR_BOTH = "transformers, base alone", "transformers, two models"
-CONTENDERS = {ALONE: "b", VALUE: "v", BOTH: "bv", PROXY: "bvv", THEIRS: "b", THEIR_BOTH: "bv"}  # of base and value network
+FOUR_BITS = "llama.cpp, base alone, 4 bits"  # of SmolLM2-135M, the one GGUF file that pip can install
+CONTENDERS = {ALONE: "b", VALUE: "v", BOTH: "bv", PROXY: "bvv", THEIRS: "b", THEIR_BOTH: "bv", FOUR_BITS: ""}  # of base and value network
 
 
 def networks_of(name: str, value: str, base: str) -> list[str]:
@@ -77,6 +81,8 @@ def decoding(name: str, value: str, base: str, batch: int, tokens: int, dtype: s
     prompts = torch.randint(3, 1000, (batch, PROMPT), device="cpu").tolist()
     if name in (THEIRS, THEIR_BOTH):
         return transformers_decoding(name, value, base, prompts, tokens)
+    if name == FOUR_BITS:
+        return llama_cpp_decoding(prompts, tokens)
     llamas = [Llama(SHAPES[shape]).requires_grad_(False) for shape in networks_of(name, value, base)]
     plug = None
     if name == PROXY:
@@ -123,6 +129,19 @@ def transformers_decoding(name: str, value: str, base: str, prompts: list[list[i
     return step
 
 
+def llama_cpp_decoding(prompts: list[list[int]], tokens: int) -> Callable[[], None]:
+    """One text after the other, by llama.cpp's bindings (pip install llama-cpp-python), from the file that data/smollm2.py reads."""
+    import llama_cpp
+    network = llama_cpp.Llama(str(find_gguf()), n_ctx=PROMPT + tokens, n_threads=1, n_threads_batch=1, verbose=False)
+
+    def step():
+        for prompt in prompts:
+            network.reset()
+            for _ in itertools.islice(network.generate(prompt, temp=0.0), tokens):
+                pass
+    return step
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Table 3
 
@@ -138,16 +157,22 @@ def fitting(value: str, base: str, device: str) -> list[str]:
     room = 0.85 * torch.cuda.mem_get_info()[1] / 2 if device == "cuda" else float("inf")  # numbers of two bytes
     names = []
     for name in CONTENDERS:
+        if name == FOUR_BITS and base != "SmolLM2-135M":
+            continue
         room -= sum(weights_of(SHAPES[network]) for network in networks_of(name, value, base))
         if room > 0:
             names.append(name)
     return names
 
 
-def measure(value: str, base: str, batch: int, tokens: int, device: str, rounds: int, contenders: list[str]
-            ) -> dict[str, Result]:
+def usual_dtype(device: str) -> str:
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def measure(value: str, base: str, batch: int, tokens: int, device: str, rounds: int, contenders: list[str],
+            dtype: str | None = None) -> dict[str, Result]:
     """Each contender writes `tokens` tokens in every round; seconds are those of one token of all texts."""
-    dtype = "bfloat16" if device == "cuda" else "float32"
+    dtype = dtype or usual_dtype(device)
     step = functools.partial(functools.partial, decoding, value=value, base=base, batch=batch, tokens=tokens, dtype=dtype)
     results = compare({name: step(name=name) for name in contenders}, device, rounds, 1)
     for result in results.values():
@@ -155,9 +180,9 @@ def measure(value: str, base: str, batch: int, tokens: int, device: str, rounds:
     return results
 
 
-def show(results: dict[str, Result], value: str, base: str, batch: int, tokens: int, device: str, bandwidth: float) -> str:
+def show(results: dict[str, Result], value: str, base: str, batch: int, tokens: int, dtype: str, bandwidth: float) -> str:
     rows = [["", "tokens/s", "ms a token (range)", "times the base alone", "of a copy's bytes/s", "GB at the peak"]]
-    width = 2 if device == "cuda" else 4
+    width = getattr(torch, dtype).itemsize
     reads = {name: bytes_a_step(SHAPES[name], batch, tokens, width) for name in (value, base)}
     for name, result in results.items():
         if result.failure:
@@ -166,7 +191,7 @@ def show(results: dict[str, Result], value: str, base: str, batch: int, tokens: 
         moved = sum(reads[network] for network in networks_of(name, value, base))
         longer = "" if name == ALONE or results[ALONE].failure else ratio(results[ALONE], result)
         rows.append([name, f"{batch / result.median:.0f}", times(result), longer,
-                     f"{100 * moved / result.median / bandwidth:.0f}%", f"{result.peak / 1e9:.2f}"])
+                     f"{100 * moved / result.median / bandwidth:.0f}%" if moved else "", f"{result.peak / 1e9:.2f}"])
     return f"{table(rows)}\n\n{conclusions(results)}"
 
 
@@ -177,7 +202,7 @@ def conclusions(results: dict[str, Result]) -> str:
     lines, together = [], [sum(pair) for pair in zip(taken(ALONE), taken(VALUE))]
     if together and taken(BOTH):
         lines.append(f"value + base takes {share(taken(BOTH), together)} of the sum of what the two take alone")
-    for ours, theirs in ((ALONE, THEIRS), (BOTH, THEIR_BOTH)):
+    for ours, theirs in ((ALONE, THEIRS), (BOTH, THEIR_BOTH), (ALONE, FOUR_BITS)):
         if taken(ours) and taken(theirs):
             lines.append(f"{theirs}, takes {share(taken(theirs), taken(ours))} times as long as {ours} here")
     return "\n".join(f"- {line}" for line in lines)
@@ -275,6 +300,7 @@ def arguments() -> argparse.Namespace:
     shapes.add_argument("--tokens", type=positive_int, nargs="+", metavar="N", help="new tokens (default 128 512 1024)")
     shapes.add_argument("--batch", type=positive_int, nargs="+", metavar="B", help="texts at a time (default 1 8)")
     shapes.add_argument("--pair", nargs=2, metavar="SHAPE", help=f"value network and base, of {', '.join(SHAPES)}")
+    shapes.add_argument("--dtype", choices=["float32", "bfloat16"], help="(default bfloat16 on a GPU, float32 on a CPU)")
     trained = parser.add_argument_group("speculation")
     trained.add_argument("--speculate", type=Path, metavar="HOME",
                          help="measure this instead, with the networks in this folder")
@@ -290,7 +316,7 @@ def arguments() -> argparse.Namespace:
         unused = ("ahead", "layers")
         reason = "goes with --speculate"
     else:
-        unused = ("tokens", "batch", "pair")
+        unused = ("tokens", "batch", "pair", "dtype")
         reason = "does not go with --speculate, whose answers come one by one and end by themselves"
     for name in unused:
         if getattr(args, name) is not None:
@@ -326,7 +352,8 @@ def bench_table_3(args: argparse.Namespace, device: str) -> dict:
         if name not in SHAPES:
             raise UsageError(f"--pair {name}: no such shape; there are {', '.join(SHAPES)}")
     bandwidth = copy_bandwidth(device, threads=1)
-    print(f"{describe(device)}; a copy moves {bandwidth / 1e9:.4g} GB/s\n")
+    dtype = args.dtype or usual_dtype(device)
+    print(f"{describe(device)}, {dtype}; a copy moves {bandwidth / 1e9:.4g} GB/s\n")
     numbers = {}
     for value, base in pairs:
         contenders = fitting(value, base, device)
@@ -335,9 +362,9 @@ def bench_table_3(args: argparse.Namespace, device: str) -> dict:
             print(f"{value} and {base}: no room beside the others for {', '.join(left_out)}\n")
         for tokens in args.tokens or ([128] if base == "110M" else [128, 512, 1024]):
             for batch in args.batch:
-                results = measure(value, base, batch, tokens, device, args.rounds, contenders)
+                results = measure(value, base, batch, tokens, device, args.rounds, contenders, dtype)
                 print(f"A {value} value network on a {base} base: {tokens} new tokens, {batch} at a time\n\n"
-                      f"{show(results, value, base, batch, tokens, device, bandwidth)}\n", flush=True)
+                      f"{show(results, value, base, batch, tokens, dtype, bandwidth)}\n", flush=True)
                 about = f"{value} on {base}, {tokens} tokens, batch {batch}"
                 numbers[about] = {name: vars(each) for name, each in results.items()}
     return numbers

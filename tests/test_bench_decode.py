@@ -37,7 +37,8 @@ def test_bytes_of_a_step():
 
 
 def test_what_does_not_fit_is_left_out(monkeypatch):
-    assert fitting("tiny-s", "tiny-l", "cpu") == list(CONTENDERS)
+    assert fitting("tiny-s", "tiny-l", "cpu") == list(CONTENDERS)[:-1]
+    assert fitting("SmolLM2-135M", "SmolLM2-135M", "cpu") == list(CONTENDERS)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 80e9))
     assert fitting("TinyLlama", "Llama-2-7B", "cuda") == [ALONE, VALUE, BOTH, PROXY, THEIRS]
     assert fitting("TinyLlama", "Llama-2-13B", "cuda") == [ALONE, VALUE, BOTH]
