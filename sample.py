@@ -335,21 +335,23 @@ def score(guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: 
 def main():
     from run.arguments import sample_arguments  # here and not at the top: run/ imports this file
     from run.plug import plug_in
+    from run.processes import join_decoders
     from run.show import show_answers, show_chat, show_explained, show_playground, show_speculation, show_world
     args = sample_arguments()
-    plugged = plug_in(args)
-    if args.chat:
-        show_chat(plugged, args)
-    elif args.web:
-        show_playground(plugged, args)
-    elif args.explain:
-        show_explained(plugged, args)
-    elif args.speculate:
-        show_speculation(plugged, args)
-    elif args.prompt:
-        show_answers(plugged, args)
-    else:
-        show_world(plugged)
+    with join_decoders() as processes:
+        plugged = plug_in(args, processes)
+        if args.chat:
+            show_chat(plugged, args)
+        elif args.web:
+            show_playground(plugged, args)
+        elif args.explain:
+            show_explained(plugged, args)
+        elif args.speculate:
+            show_speculation(plugged, args)
+        elif args.prompt:
+            show_answers(plugged, args)
+        else:
+            show_world(plugged)
 
 
 if __name__ == "__main__":

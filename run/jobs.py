@@ -166,8 +166,7 @@ def complete(args, processes: Alone) -> None:
     args.home = Path("out") / f"seed{args.seed}"  # where tiny things live
     args.tiny = all(name in TINY_SIZES or world_of(name) is not None for name in args.base)
     args.device, args.dtype = pick_device(args.dtype, args.tiny)
-    if args.device == "cuda" and processes.count > 1:
-        args.device = f"cuda:{torch.cuda.current_device()}"  # safetensors takes plain "cuda" for the first one
+    args.device = processes.own(args.device)
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = not args.tiny and args.data != "capitals"  # its conversations are short
 

@@ -20,6 +20,7 @@ from data.tokenizer import Tokenizer, describe_tokenizer, is_same_family, load_t
 from ivl import SCHEMES, ProxyDelta, ValueModel
 from model import Llama
 from run.cli import pick_device
+from run.processes import Alone
 from run.twins import choose_guided
 from sample import Guided, MappedGuided, generate
 from vocab_map import VocabMap, build
@@ -128,13 +129,16 @@ class Plugged:
     guide_path: Path  # the folder of the value network or expert
     base_path: Path
     own_path: Path  # the base that the value network was trained on, or the anti-expert
+    processes: Alone
 
 
-def plug_in(args) -> Plugged:
-    """Load and check everything that guided decoding needs.
+def plug_in(args, processes: Alone = Alone()) -> Plugged:
+    """Load and check everything that guided decoding needs; several processes divide the base between them.
 
     UsageError where things do not fit, or where there is nothing to ask: no --prompt, no chat, no tiny world.
     """
+    if args.web and processes.count > 1:
+        raise UsageError("--web is a page of one process; leave it out, or start without torchrun")
     value_path, info, own_path = find_guide(args)
     base_path = find_base(args.base, value_path, info) if args.base else own_path
     refuse_value_network("--base", base_path)
@@ -154,7 +158,8 @@ def plug_in(args) -> Plugged:
         raise UsageError("this base is not from the tiny world, which brings its own questions; ask with --prompt or --chat")
     # the networks
     device, dtype = pick_device(args.dtype, tiny=world is not None)
-    kind = choose_guided(args, world is not None, device) if vocab_map is None else None
+    device = processes.own(device)
+    kind = choose_guided(args, world is not None, device, processes.count) if vocab_map is None else None
     system = info.get("system", "") if args.system is None else args.system
     template = alone_template = info["template"]
     if vocab_map is not None and not can_speak(base_tokenizer, template):
@@ -168,7 +173,7 @@ def plug_in(args) -> Plugged:
         value = ValueModel(load(value_path), info)
     else:
         value = ValueModel.from_pretrained(value_path, getattr(torch, dtype), device)
-    base = load(base_path)
+    base = load(base_path) if processes.count == 1 else load_slice_of_base(base_path, getattr(torch, dtype), device)
     check_probe(value, base, base_path)
     plug = "proxy" if args.expert else "value"
     if vocab_map is None:
@@ -187,7 +192,13 @@ def plug_in(args) -> Plugged:
                    alone=Speaker(f"{name_of(base_path)} alone", alone, base_tokenizer, alone_template, system),
                    on_its_own=on_its_own if is_other else None,
                    guide="proxy tuning" if args.expert else "the value network",
-                   world=world, guide_path=value_path, base_path=base_path, own_path=own_path)
+                   world=world, guide_path=value_path, base_path=base_path, own_path=own_path, processes=processes)
+
+
+def load_slice_of_base(path: Path, dtype: torch.dtype, device: str) -> Llama:
+    """What this process, one of several, has of a base; its parts take a second to import, which one process can spare."""
+    from run.tensor_parallel import load_divided
+    return load_divided(path, dtype, device)
 
 
 def plug_speaker(args) -> Speaker:

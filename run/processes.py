@@ -1,17 +1,19 @@
-"""Several processes that train one network, one for each GPU: DistributedDataParallel, or FSDP2 with --shard.
+"""Several processes, one for each GPU: to train one network by DistributedDataParallel, or FSDP2 with --shard, or to decode.
 
     torchrun --nproc_per_node=8 train.py --base PATH --value --data chats.json --shard
+    torchrun --nproc_per_node=4 sample.py --base PATH --value FOLDER --chat          # the base divided: run/tensor_parallel.py
 
 Every process reads the same batches and computes its own share of their parts. With DDP each holds the
 whole network, and gradients are averaged. With --shard each holds a slice of every weight, gradient and
 moment, and of the frozen base's weights, and a layer is put together just before it computes.
 
-The loop in train.py knows OneProcess, whose methods are identities; SeveralProcesses fills them.
+The loop in train.py knows OneProcess, whose methods are identities; SeveralProcesses fills them. While decoding, all
+processes read the same, compute the same logits and pick the same tokens, and the first prints them.
 """
 
+import contextlib
 import datetime
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +23,6 @@ import torch.distributed as dist
 import torch.nn as nn
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data.errors import UsageError
@@ -33,12 +33,19 @@ from train import Objective, OneProcess, Part
 
 @contextmanager
 def join_processes(args) -> Iterator["Alone"]:
+    """The processes that train together; says what they have computed."""
+    if args.shard and "LOCAL_RANK" not in os.environ:
+        raise UsageError("--shard divides the weights between processes; start them with torchrun --nproc_per_node=N")
+    with join_decoders(args.shard) as processes:
+        yield processes
+        print_core_seconds()
+
+
+@contextmanager
+def join_decoders(shard: bool = False) -> Iterator["Alone"]:
     """One process or, under torchrun, this one among the others, with a GPU of its own; the first does the talking."""
     if "LOCAL_RANK" not in os.environ:
-        if args.shard:
-            raise UsageError("--shard divides the weights between processes; start them with torchrun --nproc_per_node=N")
         yield Alone()
-        print_core_seconds()
         return
     lacking = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if lacking or not os.environ["LOCAL_RANK"].isdecimal():
@@ -48,12 +55,14 @@ def join_processes(args) -> Iterator["Alone"]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")
-    yield SeveralProcesses(args.shard)
-    print_core_seconds()
+    with contextlib.ExitStack() as stack:  # an error that leaves it can be told
+        if dist.get_rank():
+            nowhere = open(os.devnull, "w")
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield SeveralProcesses(shard)
+        print(end="", flush=True)
     dist.destroy_process_group()
-    sys.stdout.flush()
     os._exit(0)  # DTensor's caches keep gloo's threads, and one that is still busy when Python ends would abort it
 
 
@@ -70,6 +79,14 @@ class Alone(OneProcess):
     def first_does(self, action: Callable[[], None]) -> None:
         """The first process acts, the others wait."""
         action()
+
+    def ask(self, prompt: str) -> str:
+        """A line of standard input, which the first process reads for all; EOFError at its end."""
+        return input(prompt)
+
+    def own(self, device: str) -> str:
+        """Which one of this kind of device is this process's."""
+        return device
 
     def divide_base(self, base: Llama) -> Llama:
         """A frozen base, where the processes keep it."""
@@ -91,8 +108,7 @@ class SeveralProcesses(Alone):
 
     def share_out(self, objective: Objective, dtype: str) -> nn.Module:
         if self.shard:
-            halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            return divide(objective, halved if dtype == "bfloat16" else MixedPrecisionPolicy())
+            return divide(objective, halved=dtype == "bfloat16")
         self.parallel = DistributedDataParallel(objective, gradient_as_bucket_view=True)
         return self.parallel
 
@@ -117,7 +133,7 @@ class SeveralProcesses(Alone):
 
     def whole(self, tensor: Tensor) -> Tensor:
         """Put together from the slices of all processes; all of them have to ask."""
-        return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        return tensor.detach().full_tensor() if is_slice(tensor) else tensor.detach()
 
     def first_does(self, action: Callable[[], None]) -> None:
         """If the first fails, all fail."""
@@ -132,18 +148,32 @@ class SeveralProcesses(Alone):
         if failure[0]:
             raise UsageError(failure[0])
 
+    def ask(self, prompt: str) -> str:
+        line = [None]
+        if self.rank == 0:
+            with contextlib.suppress(EOFError):
+                line = [input(prompt)]
+        dist.broadcast_object_list(line)
+        if line[0] is None:
+            raise EOFError
+        return line[0]
+
+    def own(self, device: str) -> str:
+        return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device  # safetensors takes "cuda" for the first
+
     def divide_base(self, base: Llama) -> Llama:
-        return divide(base, MixedPrecisionPolicy()) if self.shard else base
+        return divide(base) if self.shard else base
 
     def slice_of(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
-        if not isinstance(parameter, DTensor):
+        if not is_slice(parameter):
             return tensor
+        from torch.distributed.tensor import distribute_tensor
         tensor = tensor.to(parameter.device)
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
     def undivided(self, network: Llama | ValueModel) -> Llama | ValueModel:
         """Itself or, where it is sharded, a whole one in every process."""
-        if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+        if not any(is_slice(parameter) for parameter in network.parameters()):
             return network
         if isinstance(network, ValueModel):
             return ValueModel(self.undivided(network.network), network.info)
@@ -158,8 +188,21 @@ class SeveralProcesses(Alone):
         return plain
 
 
-def divide(module: nn.Module, policy: MixedPrecisionPolicy) -> nn.Module:
-    """Shard a module in place, layer by layer; the embedding, the head and the rest belong to the module itself."""
+def is_slice(tensor: Tensor) -> bool:
+    """Whether each process holds a part of it. What deals with that is imported late: it takes a second, and one process has no use for it."""
+    from torch.distributed.tensor import DTensor
+    return isinstance(tensor, DTensor)
+
+
+def divide(module: nn.Module, halved: bool = False) -> nn.Module:
+    """Shard a module in place, layer by layer; the embedding, the head and the rest belong to the module itself.
+
+    Halved: it computes in bfloat16, with gradients summed in float32.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    policy = MixedPrecisionPolicy()
+    if halved:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layers in [part for part in module.modules() if isinstance(part, nn.ModuleList)]:
         for layer in layers:
             fully_shard(layer, mp_policy=policy)

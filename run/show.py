@@ -132,7 +132,7 @@ def show_chat(plugged: Plugged, args) -> None:
     turns: list[Turn] = []
     while True:
         try:
-            question = input("you> ").strip()
+            question = plugged.processes.ask("you> ").strip()
         except EOFError:
             print()
             return

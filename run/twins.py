@@ -47,9 +47,11 @@ def choose_loss(trains_value: bool, args, tiny: bool) -> Callable:
     return ValueModel.loss if trains_value else language_loss
 
 
-def choose_guided(args, tiny: bool, device: str) -> type[Guided]:
+def choose_guided(args, tiny: bool, device: str, processes: int = 1) -> type[Guided]:
     """The class that takes guided steps."""
     hindrance = "" if device.startswith("cuda") else "a captured step is a CUDA graph, and there is no CUDA device"
+    if processes > 1:
+        hindrance = f"a captured step is a CUDA graph of one process, and {processes} share this base"
     if takes_fast("decoding", args, tiny, hindrance):
         from fast.graphs import CapturedGuided
         return CapturedGuided

@@ -1,0 +1,83 @@
+"""A base divided between two processes against the same base in one; test_tensor_parallel.py starts it with torchrun.
+
+    torchrun --nproc_per_node=2 -m tests.several_decoders tokens FOLDER...    # of networks, each a base
+    torchrun --nproc_per_node=2 -m tests.several_decoders memory FOLDER       # or without torchrun: whole
+"""
+
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from beyond.speculation import Speculative, speculate
+from ivl import ProxyDelta
+from model import Llama
+from run.processes import Alone, is_slice, join_decoders
+from run.tensor_parallel import load_divided
+from sample import Guided, generate, score
+from tests.helpers import random_prompts, small, value_network
+
+PROMPTS = random_prompts(20)
+GREEDY = dict(max_new_tokens=24, stop_ids={2})
+SAMPLED = GREEDY | dict(temperature=1.0, top_p=0.9, seed=4)
+PLUGS = {"alone": lambda: None, "residual": lambda: value_network("residual"), "cascade+": lambda: value_network("cascade+"),
+         "probe": lambda: value_network("probe"),
+         "proxy": lambda: ProxyDelta(small(num_hidden_layers=1), small(num_hidden_layers=1, intermediate_size=64))}
+
+
+def compare_tokens(folder: Path) -> None:
+    """Greedy and sampled tokens, scores and speculation are those of the whole base, and logits the same bits in every process."""
+    whole, divided = Llama.from_pretrained(folder), load_divided(folder, None, "cpu")
+    assert all(is_slice(parameter) for parameter in divided.parameters() if parameter.dim() == 2)
+    tied = divided.lm_head.weight is divided.model.embed_tokens.weight
+    assert tied == whole.config.tie_word_embeddings
+    draft = small(num_hidden_layers=1, vocab_size=whole.config.vocab_size)
+    for name, plug in PLUGS.items():
+        alone, together = Guided(whole, plug()), Guided(divided, plug())
+        for options in (GREEDY, SAMPLED):
+            assert generate(alone, PROMPTS, **options) == generate(together, PROMPTS, **options), name
+        pairs = list(zip(PROMPTS, PROMPTS[1:]))
+        for (ours, greedy), (theirs, other) in zip(score(together, pairs), score(alone, pairs), strict=True):
+            assert abs(ours - theirs) < 1e-3 and greedy == other, name
+        if name in ("alone", "residual", "proxy"):
+            said = speculate(Speculative(together, draft, 3), PROMPTS[:4], **GREEDY)
+            assert said == generate(together, PROMPTS[:4], **GREEDY), name
+        tokens = torch.tensor([PROMPTS[0]])
+        ours, theirs = together.logits(tokens), alone.logits(tokens)
+        assert ours.shape == theirs.shape and not is_slice(ours)
+        print(f"{name}: logits at most {(ours - theirs).abs().nan_to_num().max():.1e} apart", flush=True)
+        of_all = [torch.empty_like(ours) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_all, ours.contiguous())
+        assert all(torch.equal(ours, other) for other in of_all), name
+    print(f"same: {folder.name}, {'tied' if tied else 'untied'}")
+
+
+def measure_memory(folder: Path, processes: Alone) -> None:
+    """Bytes of the weights here, and by how many more this process's memory peaked while they were loaded and one token was read."""
+    small(), torch.zeros(1) @ torch.zeros(1)
+    if processes.count > 1:
+        load_divided(Path(os.environ["SMALL"]), None, "cpu")  # what the first one leaves behind is not this one's
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    base = Llama.from_pretrained(folder) if processes.count == 1 else load_divided(folder, None, "cpu")
+    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Guided(base).start([[1, 2, 3, 4]], 4)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    parameters = {id(parameter): parameter for parameter in base.parameters()}.values()  # tied ones once
+    local = sum((each.to_local() if is_slice(each) else each).nbytes for each in parameters)
+    print(f"bytes {local} {(loaded - before) * 1024} {(peak - before) * 1024}", flush=True)
+
+
+def main():
+    with join_decoders() as processes:
+        if sys.argv[1] == "memory":
+            measure_memory(Path(sys.argv[2]), processes)
+        else:
+            for folder in map(Path, sys.argv[2:]):
+                compare_tokens(folder)
+
+
+if __name__ == "__main__":
+    main()
