@@ -229,7 +229,7 @@ def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     p = F.softmax(logits / max(temperature, 1e-30), dim=-1)  # (B, V); smaller numbers are 0 in float32
     if top_p < 1:
         largest, tokens = p.sort(-1, descending=True)
-        before = largest.cumsum(-1) - largest
+        before = largest.cumsum(-1, dtype=torch.float64) - largest  # so exact that processes that decode together agree
         largest = largest.masked_fill(before >= top_p, 0)  # a token stays if those before it do not reach top_p
         p = p.scatter(-1, tokens, largest)
         p = p / p.sum(-1, keepdim=True)
@@ -238,7 +238,7 @@ def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 
 def draw(p: Tensor, noise: Tensor) -> Tensor:
     """Tokens (B,): where noise (B,) falls in the cumulative sum of p (B, V), which need not sum to 1."""
-    total = p.cumsum(-1)
+    total = p.cumsum(-1, dtype=torch.float64)
     below = (total <= noise[:, None] * total[:, -1:]) & (total < total[:, -1:])
     tokens = below.sum(-1, keepdim=True)  # (B, 1)
     # Rounding must not choose what has no share.

@@ -21,6 +21,7 @@ from ivl import SCHEMES, ProxyDelta, ValueModel
 from model import Llama
 from run.cli import pick_device
 from run.processes import Alone
+from run.tensor_parallel import load_divided
 from run.twins import choose_guided
 from sample import Guided, MappedGuided, generate
 from vocab_map import VocabMap, build
@@ -173,7 +174,7 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
         value = ValueModel(load(value_path), info)
     else:
         value = ValueModel.from_pretrained(value_path, getattr(torch, dtype), device)
-    base = load(base_path) if processes.count == 1 else load_slice_of_base(base_path, getattr(torch, dtype), device)
+    base = load_base(base_path, dtype, device, processes)
     check_probe(value, base, base_path)
     plug = "proxy" if args.expert else "value"
     if vocab_map is None:
@@ -195,27 +196,28 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
                    world=world, guide_path=value_path, base_path=base_path, own_path=own_path, processes=processes)
 
 
-def load_slice_of_base(path: Path, dtype: torch.dtype, device: str) -> Llama:
-    """What this process, one of several, has of a base; its parts take a second to import, which one process can spare."""
-    from run.tensor_parallel import load_divided
-    return load_divided(path, dtype, device)
+def load_base(path: Path, dtype: str, device: str, processes: Alone) -> Llama:
+    """A base to decode with: whole, or divided between several processes."""
+    load = Llama.from_pretrained if processes.count == 1 else load_divided
+    return load(path, getattr(torch, dtype), device)
 
 
-def plug_speaker(args) -> Speaker:
+def plug_speaker(args, processes: Alone = Alone()) -> Speaker:
     """For scripts that bring their questions: the guided base or, without --value and --expert, the base alone."""
     if args.value or args.expert:
-        return plug_in(args).guided
+        return plug_in(args, processes).guided
     if not args.base:
         raise UsageError("name what is measured: --base for a base alone, --value or --expert for what guides it")
     path = find_tiny(args.base, [Path("out/seed0")]) or Path(args.base)
     refuse_value_network("--base", path)
     tokenizer = load_tokenizer(path)
     device, dtype = pick_device(args.dtype, tiny=world_of(path) is not None)
+    device = processes.own(device)
     template = args.template or default_template(tokenizer)
     print(f"base {path} alone, template {template}")
     say_other_template(f"--base {path}", path, template, "asked")
-    guided = choose_guided(args, world_of(path) is not None, device)
-    base = Llama.from_pretrained(path, getattr(torch, dtype), device)
+    guided = choose_guided(args, world_of(path) is not None, device, processes.count)
+    base = load_base(path, dtype, device, processes)
     return Speaker(f"{name_of(path)} alone", guided(base, readable=tokenizer.vocab_size), tokenizer, template,
                    system_of(tokenizer, template, args.system))
 
