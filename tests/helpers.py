@@ -87,6 +87,15 @@ def python(*arguments, timeout: int = 600, **environment) -> str:
     return done.stdout
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def together(folder: Path, *arguments, input: str | None = None) -> subprocess.CompletedProcess:
+    """Run `python ...` in two processes."""
+    return subprocess.run([sys.executable, *TORCHRUN, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=600,
+                          input=input, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)})
+
+
 # ---- what the fixture `home` has trained
 
 SHORT = ["--steps", "60", "--batch-size", "16"]

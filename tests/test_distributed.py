@@ -10,14 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import ENVIRONMENT, ROOT, inside, refused, succeed, weights
-
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-def together(folder: Path, *arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *TORCHRUN, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=600,
-                          env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)})
+from tests.helpers import ENVIRONMENT, ROOT, inside, refused, succeed, together, weights
 
 
 def kill_two(folder: Path, work: Path, *arguments) -> None:
