@@ -13,6 +13,7 @@ import argparse
 import functools
 import itertools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -372,6 +373,8 @@ def bench_table_3(args: argparse.Namespace, device: str) -> dict:
 
 def main():
     args = arguments()
+    if "LOCAL_RANK" in os.environ:
+        raise UsageError("measures in processes of its own, each with a whole base; start it without torchrun")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     bench = bench_table_3 if args.speculate is None else bench_speculation
