@@ -2,6 +2,7 @@
 
     python -m paper.mt_bench --questions question.jsonl --out model_answer/guided.jsonl --base B --value V
     python -m paper.mt_bench --questions question.jsonl --out model_answer/guided.jsonl --check
+    torchrun --nproc_per_node=4 -m paper.mt_bench ...                     # the base divided between four GPUs
 
 question.jsonl is FastChat's (fastchat/llm_judge/data/mt_bench). A model is called what its file is called. A run that
 is stopped goes on with the question it was at when the same command is given again. Judging takes FastChat and a key for
@@ -9,8 +10,10 @@ GPT-4; the commands are printed at the end.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
+import os
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -23,6 +26,7 @@ from data.records import Records, Turn, is_unicode
 from run.arguments import measured_arguments
 from run.cli import ArgumentParser, clock, non_negative_int, positive_int, run_cli
 from run.plug import Speaker, plug_speaker
+from run.processes import Alone, join_decoders
 from run.show import answer, encode_turns, longest_of
 
 TEMPERATURES = {  # FastChat's, by a question's category; 0.7 for others
@@ -106,8 +110,8 @@ def answer_turns(speaker: Speaker, question: dict, args) -> tuple[list[str], int
     return [text for role, text in said if role == "assistant"], no_room
 
 
-def answer_all(speaker: Speaker, questions: dict[int, dict], args, settings: dict) -> None:
-    """Answer what has no answer yet; each is written as soon as it is there."""
+def answer_all(speaker: Speaker, questions: dict[int, dict], args, settings: dict, processes: Alone) -> None:
+    """Answer what has no answer yet; each is written as soon as it is there, of several processes by the first."""
     done = read_answers(args.out)
     for record in done.values():
         if record["settings"] != settings:
@@ -123,7 +127,7 @@ def answer_all(speaker: Speaker, questions: dict[int, dict], args, settings: dic
         no_room += without
         record = {"question_id": question["question_id"], "answer_id": answer_id(settings, question), "model_id": args.out.stem,
                   "choices": [{"index": 0, "turns": turns}], "tstamp": time.time(), "settings": settings}
-        with open(args.out, "a", encoding="utf-8") as file:
+        with open(os.devnull if processes.rank else args.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         left = (time.monotonic() - started) / count * (len(waiting) - count)
         print(f"question {question['question_id']} ({len(done) + count}/{len(questions)})  {clock(left)} left", flush=True)
@@ -135,6 +139,20 @@ def answer_id(settings: dict, question: dict) -> str:
     """A name for an answer; FastChat's are random, this one is the same when the answer is made again."""
     what = json.dumps([settings, question["question_id"]], sort_keys=True)
     return hashlib.blake2b(what.encode(), digest_size=11).hexdigest()
+
+
+def write_answers(questions: dict[int, dict], args, processes: Alone) -> None:
+    """Answer into --out, which nobody else may be writing."""
+    check_output("--out", args.out, "file of answers", lambda start: start.startswith(b'{"question_id"') or not start)
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"questions": digest(args.questions)}
+    lock = contextlib.nullcontext() if processes.rank else FileLock(f"{args.out}.lock", timeout=0)
+    try:
+        with lock:
+            answer_all(plug_speaker(args, processes), questions, args, settings, processes)
+    except Timeout:
+        raise UsageError(f"--out {args.out}: another process is writing it") from None
+    if processes.rank == 0:
+        Path(f"{args.out}.lock").unlink(missing_ok=True)
 
 
 def say_how_to_judge(path: Path) -> None:
@@ -156,17 +174,12 @@ def main():
     parser.add_argument("--check", action="store_true", help="only check that the judge would accept --out")
     args = measured_arguments(parser, temperature=0.7)
     questions = read_questions(args.questions)
-    if not args.check:
-        check_output("--out", args.out, "file of answers", lambda start: start.startswith(b'{"question_id"') or not start)
-        settings = {name: getattr(args, name) for name in SETTINGS} | {"questions": digest(args.questions)}
-        try:
-            with FileLock(f"{args.out}.lock", timeout=0):
-                answer_all(plug_speaker(args), questions, args, settings)
-        except Timeout:
-            raise UsageError(f"--out {args.out}: another process is writing it") from None
-        Path(f"{args.out}.lock").unlink(missing_ok=True)
-    check(questions, args.out)
-    say_how_to_judge(args.out)
+    with join_decoders() as processes:
+        if not args.check:
+            write_answers(questions, args, processes)
+        if processes.rank == 0:
+            check(questions, args.out)
+            say_how_to_judge(args.out)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=2 -m tests.several_decoders memory FOLDER       # or without torchrun: whole
 """
 
-import resource
+import re
 import sys
 from pathlib import Path
 
@@ -54,19 +54,23 @@ def compare_tokens(folder: Path, plugs: list[str]) -> None:
     print(f"same: {folder.name}, {'tied' if tied else 'untied'}")
 
 
+def peak_memory() -> int:
+    """Bytes that this process had in memory at most so far; resource.getrusage would begin with its parent's."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
 def measure_memory(folder: Path, processes: Alone) -> None:
     """Bytes of the weights here, and by how many more this process's memory peaked while they were loaded and one token was read."""
     Guided(small()).step(torch.tensor([[1]]))
     with torch.device("meta"):
         small()  # what torch imports for the first network of a process is not this one's
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     base = Llama.from_pretrained(folder) if processes.count == 1 else load_divided(folder, None, "cpu")
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded = peak_memory()
     guided = Guided(base)
     guided.step(guided.start([[1, 2, 3, 4]], 4))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     held = sum(parameter.nbytes for parameter in base.parameters())  # tied ones once
-    print(f"bytes {held} {(loaded - before) * 1024} {(peak - before) * 1024}", flush=True)
+    print(f"bytes {held} {loaded - before} {peak_memory() - before}", flush=True)
 
 
 def main():

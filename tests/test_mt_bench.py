@@ -11,7 +11,7 @@ import pytest
 
 from data.errors import UsageError
 from paper.mt_bench import TEMPERATURES, check, read_questions
-from tests.helpers import ENVIRONMENT, ROOT, inside
+from tests.helpers import ENVIRONMENT, ROOT, inside, together
 
 NAMES = ["Mira", "Fufa", "Pefu", "Boli", "Gana"]
 
@@ -49,6 +49,17 @@ def test_every_question_is_answered_once_in_fastchats_form(asked, tmp_path):
     (tmp_path / "tiny-s.jsonl").rename(tmp_path / "answers/tiny-s.jsonl")
     questions = judge.load_questions(str(tmp_path / "question.jsonl"), None, None)
     judge.check_data(questions, judge.load_model_answers(str(tmp_path / "answers")), {}, ["tiny-s"], {})
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one(asked, tmp_path):
+    """Greedy and sampled, by the base divided between them; the first alone writes."""
+    assert inside(tmp_path, *asked)[0] == 0
+    alone = texts(tmp_path)
+    (tmp_path / "tiny-s.jsonl").unlink()
+    done = together(tmp_path, "-m", "paper.mt_bench", *asked[1:])
+    assert done.returncode == 0, done.stderr
+    assert texts(tmp_path) == alone and len(answers(tmp_path)) == 10 and done.stdout.count("(10/10)") == 1
 
 
 def test_a_run_that_was_cut_off_within_a_line_goes_on_and_says_the_same(asked, tmp_path):
