@@ -12,21 +12,19 @@ tokens as asked for, greedily; transformers guides by a second model in a Logits
 import argparse
 import functools
 import itertools
-import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
-from bench.measure import Result, compare, copy_bandwidth, describe, progress, ratio, share, table, times
+from bench.measure import Result, compare, copy_bandwidth, describe, progress, ratio, save, share, table, times
 from bench.train import SHAPES as TRAINED_SHAPES
 from beyond.speculation import Passes, Speculative, measure_passes, predicted_speed_up, speculate
 from data.chat import encode_chat
 from data.errors import UsageError
-from data.files import write_text
 from data.smollm2 import find_gguf
 from data.tiny_world import PIECES, TEMPLATE, TINY_SIZES, prompt_text, world_of
 from data.tokenizer import load_tokenizer
@@ -153,11 +151,11 @@ def bytes_a_step(config: LlamaConfig, batch: int, tokens: int, width: int) -> fl
     return width * (weights_of(config) + batch * stored)
 
 
-def fitting(value: str, base: str, device: str) -> list[str]:
-    """The contenders that fit into the memory together, the first ones first."""
+def fitting(value: str, base: str, device: str, contenders: Iterable[str] = CONTENDERS) -> list[str]:
+    """Those of the contenders that fit into the memory together, the first ones first."""
     room = 0.85 * torch.cuda.mem_get_info()[1] / 2 if device == "cuda" else float("inf")  # numbers of two bytes
     names = []
-    for name in CONTENDERS:
+    for name in contenders:
         if name == FOUR_BITS and base != "SmolLM2-135M":
             continue
         room -= sum(weights_of(SHAPES[network]) for network in networks_of(name, value, base))
@@ -190,10 +188,12 @@ def show(results: dict[str, Result], value: str, base: str, batch: int, tokens: 
             rows.append([name, result.failure, "", "", "", ""])
             continue
         moved = sum(reads[network] for network in networks_of(name, value, base))
-        longer = "" if name == ALONE or results[ALONE].failure else ratio(results[ALONE], result)
+        longer = ""
+        if name != ALONE and ALONE in results and not results[ALONE].failure:
+            longer = ratio(results[ALONE], result)
         rows.append([name, f"{batch / result.median:.0f}", times(result), longer,
                      f"{100 * moved / result.median / bandwidth:.0f}%" if moved else "", f"{result.peak / 1e9:.2f}"])
-    return f"{table(rows)}\n\n{conclusions(results)}"
+    return f"{table(rows)}\n\n{conclusions(results)}".rstrip()
 
 
 def conclusions(results: dict[str, Result]) -> str:
@@ -302,6 +302,8 @@ def arguments() -> argparse.Namespace:
     shapes.add_argument("--batch", type=positive_int, nargs="+", metavar="B", help="texts at a time (default 1 8)")
     shapes.add_argument("--pair", nargs=2, metavar="SHAPE", help=f"value network and base, of {', '.join(SHAPES)}")
     shapes.add_argument("--dtype", choices=["float32", "bfloat16"], help="(default bfloat16 on a GPU, float32 on a CPU)")
+    shapes.add_argument("--only", nargs="+", choices=list(CONTENDERS), metavar="NAME",
+                        help=f"of the contenders {'; '.join(CONTENDERS)}")
     trained = parser.add_argument_group("speculation")
     trained.add_argument("--speculate", type=Path, metavar="HOME",
                          help="measure this instead, with the networks in this folder")
@@ -317,7 +319,7 @@ def arguments() -> argparse.Namespace:
         unused = ("ahead", "layers")
         reason = "goes with --speculate"
     else:
-        unused = ("tokens", "batch", "pair", "dtype")
+        unused = ("tokens", "batch", "pair", "dtype", "only")
         reason = "does not go with --speculate, whose answers come one by one and end by themselves"
     for name in unused:
         if getattr(args, name) is not None:
@@ -331,23 +333,21 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def bench_speculation(args: argparse.Namespace, device: str) -> dict:
-    """The numbers of --json, printed as tables as they come."""
+def bench_speculation(args: argparse.Namespace, device: str) -> None:
     folders = [args.speculate / name for name in ("tiny-s", "tiny-l", "value-residual-tiny-s")]
     for folder in folders:
         if not (folder / "train.json").is_file():
             raise UsageError(f"{folder}: not there; `python train.py` and `python train.py --base tiny-l` make it")
     print(f"{describe(device)}, float32\n")
-    numbers = {}
+    numbers = {"device": describe(device)}
     for what, layers in (("as it was trained", 0), (f"deepened to {args.layers} layers", args.layers)):
         numbers[what] = speculation(args.speculate, layers, args.ahead, args.rounds, device)
         print(f"tiny-l {what}, guided by the value network of tiny-s; tiny-s drafts\n\n"
               f"{show_speculation(numbers[what])}\n", flush=True)
-    return numbers
+        save(args.json, numbers)
 
 
-def bench_table_3(args: argparse.Namespace, device: str) -> dict:
-    """The numbers of --json, printed as tables as they come."""
+def bench_table_3(args: argparse.Namespace, device: str) -> None:
     pairs = [args.pair] if args.pair else PAIRS[device]
     for name in args.pair or []:
         if name not in SHAPES:
@@ -355,10 +355,10 @@ def bench_table_3(args: argparse.Namespace, device: str) -> dict:
     bandwidth = copy_bandwidth(device, threads=1)
     dtype = args.dtype or usual_dtype(device)
     print(f"{describe(device)}, {dtype}; a copy moves {bandwidth / 1e9:.4g} GB/s\n")
-    numbers = {}
+    numbers = {"device": describe(device), "copy_bandwidth": bandwidth}
     for value, base in pairs:
-        contenders = fitting(value, base, device)
-        left_out = [name for name in CONTENDERS if name not in contenders]
+        contenders = fitting(value, base, device, args.only or CONTENDERS)
+        left_out = [name for name in args.only or CONTENDERS if name not in contenders]
         if left_out:
             print(f"{value} and {base}: no room beside the others for {', '.join(left_out)}\n")
         for tokens in args.tokens or ([128] if base == "110M" else [128, 512, 1024]):
@@ -368,7 +368,7 @@ def bench_table_3(args: argparse.Namespace, device: str) -> dict:
                       f"{show(results, value, base, batch, tokens, dtype, bandwidth)}\n", flush=True)
                 about = f"{value} on {base}, {tokens} tokens, batch {batch}"
                 numbers[about] = {name: vars(each) for name, each in results.items()}
-    return numbers
+                save(args.json, numbers)
 
 
 def main():
@@ -378,9 +378,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     bench = bench_table_3 if args.speculate is None else bench_speculation
-    numbers = {"device": describe(device)} | bench(args, device)
-    if args.json:
-        write_text(args.json, json.dumps(numbers, indent=2) + "\n")
+    bench(args, device)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ The second begins at hidden states and includes both heads, where never holding 
 """
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.measure import Result, compare, copy_bandwidth, describe, ratio, table, times
+from bench.measure import Result, compare, copy_bandwidth, describe, ratio, save, table, times
 from fast.loss import value_loss_from_hidden
-from data.files import write_text
 from ivl import ivl_loss
 from run.cli import ArgumentParser, positive_int, run_cli
 
@@ -120,8 +118,7 @@ def main():
             heading = {"logits": "From logits", "hidden": f"From hidden states, D = {D}"}[start]
             print(f"{heading}: {size}\n\n{show(results, N * V * dtype.itemsize, bandwidth, start == 'logits')}\n", flush=True)
             numbers["sizes"][-1][f"from_{start}"] = {name: vars(each) for name, each in results.items()}
-    if args.json:
-        write_text(args.json, json.dumps(numbers, indent=2) + "\n")
+            save(args.json, numbers)
 
 
 if __name__ == "__main__":

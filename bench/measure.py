@@ -7,16 +7,21 @@ pair of times to compare even where the machine's speed drifts.
 
 import contextlib
 import functools
+import json
 import multiprocessing
 import platform
 import resource
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+
+from data.files import write_text
 
 
 @dataclass
@@ -47,8 +52,12 @@ def compare(contenders: dict[str, Callable], device: str, rounds: int, calls: in
         process.start()
         far_end.close()
         workers[name] = pipe, process
-        results[name].failure, results[name].first = ask(pipe, None)
-        progress(f"{name}: ready" if not results[name].failure else f"{name}: {results[name].failure}")
+    for name, result in results.items():  # they prepare all at the same time
+        result.failure, _ = ask(workers[name][0], None)
+    for name, result in results.items():
+        if not result.failure:
+            result.failure, result.first = ask(workers[name][0], 1)
+        progress(f"{name}: {result.failure or 'ready'}")
     for number in range(rounds):
         for name, result in results.items():
             if not result.failure:
@@ -88,12 +97,13 @@ def serve(pipe, build: Callable, device: str) -> None:
             step = build()
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats()
-        before = memory(device)
-        pipe.send(("", timed(step, 1, device)))
+        before, is_first = memory(device), True
+        pipe.send(("", None))  # ready
         while calls := pipe.recv():
-            if device != "cpu":
+            if device != "cpu" and not is_first:
                 step()
             pipe.send(("", timed(step, calls, device)))
+            is_first = False
             if device != "cpu":
                 torch.cuda.empty_cache()  # for the others
         pipe.send(("", (memory(device), memory(device) - before)))
@@ -101,8 +111,9 @@ def serve(pipe, build: Callable, device: str) -> None:
         pipe.send((f"not installed ({error.name})", None))
     except torch.OutOfMemoryError:
         pipe.send(("out of memory", None))
-    except (RuntimeError, ValueError) as error:
-        pipe.send((f"failed: {str(error).strip().splitlines()[0][:100]}", None))
+    except Exception as error:  # whatever it is, the others are still to be measured
+        traceback.print_exc()
+        pipe.send((f"failed: {(str(error).strip() or repr(error)).splitlines()[0][:100]}", None))
 
 
 def timed(step: Callable[[], None], calls: int, device: str) -> float:
@@ -152,6 +163,12 @@ def describe(device: str) -> str:
     else:
         name = torch.cuda.get_device_name()
     return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def save(path: Path | None, numbers: dict) -> None:
+    """Write the numbers of --json, if it was given: behind each table, so that a run that is cut off leaves what it has."""
+    if path:
+        write_text(path, json.dumps(numbers, indent=2) + "\n")
 
 
 def table(rows: list[list[str]]) -> str:

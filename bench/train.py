@@ -9,16 +9,15 @@ clipping and AdamW. On a GPU bases are bfloat16, the value network computes in i
 
 import argparse
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from bench.measure import Result, compare, describe, ratio, table, times
+from bench.measure import Result, compare, describe, ratio, save, table, times
+from data.errors import UsageError
 from fast.loss import value_loss
-from data.files import write_text
 from ivl import ValueModel
 from model import Llama, LlamaConfig
 from run.cli import ArgumentParser, positive_int, run_cli
@@ -67,14 +66,19 @@ def show(results: dict[str, Result], tokens: int) -> str:
 def main():
     parser = ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--tokens", type=positive_int, help="in a step; None: 4096, on a CPU 1024")
+    parser.add_argument("--pair", nargs=2, metavar="SHAPE", help=f"value network and base, of {', '.join(SHAPES)}")
     parser.add_argument("--rounds", type=positive_int, default=5, help="steps of each, in turn")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     args = parser.parse_args()
+    for name in args.pair or []:
+        if name not in SHAPES:
+            raise UsageError(f"--pair {name}: no such shape; there are {', '.join(SHAPES)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, dtype = args.tokens or (4096 if device == "cuda" else 1024), "bfloat16" if device == "cuda" else "float32"
     print(f"{describe(device)}, {dtype}, {tokens} tokens a step\n")
     numbers = {"device": describe(device), "tokens": tokens, "pairs": {}}
-    for value, base in [("TinyLlama", "TinyLlama"), ("TinyLlama", "Llama-2-7B")] if device == "cuda" else [("20M", "20M")]:
+    pairs = [("TinyLlama", "TinyLlama"), ("TinyLlama", "Llama-2-7B")] if device == "cuda" else [("20M", "20M")]
+    for value, base in [args.pair] if args.pair else pairs:
         step = functools.partial(functools.partial, training, value=value, base=base, tokens=tokens, dtype=dtype)
         contenders = {"plain": step(loss=ValueModel.loss, checkpointing=True),
                       "ours": step(loss=value_loss, checkpointing=True),
@@ -82,8 +86,7 @@ def main():
         results = compare(contenders, device, args.rounds, 1)
         print(f"A {value} value network on a {base} base\n\n{show(results, tokens)}\n", flush=True)
         numbers["pairs"][f"{value} on {base}"] = {name: vars(result) for name, result in results.items()}
-    if args.json:
-        write_text(args.json, json.dumps(numbers, indent=2) + "\n")
+        save(args.json, numbers)
 
 
 if __name__ == "__main__":

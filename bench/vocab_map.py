@@ -9,7 +9,6 @@ installed), the loop as it is, which remembers each pair's distance, and fast/al
 """
 
 import functools
-import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,9 @@ from pathlib import Path
 import torch
 
 import vocab_map
-from bench.measure import Result, compare, describe, ratio, table, times
+from bench.measure import Result, compare, describe, ratio, save, table, times
 from data.chat import encode_chat
 from data.errors import UsageError
-from data.files import write_text
 from data.records import read_texts
 from data.tiny_world import TEMPLATE, World, prompt_text, world_of
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -208,8 +206,7 @@ def main():
             rows.append([f"--how {how}", f"{result.first:.1f}", f"{result.median:.1f}", f"{result.growth / 1e6:.0f}"])
         print(f"Making a map from {args.texts or 'the texts of a tiny world'}, all of it\n\n{table(rows)}\n")
         numbers["whole"] = {name: vars(result) for name, result in results.items()}
-    if args.json:
-        write_text(args.json, json.dumps(numbers, indent=2) + "\n")
+    save(args.json, numbers)
 
 
 if __name__ == "__main__":

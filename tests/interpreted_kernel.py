@@ -1,9 +1,12 @@
-"""The Triton kernels of ivl.py, run on the CPU by Triton's interpreter, against the plain formulas in float64.
+"""The Triton kernels of ivl.py, on a GPU or run on the CPU by Triton's interpreter, against the plain formulas in float64.
 
     TRITON_INTERPRET=1 python -m pytest tests/interpreted_kernel.py
+    python -m pytest tests/interpreted_kernel.py                         # on a GPU
 
 Whether kernels are interpreted is fixed when Triton is imported, so test_loss.py runs this file in a process of its own.
 """
+
+import os
 
 import pytest
 import torch
@@ -15,7 +18,14 @@ from tests.helpers import small, value_network
 
 # Half a unit in the last place, and for bfloat16 a whole one: the interpreter cuts bits off where a GPU rounds.
 ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-7}
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 SMALLEST = {torch.float32: 1e-37, torch.float16: 2**-25, torch.bfloat16: 1e-37}  # below it nothing is left
+
+
+@pytest.fixture(autouse=True)
+def on_the_device():
+    with torch.device(DEVICE):
+        yield
 
 
 def assert_exact(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float) -> None:
@@ -43,12 +53,12 @@ def assert_exact(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float) -> 
 
 
 def logits(N: int, V: int, dtype: torch.dtype, seed: int, size: float = 3.0) -> Tensor:
-    return (size * torch.randn(N, V, generator=torch.Generator().manual_seed(seed))).to(dtype)
+    return (size * torch.randn(N, V, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")).to(DEVICE, dtype)
 
 
 def targets(N: int, V: int) -> Tensor:
     """Random labels with an ignored row; the last column and the first are among them."""
-    labels = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2))
+    labels = torch.randint(V, (N,), generator=torch.Generator("cpu").manual_seed(2), device="cpu").to(DEVICE)
     labels[:3] = torch.tensor([V - 1, -100, 0])
     return labels
 
@@ -160,10 +170,9 @@ def test_without_a_gradient_nothing_is_kept():
 
 @pytest.mark.parametrize("l1", [0.0, 0.3])
 def test_chunked_through_the_kernel(l1):
-    generator = torch.Generator().manual_seed(0)
-    h_base, h_value = [torch.randn(14, 16, generator=generator) for _ in range(2)]
-    W_base, W_value = torch.randn(303, 16, generator=generator), torch.randn(300, 16, generator=generator)
-    labels = torch.randint(300, (14,), generator=generator)
+    h_base, h_value = logits(14, 16, torch.float32, 0, 1.0), logits(14, 16, torch.float32, 1, 1.0)
+    W_base, W_value = logits(303, 16, torch.float32, 2, 1.0), logits(300, 16, torch.float32, 3, 1.0)
+    labels = targets(14, 300).clamp(min=0)  # all of them supervised
     results = []
     for dtype in (torch.float32, torch.float64):  # by the kernel, and by the formulas without chunks
         h, W = h_value.detach().to(dtype).requires_grad_(), W_value.detach().to(dtype).requires_grad_()
@@ -180,7 +189,7 @@ def test_chunked_through_the_kernel(l1):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("loss", [ValueModel.loss, fast.loss.value_loss], ids=["plain", "fast"])
 def test_training_every_scheme_through_the_kernel(loss, scheme):
-    tokens = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(50, (2, 9), generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(DEVICE)
     labels = tokens.roll(-1, 1).masked_fill(torch.arange(9) < 3, -100)
     results = []
     for dtype in (torch.float32, torch.float64):
