@@ -156,8 +156,6 @@ def fitting(value: str, base: str, device: str, contenders: Iterable[str] = CONT
     room = 0.85 * torch.cuda.mem_get_info()[1] / 2 if device == "cuda" else float("inf")  # numbers of two bytes
     names = []
     for name in contenders:
-        if name == FOUR_BITS and base != "SmolLM2-135M":
-            continue
         room -= sum(weights_of(SHAPES[network]) for network in networks_of(name, value, base))
         if room > 0:
             names.append(name)
@@ -357,8 +355,9 @@ def bench_table_3(args: argparse.Namespace, device: str) -> None:
     print(f"{describe(device)}, {dtype}; a copy moves {bandwidth / 1e9:.4g} GB/s\n")
     numbers = {"device": describe(device), "copy_bandwidth": bandwidth}
     for value, base in pairs:
-        contenders = fitting(value, base, device, args.only or CONTENDERS)
-        left_out = [name for name in args.only or CONTENDERS if name not in contenders]
+        wanted = args.only or [name for name in CONTENDERS if name != FOUR_BITS or base == "SmolLM2-135M"]
+        contenders = fitting(value, base, device, wanted)
+        left_out = [name for name in wanted if name not in contenders]
         if left_out:
             print(f"{value} and {base}: no room beside the others for {', '.join(left_out)}\n")
         for tokens in args.tokens or ([128] if base == "110M" else [128, 512, 1024]):
