@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import decode
-from bench.decode import (ALONE, BOTH, CONTENDERS, FOUR_BITS, PROXY, SHAPES, THEIR_BOTH, THEIRS, VALUE, bytes_a_step, conclusions,
+from bench.decode import (ALONE, BOTH, CONTENDERS, PROXY, SHAPES, THEIR_BOTH, THEIRS, VALUE, bytes_a_step, conclusions,
                           deepen, fitting, show_speculation, weights_of)
 from bench.measure import Result
 from fast.graphs import CapturedGuided
@@ -39,7 +39,7 @@ def test_bytes_of_a_step():
 def test_what_does_not_fit_is_left_out(monkeypatch):
     assert fitting("tiny-s", "tiny-l", "cpu") == list(CONTENDERS)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 80e9))
-    assert fitting("TinyLlama", "Llama-2-7B", "cuda") == [ALONE, VALUE, BOTH, PROXY, THEIRS, FOUR_BITS]
+    assert fitting("TinyLlama", "Llama-2-7B", "cuda") == [ALONE, VALUE, BOTH, PROXY, THEIRS]
     assert fitting("TinyLlama", "Llama-2-13B", "cuda") == [ALONE, VALUE, BOTH]
 
 
