@@ -11,6 +11,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share the cores (pytest.ini), and networks here are tiny
 pytest.register_assert_rewrite("tests.helpers")  # so that its assertions show their values, as those of tests do
 
+from data.tiny_world import World  # noqa: E402
 from tests.helpers import SHORT, inside, small, succeed  # noqa: E402
 
 
@@ -44,6 +45,14 @@ def smollm2(tmp_path_factory) -> Path:
     assert status == 0 and "nats a token" in output, errors
     assert inside(folder.parent, "smollm2.py", folder)[0] == 2  # it is there already
     return folder
+
+
+@pytest.fixture
+def short_exam(monkeypatch) -> None:
+    """The tiny world's examination with fewer questions, for runs in this process whose metrics do not matter."""
+    facts, sums = World.fact_items, World.sum_items
+    monkeypatch.setattr(World, "fact_items", lambda world, split, count=288: facts(world, split, 12))
+    monkeypatch.setattr(World, "sum_items", lambda world, split: sums(world, split)[:4])
 
 
 @pytest.fixture

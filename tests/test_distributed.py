@@ -46,8 +46,8 @@ def test_the_gradients_of_every_scheme():
 @pytest.mark.parametrize("shard", [False, True], ids=["ddp", "shard"])
 def test_killed_and_resumed_in_two_processes_is_one_process(shard, home, checkpoint, chats, tmp_path):
     """A batch of 5 in parts of 1: the processes have 3 and 2 of them."""
-    command = [ROOT / "train.py", "--base", checkpoint, "--value", "--data", chats, "--dtype", "float32", "--steps", 40, "--batch-size", 5, "--grad-accum", 5,
-               "--lr", "1e-3", "--save-every", 10]
+    command = [ROOT / "train.py", "--base", checkpoint, "--value", "--data", chats, "--dtype", "float32", "--steps", 20, "--batch-size", 5, "--grad-accum", 5,
+               "--lr", "2e-3", "--save-every", 5]
     alone, out = tmp_path / "alone", tmp_path / "together"
     assert inside(tmp_path, "train.py", *command[1:], "--out", alone)[0] == 0
     moved = max((tensor - weights(checkpoint)[name]).abs().max() for name, tensor in weights(alone).items())
