@@ -257,11 +257,11 @@ def uniform(seed: int, number: int, *shape: int) -> Tensor:
 @torch.inference_mode()
 def generate(guided: Guided, prompts: list[list[int]], *, max_new_tokens: int, stop_ids: set[int],
              temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-             on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
+             on_token: Callable[[int, int], bool | None] | None = None) -> list[list[int]]:
     """Continue token prompts; return only the new tokens of each, a stop token included where one came.
 
     temperature 0 is greedy. Each prompt has a random stream of its own, by its place in the list, so a
-    sampled answer does not depend on what is beside it. on_token(prompt, token) is called as tokens come.
+    sampled answer does not depend on what is beside it. on_token(prompt, token) is called as tokens come; True ends.
     """
     check_prompts(prompts)
     noise = torch.stack([uniform(seed, number, max_new_tokens) for number in range(len(prompts))])
@@ -279,9 +279,8 @@ def generate(guided: Guided, prompts: list[list[int]], *, max_new_tokens: int, s
         for prompt, token in zip(running, tokens[:, 0].tolist()):
             if not ended[prompt]:
                 outputs[prompt].append(token)
-                ended[prompt] = token in stop_ids
-                if on_token:
-                    on_token(prompt, token)
+                is_enough = on_token is not None and on_token(prompt, token) is True
+                ended[prompt] = is_enough or token in stop_ids
         # shrink the batch now and then rather than carry ended rows along
         still = [row for row, prompt in enumerate(running) if not ended[prompt]]
         if not still:
