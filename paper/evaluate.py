@@ -225,10 +225,13 @@ class GuidedLM(TemplateLM):
         """Stop strings, and what `generate` is told, of a request's settings; the harness's own defaults."""
         from lm_eval.models.utils import normalize_gen_kwargs
         settings = normalize_gen_kwargs(settings, 256)
-        until, count, sampled = settings.pop("until"), settings.pop("max_gen_toks"), settings.pop("do_sample")
-        options = dict(max_new_tokens=count, temperature=settings.pop("temperature", 0.0) if sampled else 0.0, top_p=settings.pop("top_p", 1.0))
-        if settings:
-            raise UsageError(f"a task asks for {', '.join(settings)} in generation; here are temperature, top_p, do_sample, max_gen_toks and until")
+        until, count = settings["until"], settings["max_gen_toks"]
+        options = dict(max_new_tokens=count, temperature=settings.get("temperature", 0.0), top_p=settings.get("top_p", 1.0))
+        if not settings["do_sample"]:
+            options["temperature"] = 0.0
+        known = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
+        if unknown := settings.keys() - known:
+            raise UsageError(f"a task asks for {', '.join(sorted(unknown))} in generation; here are {', '.join(sorted(known))}")
         if count >= self.max_length:
             raise UsageError(f"a task asks for answers of {count} tokens, and the checkpoint ends at {self.max_length}; its max_gen_toks must be less")
         named = {self.tokenizer.specials[stop] for stop in until if stop in self.tokenizer.specials}
@@ -389,7 +392,10 @@ def main():
     for column in columns:
         print(f"{column.name}: {column.task}, shots: {column.shots}", flush=True)
         results = evaluate(lm, [column.task], column.shots, column.chat, speaker.name, manager, args)
-        measured |= {column.name: results[column.task][column.metric]} if results else {}
+        if results and column.metric not in results[column.task]:
+            raise UsageError(f"{column.task}: this version of the harness reports {', '.join(results[column.task])}, and no {column.metric}")
+        if results:
+            measured[column.name] = results[column.task][column.metric]
     if args.tasks:
         evaluate(lm, args.tasks, args.num_fewshot, args.apply_chat_template, speaker.name, manager, args)
     if measured:

@@ -53,7 +53,7 @@ def inside(folder: Path, script: str, *arguments, input: str = "") -> tuple[int,
     import vocab_map
     from beyond import attribution
     from data import capitals, chat, smollm2, tiny_world
-    from paper import continued, mt_bench
+    from paper import continued, evaluate, mt_bench
     before, argv, stdin = os.getcwd(), sys.argv, sys.stdin
     output, errors, status = io.StringIO(), io.StringIO(), 0
     os.chdir(folder)
@@ -63,7 +63,7 @@ def inside(folder: Path, script: str, *arguments, input: str = "") -> tuple[int,
             run_cli({"train.py": train.main, "sample.py": sample.main, "vocab_map.py": vocab_map.main,
                      "attribution.py": attribution.main, "continued.py": continued.main, "chat.py": chat.main,
                      "tiny_world.py": tiny_world.main, "smollm2.py": smollm2.main, "capitals.py": capitals.main,
-                     "mt_bench.py": mt_bench.main}[script])
+                     "mt_bench.py": mt_bench.main, "evaluate.py": evaluate.main}[script])
     except SystemExit as ended:
         status = ended.code
     finally:
