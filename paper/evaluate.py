@@ -36,6 +36,8 @@ try:  # everything below is read without the harness; only running takes it
 except ImportError:
     TemplateLM = object
 
+ALIKE = 0.8  # the shortest prompt of a batch over the longest, at least: padding is computed, too
+
 # ---------------------------------------------------------------------------------------------------------
 # What the harness asks of a model
 
@@ -164,7 +166,8 @@ class GuidedLM(TemplateLM):
         for context, group in groupby(order, key=lambda number: pairs[number][0]):
             group = list(group)
             most = len(pairs[group[0]][1])
-            if batch and not self.fits(len(batch) + len(group), longest + max(predicted, most), max(predicted, most), room):
+            fits = self.fits(len(batch) + len(group), longest + max(predicted, most), max(predicted, most), room)
+            if batch and not (fits and len(context) >= ALIKE * longest):
                 yield batch
                 batch, longest, predicted = [], 0, 0
             longest, predicted = max(longest, len(context)), max(predicted, most)
@@ -211,7 +214,8 @@ class GuidedLM(TemplateLM):
                 numbers.sort(key=lambda number: -len(prompts[number]))
                 while numbers:
                     count, room, positions = 1, self.room(), len(prompts[numbers[0]]) + options["max_new_tokens"]
-                    while count < min(len(numbers), 256) and self.fits(count + 1, positions, 1, room):
+                    while (count < len(numbers) and len(prompts[numbers[count]]) >= ALIKE * len(prompts[numbers[0]])
+                           and self.fits(count + 1, positions, 1, room)):
                         count += 1
                     batch, numbers = numbers[:count], numbers[count:]
                     options["seed"] = len(numbers)  # another one in each batch
