@@ -3,6 +3,7 @@
     python -m paper.evaluate --base Llama-2-7b-hf/ --value out/seed0/value-residual-TinyLlama-1.1B --suite all --output out/evaluation
     python -m paper.evaluate --base out/smollm2-135m --suite few-shot --limit 50 --use-cache out/cache
     python -m paper.evaluate --base out/smollm2-135m --tasks mytask --include-path FOLDER
+    torchrun --nproc_per_node=4 -m paper.evaluate ...                     # the base divided between four GPUs
 
 Needs: pip install lm_eval. Tasks, prompts, metrics, cache and result files are the harness's; here is only what it asks of a model.
 A run that is stopped goes on from --use-cache. Tasks that execute what the model writes (MBPP, HumanEval) take the harness's own
@@ -12,12 +13,14 @@ two consents: --confirm-run-unsafe-code, and HF_ALLOW_CODE_EVAL=1 in the environ
 import argparse
 import hashlib
 import os
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from data.chat import encode_chat, end_token, stop_ids, with_system
 from data.errors import UsageError
@@ -29,6 +32,7 @@ from paper.table1 import BLOCKS, PAPER, PAPER_70B
 from run.arguments import measured_arguments
 from run.cli import ArgumentParser, non_negative_int, positive_int, run_cli
 from run.plug import plug_speaker
+from run.processes import Alone, join_decoders
 from sample import Guided, generate, score
 
 try:  # everything below is read without the harness; only running takes it
@@ -61,6 +65,7 @@ class GuidedLM(TemplateLM):
         self.guided, self.tokenizer, self.template, self.system = guided, tokenizer, template, system
         self.llamas = list(dict.fromkeys([guided.base, *guided.llamas]))
         self.max_length = min(llama.config.max_position_embeddings for llama in self.llamas)
+        self.room = room_for_batches(guided.base.device)
         # A tokenizer.json says itself whether a text begins with BOS; the other two kinds always do.
         self.adds_bos = tokenizer.kind != "json" or tokenizer.backend.encode("a").ids[:1] == [tokenizer.bos_id]
 
@@ -120,22 +125,18 @@ class GuidedLM(TemplateLM):
 
     # ---- how much at a time
 
-    def room(self) -> float:
-        """Bytes for caches and logits: half of what a GPU has free, 1 GB on a CPU."""
-        return torch.cuda.mem_get_info()[0] / 2 if self.guided.base.device.type == "cuda" else 1e9
-
-    def fits(self, rows: int, longest: int, predicted: int, room: float) -> bool:
+    def fits(self, rows: int, longest: int, predicted: int) -> bool:
         """Whether a batch with logits of `predicted` positions a row does. A cascade asks for those of all."""
         configs = [llama.config for llama in self.llamas]
         cached = sum(2 * each.num_hidden_layers * each.num_key_value_heads * each.head_dim for each in configs) * self.guided.base.dtype.itemsize
         logits = 16 * max(each.vocab_size for each in configs)  # z_base, z_delta, z_post, and log p in float32
         if self.guided.value is not None and self.guided.value.scheme.startswith("cascade"):
             predicted = longest
-        return rows * (2 * longest * cached + predicted * logits) <= room  # twice: rows of one context are forked
+        return rows * (2 * longest * cached + predicted * logits) <= self.room  # twice: rows of one context are forked
 
     def bar(self, total: int, what: str, hidden: bool):
         from tqdm import tqdm  # the harness brings it
-        return tqdm(total=total, desc=what, disable=hidden or os.environ.get("LOCAL_RANK", "0") != "0")
+        return tqdm(total=total, desc=what, disable=hidden)
 
     # ---- how likely given continuations are
 
@@ -162,17 +163,17 @@ class GuidedLM(TemplateLM):
     def batches(self, pairs: list[tuple[list[int], list[int]]]) -> Iterator[list[int]]:
         """Numbers of pairs, long contexts first; a context that comes again is in one batch, unless that would not fit."""
         order = sorted(range(len(pairs)), key=lambda number: (-len(pairs[number][0]), pairs[number][0], -len(pairs[number][1])))
-        room, batch, longest, predicted = self.room(), [], 0, 0
+        batch, longest, predicted = [], 0, 0
         for context, group in groupby(order, key=lambda number: pairs[number][0]):
             group = list(group)
             most = len(pairs[group[0]][1])
-            fits = self.fits(len(batch) + len(group), longest + max(predicted, most), max(predicted, most), room)
+            fits = self.fits(len(batch) + len(group), longest + max(predicted, most), max(predicted, most))
             if batch and not (fits and len(context) >= ALIKE * longest):
                 yield batch
                 batch, longest, predicted = [], 0, 0
             longest, predicted = max(longest, len(context)), max(predicted, most)
             for number in group:
-                if batch and not self.fits(len(batch) + 1, longest + predicted, predicted, room):
+                if batch and not self.fits(len(batch) + 1, longest + predicted, predicted):
                     yield batch
                     batch, predicted = [], len(pairs[number][1])
                 batch.append(number)
@@ -213,9 +214,9 @@ class GuidedLM(TemplateLM):
                 prompts = {number: self.tok_encode(requests[number].args[0])[-longest:] for number in numbers}
                 numbers.sort(key=lambda number: -len(prompts[number]))
                 while numbers:
-                    count, room, positions = 1, self.room(), len(prompts[numbers[0]]) + options["max_new_tokens"]
+                    count, positions = 1, len(prompts[numbers[0]]) + options["max_new_tokens"]
                     while (count < len(numbers) and len(prompts[numbers[count]]) >= ALIKE * len(prompts[numbers[0]])
-                           and self.fits(count + 1, positions, 1, room)):
+                           and self.fits(count + 1, positions, 1)):
                         count += 1
                     batch, numbers = numbers[:count], numbers[count:]
                     options["seed"] = len(numbers)  # another one in each batch
@@ -255,6 +256,14 @@ class GuidedLM(TemplateLM):
         for stop in until:
             texts = [text.partition(stop)[0] for text in texts]
         return texts
+
+
+def room_for_batches(device: torch.device) -> float:
+    """Bytes for caches and logits: half of what a GPU has free, 1 GB on a CPU. The first process decides for all."""
+    room = [torch.cuda.mem_get_info()[0] / 2 if device.type == "cuda" else 1e9]
+    if dist.is_initialized():
+        dist.broadcast_object_list(room)
+    return room[0]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -351,19 +360,34 @@ def make_folder(flag: str, folder: Path) -> None:
         raise UsageError(f"{flag} {folder}: read-only")
 
 
+def system_of(args) -> dict[str, str]:
+    """What answers depend on."""
+    return {flag: str(getattr(args, flag)) for flag in ("base", "value", "scheme", "expert", "anti_expert", "vocab_map", "alpha", "template",
+                                                        "system", "dtype")}
+
+
+def cache_of(args) -> str | None:
+    """The beginning of the names of the harness's cache files; another system's answers are never taken for this one's."""
+    return args.use_cache and f"{args.use_cache}-{hashlib.sha256(repr(system_of(args)).encode()).hexdigest()[:8]}"
+
+
+def copy_cache(cache: str, count: int) -> None:
+    """The harness keeps one for each of several processes, which have to find the same in it, wherever they were stopped."""
+    if Path(f"{cache}_rank0.db").exists():
+        for rank in range(1, count):
+            with sqlite3.connect(f"{cache}_rank0.db") as source, sqlite3.connect(f"{cache}_rank{rank}.db") as copy:
+                source.backup(copy)
+
+
 def evaluate(lm: GuidedLM, tasks: list[str], shots: int | None, chat: bool, name: str, manager, args) -> dict[str, dict]:
     """The harness's results of some tasks, which it also prints and saves; empty where this is not the first of several processes."""
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.utils import make_table
     tracker = EvaluationTracker(output_path=args.output and str(args.output))
-    system = {flag: str(getattr(args, flag)) for flag in ("base", "value", "scheme", "expert", "anti_expert", "vocab_map", "alpha", "template",
-                                                          "system", "dtype")}
-    # Another system's answers are never taken for this one's.
-    cache = args.use_cache and f"{args.use_cache}-{hashlib.sha256(repr(system).encode()).hexdigest()[:8]}"
     try:
-        results = simple_evaluate(lm, model_args={"model": name} | system, tasks=tasks, num_fewshot=shots, apply_chat_template=chat,
-                                  limit=args.limit, use_cache=cache, evaluation_tracker=tracker, task_manager=manager,
+        results = simple_evaluate(lm, model_args={"model": name} | system_of(args), tasks=tasks, num_fewshot=shots, apply_chat_template=chat,
+                                  limit=args.limit, use_cache=cache_of(args), evaluation_tracker=tracker, task_manager=manager,
                                   confirm_run_unsafe_code=args.confirm_run_unsafe_code)
     except ValueError as error:
         if "unsafe" not in str(error):
@@ -390,8 +414,15 @@ def main():
     for task in args.tasks:
         if task not in manager.all_tasks:
             raise UsageError(f"--tasks {task}: no such task; `lm-eval ls tasks` lists the harness's, and --include-path FOLDER adds others")
-    speaker = plug_speaker(args)
+    with join_decoders() as processes:
+        measure(columns, manager, processes, args)
+
+
+def measure(columns: list[Column], manager, processes: Alone, args) -> None:
+    speaker = plug_speaker(args, processes)
     lm = GuidedLM(speaker.guided, speaker.tokenizer, speaker.template, speaker.system)
+    if args.use_cache:
+        processes.first_does(lambda: copy_cache(cache_of(args), processes.count))
     measured = {}
     for column in columns:
         print(f"{column.name}: {column.task}, shots: {column.shots}", flush=True)

@@ -217,11 +217,11 @@ def test_a_context_that_comes_again_is_computed_once(tmp_path, monkeypatch):
     pairs = [(context, f" {number}") for number in range(5) for context in contexts]
     whole = lm.loglikelihood(requests("loglikelihood", pairs), True)
     assert len(read) == len(set(read)) == len({tuple(lm.tok_encode(context)) for context in contexts})
-    monkeypatch.setattr(lm, "room", lambda: 4e5)  # now in many batches
+    monkeypatch.setattr(lm, "room", 4e5)  # now in many batches
     del read[:]
     parts = lm.loglikelihood(requests("loglikelihood", pairs), True)
     assert len(read) == len(set(read)) and parts == pytest.approx([pytest.approx(each, abs=1e-4) for each in whole])
-    monkeypatch.setattr(lm, "room", lambda: 0)  # and one by one
+    monkeypatch.setattr(lm, "room", 0)  # and one by one
     assert [log_p for log_p, _ in lm.loglikelihood(requests("loglikelihood", pairs[:9]), True)] == pytest.approx([log_p for log_p, _ in whole[:9]], abs=1e-4)
 
 
@@ -305,7 +305,7 @@ def test_a_run_that_was_stopped_goes_on_from_the_harness_s_cache(base, tasks, tm
     status, output, errors = inside(tmp_path, *command, "--output", "whole")
     assert status == 0 and "|choices|" in output.replace(" ", ""), errors
     assert len(list((tmp_path / "whole").glob("*/samples_*.jsonl"))) == 2
-    monkeypatch.setattr(GuidedLM, "room", lambda lm: 1e6)  # several batches
+    monkeypatch.setattr(evaluate, "room_for_batches", lambda device: 1e6)  # several batches
     asked, score = [], evaluate.score
 
     def stopping(guided, pairs, size):
@@ -387,7 +387,7 @@ def test_settings_of_answers(tmp_path):
     sampled = [("the birds", {"until": [], "max_gen_toks": 9, "do_sample": True, "temperature": 1.0})] * 6
     answers = lm.generate_until(requests("generate_until", sampled), True)
     assert len(set(answers)) > 3 and answers == lm.generate_until(requests("generate_until", sampled), True)
-    lm.room = lambda: 0  # one at a time
+    lm.room = 0  # one at a time
     assert len(set(lm.generate_until(requests("generate_until", sampled), True))) > 3
 
 
