@@ -20,7 +20,7 @@ from data.tiny_world import World
 from data.tokenizer import TiktokenTokenizer, load_tokenizer
 from ivl import ValueModel
 from model import Llama
-from paper import evaluate
+from paper import evaluate, guided_lm
 from paper.evaluate import GuidedLM
 from sample import Guided
 from tests.helpers import SHARED, byte_pairs, inside, refused, small
@@ -305,8 +305,8 @@ def test_a_run_that_was_stopped_goes_on_from_the_harness_s_cache(base, tasks, tm
     status, output, errors = inside(tmp_path, *command, "--output", "whole")
     assert status == 0 and "|choices|" in output.replace(" ", ""), errors
     assert len(list((tmp_path / "whole").glob("*/samples_*.jsonl"))) == 2
-    monkeypatch.setattr(evaluate, "room_for_batches", lambda device: 1e6)  # several batches
-    asked, score = [], evaluate.score
+    monkeypatch.setattr(guided_lm, "room_for_batches", lambda device: 1e6)  # several batches
+    asked, score = [], guided_lm.score
 
     def stopping(guided, pairs, size):
         if len(asked) > 30:
@@ -314,10 +314,10 @@ def test_a_run_that_was_stopped_goes_on_from_the_harness_s_cache(base, tasks, tm
         asked.extend(pairs)
         return score(guided, pairs, size)
 
-    monkeypatch.setattr(evaluate, "score", stopping)
+    monkeypatch.setattr(guided_lm, "score", stopping)
     assert inside(tmp_path, *command, "--use-cache", "cache/answers", "--output", "parts")[0] == 130
     done, asked[:] = len(asked), []
-    monkeypatch.setattr(evaluate, "score", lambda guided, pairs, size: asked.extend(pairs) or score(guided, pairs, size))
+    monkeypatch.setattr(guided_lm, "score", lambda guided, pairs, size: asked.extend(pairs) or score(guided, pairs, size))
     status, _, errors = inside(tmp_path, *command, "--use-cache", "cache/answers", "--output", "parts")
     assert status == 0 and 0 < done < 90 and len(asked) == 90 - done, errors
     assert scores(tmp_path / "parts") == scores(tmp_path / "whole")
