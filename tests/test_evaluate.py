@@ -329,6 +329,21 @@ def test_a_run_that_was_stopped_goes_on_from_the_harness_s_cache(base, tasks, tm
 
 
 @pytest.mark.slow
+def test_what_guides_goes_through_the_command(home, base, tasks, tmp_path):
+    """A value network, which at alpha 0 is the base alone; one through a vocabulary map; and proxy tuning of an untuned expert by itself."""
+    tiny, value = home / "out/seed0/tiny-s", home / "out/seed0/value-residual-tiny-s"
+    asked = ["--tasks", "choices", "answers", "--include-path", tasks, "--limit", 12, "--output"]
+    for name, flags in {"alone": ["--base", tiny], "zero": ["--base", tiny, "--value", value, "--alpha", 0], "guided": ["--value", value],
+                        "mapped": ["--base", base, "--value", value],
+                        "proxy": ["--base", tiny, "--expert", tiny, "--anti-expert", tiny, "--template", "llama-2"]}.items():
+        status, output, errors = inside(tmp_path, "evaluate.py", *flags, *asked, name)
+        assert status == 0 and ("made a vocabulary map" in output) == (name == "mapped"), errors
+    assert scores(tmp_path / "zero") == scores(tmp_path / "proxy") == scores(tmp_path / "alone")
+    (record,) = (tmp_path / "guided").glob("*/results_*.json")
+    assert json.loads(record.read_text())["config"]["model_args"]["model"] == "tiny-s + value"
+
+
+@pytest.mark.slow
 def test_a_suite_is_printed_beside_the_paper_s_rows(base, tasks, tmp_path, monkeypatch):
     """With files of the test in the place of the harness's data sets."""
     body = FOLDER_TASKS["choices"].replace("[{", "[{metric: acc_norm, aggregation: mean, higher_is_better: true}, {") + "fewshot_split: test\n"
