@@ -29,7 +29,7 @@ except ImportError:  # no Triton on this platform: the plain formulas do all of 
 SCHEMES = ("residual", "cascade", "cascade+", "probe")
 
 # ---------------------------------------------------------------------------------------------------------
-# Eq. (3) and Eq. (4)
+# Eq. (3), Eq. (4), and two more losses
 
 
 def combine(z_base: Tensor, z_delta: Tensor, alpha: float = 1.0) -> Tensor:
@@ -47,7 +47,8 @@ def combine(z_base: Tensor, z_delta: Tensor, alpha: float = 1.0) -> Tensor:
     return z_base.detach() + alpha * z_delta
 
 
-def ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+def ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0, over: str = "supervised"
+             ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. (4) with the norm of Section 4.2.1: CE(z_base + z_delta, labels) + l1 * mean |z_delta|.
 
     z_base (..., Vb), z_delta (..., Vv), labels (...) already shifted: row t's label is token t + 1.
@@ -55,7 +56,8 @@ def ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0) -
 
     Both terms are means over the supervised rows, the norm also over the vocabulary. The paper writes
     a sum, but its lambda of 1.0 (Table 5) goes with a mean. The authors average the norm over all
-    positions, prompt and padding included; we over the supervised ones, where the value network is used.
+    positions, prompt and padding included; we over the supervised ones, where the value network is used,
+    unless `over` is "all": then over every row that is given, as many as the batch has, padding among them.
 
     Returns the loss and {ce, l1, acc, base_ce, base_acc}, the last two being what the base alone would
     get: 0-dimensional tensors, 0 when no row is supervised. On a GPU the Triton kernel below computes
@@ -68,6 +70,10 @@ def ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0) -
     count = max(1, int(supervised.sum()))
     if (labels[supervised] < 0).any() or (labels >= z_base.shape[-1]).any():
         raise ValueError(f"a label outside 0..{z_base.shape[-1] - 1}, the vocabulary of the base")
+    if over == "all":
+        ce, metrics = ivl_loss(z_base, z_delta, labels)
+        norm = at_least_float(z_delta).abs().mean()
+        return ce + l1 * norm, metrics | {"l1": norm.detach()}
     if kernel_runs_on(z_base, z_delta):
         ce, norm, metrics = kernel_loss(z_base, z_delta, labels, count)
         return ce + l1 * norm, metrics
@@ -84,6 +90,65 @@ def ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0) -
                "base_ce": F.cross_entropy(z_base, labels, reduction="sum") / count,
                "base_acc": (z_base.max(-1).indices == labels).sum() / count}
     return loss, metrics
+
+
+def pairwise_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, beta: float = 0.1) -> tuple[Tensor, dict[str, Tensor]]:
+    """Section 3.1's "pairwise optimization", in the form of DPO: -log sigmoid(r(chosen) - r(rejected)), the mean over pairs.
+
+    z_base (2P, T, Vb), z_delta (2P, T, Vv), labels (2P, T) as in ivl_loss, its rows chosen, rejected, chosen, ... The
+    reward r is beta * (log p_post - log p_base), summed over an answer. DPO's policy is z_post here, and the reference
+    that it must keep a second model for is z_base, which costs nothing. And what is learnt is a reward, since of a token
+
+        log p_post(y) - log p_base(y) = z_delta(y) - V,    V = log of the mean of exp z_delta under p_base:
+
+    z_delta is an action value Q(s, y), less the state's own value V an advantage, and the sum of advantages over an
+    answer its implicit reward (Rafailov et al., 2024, as Section 2 cites it). A constant added to z_delta changes nothing.
+
+    Returns the loss and {acc, margin}: the share of pairs whose chosen answer has the greater reward, and by how much on
+    average. A pair without a label counts nothing.
+    """
+    supervised = labels != -100  # (2P, T), N of them
+    z_base, z_delta = at_least_float(z_base.detach()[supervised]), at_least_float(z_delta[supervised])
+    z_post = combine(z_base, z_delta)  # (N, Vb), Eq. (3)
+    log_ratio = log_p(z_post, labels[supervised]) - log_p(z_base, labels[supervised])  # (N,)
+    row = supervised.nonzero()[:, 0]  # (N,)
+    reward = beta * log_ratio.new_zeros(len(labels)).index_add(0, row, log_ratio)  # (2P,)
+    margin = reward[::2] - reward[1::2]  # (P,)
+    margin = margin[supervised[::2].any(1)]
+    count = max(1, len(margin))
+    metrics = {"acc": (margin > 0).sum() / count, "margin": margin.detach().sum() / count}
+    return -F.logsigmoid(margin).sum() / count, metrics
+
+
+def log_p(z: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities of labels (N,) by logits (N, V)."""
+    return -F.cross_entropy(z, labels, reduction="none")
+
+
+def distillation_loss(z_base: Tensor, z_delta: Tensor, z_teacher: Tensor, labels: Tensor, temperature: float = 1.0
+                      ) -> tuple[Tensor, dict[str, Tensor]]:
+    """Section 3.1's "KL-based teacher-student distillation": KL(p_teacher || p_post), the mean over the supervised rows.
+
+    z_base (..., Vb), z_delta (..., Vv), z_teacher (..., Vt), labels (...), which only say what is supervised. Logits
+    are divided by the temperature, and the loss multiplied by its square, which keeps the gradient's size; tokens that
+    base or teacher lacks are left out of both softmaxes.
+
+    Returns the loss and, without that square, {kl, base_kl, acc, base_acc}: in nats for z_post and for the base alone,
+    and how often each has the teacher's likeliest token.
+    """
+    supervised = labels.flatten() != -100
+    count = max(1, int(supervised.sum()))
+    z_base, z_delta, z_teacher = [at_least_float(z.flatten(0, -2)[supervised]) for z in (z_base, z_delta, z_teacher)]
+    z_post = combine(z_base, z_delta)  # (N, Vb), Eq. (3)
+    both = min(z_post.shape[-1], z_teacher.shape[-1])
+    log_post, log_base, log_teacher = [F.log_softmax(z[:, :both] / temperature, -1) for z in (z_post, z_base.detach(), z_teacher.detach())]
+    p_teacher = log_teacher.exp()
+    kl = (p_teacher * (log_teacher - log_post)).sum() / count
+    base_kl = (p_teacher * (log_teacher - log_base)).sum() / count
+    favourite = log_teacher.max(-1).indices  # (N,)
+    metrics = {"kl": kl.detach(), "base_kl": base_kl, "acc": (log_post.max(-1).indices == favourite).sum() / count,
+               "base_acc": (log_base.max(-1).indices == favourite).sum() / count}
+    return temperature**2 * kl, metrics
 
 
 def at_least_float(x: Tensor) -> Tensor:
@@ -307,12 +372,26 @@ class ValueModel(nn.Module):
             embeds = embeds + self.network.model.embed_tokens(tokens)
         return embeds
 
-    def loss(self, base: Llama, tokens: Tensor, labels: Tensor, l1: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, base: Llama, tokens: Tensor, labels: Tensor, l1: float = 0.0, over: str = "supervised"
+             ) -> tuple[Tensor, dict[str, Tensor]]:
         """What ivl_loss returns, of tokens (B, T) and labels (B, T) on a frozen base."""
         with torch.no_grad():
             z_base = base(tokens)  # (B, T, Vb), Eq. (1)
         z_delta = self(tokens, z_base)  # (B, T, Vv), Eq. (2)
-        return ivl_loss(z_base, z_delta, labels, l1)  # Eq. (4)
+        return ivl_loss(z_base, z_delta, labels, l1, over)  # Eq. (4)
+
+    def pair_loss(self, base: Llama, tokens: Tensor, labels: Tensor, beta: float = 0.1) -> tuple[Tensor, dict[str, Tensor]]:
+        """What pairwise_loss returns, of tokens (2P, T) and labels (2P, T), rows chosen, rejected, chosen, ..."""
+        with torch.no_grad():
+            z_base = base(tokens)  # (2P, T, Vb): the policy's start and its reference at once
+        return pairwise_loss(z_base, self(tokens, z_base), labels, beta)
+
+    def teacher_loss(self, base: Llama, tokens: Tensor, labels: Tensor, teacher: Llama, temperature: float = 1.0
+                     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What distillation_loss returns, of tokens (B, T) and labels (B, T), with any teacher of the vocabulary."""
+        with torch.no_grad():
+            z_base, z_teacher = base(tokens), teacher(tokens)  # (B, T, Vb), (B, T, Vt)
+        return distillation_loss(z_base, self(tokens, z_base), z_teacher, labels, temperature)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> "ValueModel":

@@ -4,6 +4,7 @@
     python train.py --base tiny-l                          # pretrain a bigger base, to plug the value network into
     python train.py --base --value --scheme cascade+       # another way to connect the two (Section 4.1)
     python train.py --base tiny-s tiny-m --value           # a curriculum of bases (Table 2)
+    python train.py --base --value --loss pairwise         # pairs of answers instead of demonstrations (Section 3.1); or kl
     python train.py --base PATH --value --data chats.json  # on a real checkpoint in the Hugging Face layout
     torchrun --nproc_per_node=8 train.py --base PATH --value --data chats.json  # on eight GPUs; --shard divides the weights
 
@@ -57,15 +58,21 @@ class Settings:
     weight_decay: float = 0.01  # the authors' scripts
     betas: tuple[float, float] = (0.9, 0.999)
     l1: float = 0.0  # lambda of Section 4.2.1
-    base_hashes: tuple[str, ...] = ()  # of the bases' weights
+    base_hashes: tuple[str, ...] = ()  # of the bases' weights, and the teacher's
     held_out: int = 0  # conversations that are measured on and not trained on
     system: str = ""  # a system prompt for conversations that have none
+    loss: str = "ce"  # or "pairwise", with its beta, or "kl", with a teacher and a temperature (Section 3.1)
+    beta: float = 0.0
+    teacher: str = ""
+    temperature: float = 0.0
+    l1_over: str = "supervised"  # the positions that the norm is a mean of, or "all" in a batch
 
 
 PRETRAINING_LENGTH = 64  # tokens a row
 TINY = dict(floor=0.1, betas=(0.9, 0.98), grad_accum=1)
 TINY_PRETRAINING = TINY | dict(batch_size=32, max_length=PRETRAINING_LENGTH, weight_decay=0.05)
 TINY_POST_TRAINING = TINY | dict(steps=500, batch_size=32, lr=1e-3)
+TINY_PAIRS = TINY | dict(steps=200, batch_size=16, lr=5e-4)
 PROBE_WIDTH = 256  # 0.8M weights on 1024 logits, 25M on 32000
 
 
@@ -90,11 +97,10 @@ def learning_rate(settings: Settings, step: int) -> float:
 # The loop
 
 
-def language_loss(network: Llama, base: None, tokens: Tensor, labels: Tensor, l1: float = 0.0
-                  ) -> tuple[Tensor, dict[str, Tensor]]:
+def language_loss(network: Llama, base: None, tokens: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Ordinary training of a network by itself: the mean cross-entropy of tokens (B, T) over supervised labels (B, T).
 
-    base and l1 are there because ValueModel.loss stands in the same place where a value network is trained.
+    base is there because ValueModel.loss stands in the same place where a value network is trained.
     """
     z = network(tokens)  # (B, T, V)
     total = F.cross_entropy(at_least_float(z).flatten(0, 1), labels.flatten(), reduction="sum")
@@ -105,12 +111,12 @@ def language_loss(network: Llama, base: None, tokens: Tensor, labels: Tensor, l1
 class Objective(nn.Module):
     """A network, and its loss as a forward pass, which is where several processes can step in."""
 
-    def __init__(self, network: Llama | ValueModel, loss: Callable, l1: float = 0.0):
+    def __init__(self, network: Llama | ValueModel, loss: Callable):
         super().__init__()
-        self.network, self.loss, self.l1 = network, loss, l1
+        self.network, self.loss = network, loss
 
     def forward(self, base: Llama | None, tokens: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(self.network, base, tokens, labels, self.l1)
+        return self.loss(self.network, base, tokens, labels)
 
 
 class OneProcess:
@@ -143,7 +149,8 @@ def fit(network: Llama | ValueModel, loss: Callable, bases: list[Llama], batches
     Returns the Objective.
     """
     settings, processes = run.settings, run.processes
-    objective = processes.share_out(Objective(network, loss, settings.l1), settings.dtype)
+    objective = processes.share_out(Objective(network, loss), settings.dtype)
+    count = count_pairs if settings.loss == "pairwise" else count_supervised
     optimizer = make_optimizer(network, settings)
     first, stream = run.begin(network, optimizer, batches)  # at step 0, or where a stopped run goes on
     for step, (position, parts) in zip(range(first, settings.steps), stream):
@@ -153,7 +160,7 @@ def fit(network: Llama | ValueModel, loss: Callable, bases: list[Llama], batches
         # several bases are a curriculum: as many steps on each, in their order (Table 2)
         base = bases[step * len(bases) // settings.steps] if bases else None
         # the gradient of the whole batch, clipped to norm 1
-        metrics = accumulate_gradient(objective, base, parts, settings.dtype, processes)
+        metrics = accumulate_gradient(objective, base, parts, settings.dtype, processes, count)
         norm = processes.whole(nn.utils.clip_grad_norm_(network.parameters(), 1.0))
         # what is no number must not reach the weights
         run.check_finite(step, metrics, norm.item())
@@ -176,26 +183,33 @@ def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=settings.betas, fused=True)
 
 
-def accumulate_gradient(objective: nn.Module, base: Llama | None, parts: list[Part], dtype: str,
-                        processes: OneProcess = OneProcess()) -> dict[str, float]:
-    """Leave in .grad the gradient of the mean over all supervised tokens of a step, however it is split in parts.
+def count_supervised(labels: Tensor) -> int:
+    return int((labels != -100).sum())
 
-    Returns the means of the metrics, and of the loss.
+
+def count_pairs(labels: Tensor) -> int:
+    """Of rows chosen, rejected, chosen, ...; pairs without a label, which make up the numbers between processes, not."""
+    return int((labels[::2] != -100).any(1).sum())
+
+
+def accumulate_gradient(objective: nn.Module, base: Llama | None, parts: list[Part], dtype: str,
+                        processes: OneProcess = OneProcess(), count: Callable = count_supervised
+                        ) -> dict[str, float]:
+    """Leave in .grad the gradient of the mean over all that a step's loss counts, however it is split in parts.
+
+    `count` says how much that is of a part's labels: supervised tokens, or pairs. Returns the means of the metrics,
+    and of the loss.
     """
-    total = sum(count_supervised(labels) for _, labels in parts)
+    total = sum(count(labels) for _, labels in parts)
     sums: dict[str, float] = defaultdict(float)
     for tokens, labels in processes.mine(parts):
-        share = count_supervised(labels) / total
+        share = count(labels) / total
         loss, metrics = compute_loss(objective, base, tokens, labels, dtype)
         # Several processes end with the mean of their gradients, where the sum is meant.
         (loss * share * processes.count).backward()
         for name, value in (metrics | {"loss": loss}).items():
             sums[name] += value.item() * share
     return processes.sum(sums)
-
-
-def count_supervised(labels: Tensor) -> int:
-    return int((labels != -100).sum())
 
 
 def compute_loss(objective: nn.Module, base: Llama | None, tokens: Tensor, labels: Tensor, dtype: str
@@ -212,10 +226,10 @@ def held_out_ce(objective: nn.Module, base: Llama | None, dataset: ChatDataset, 
     """Mean cross-entropy in nats over the supervised tokens of some conversations; None when none of them fits."""
     total, count = 0.0, 0
     for index in indices:
-        sample = dataset.sample(index)
-        if sample is None:
+        rows = dataset.rows(index)
+        if not rows:
             continue
-        tokens, labels = collate([sample])
+        tokens, labels = collate(rows)
         _, metrics = compute_loss(objective, base, tokens, labels, dtype)
         total += metrics["ce"].item() * count_supervised(labels)
         count += count_supervised(labels)

@@ -37,7 +37,7 @@ def training(loss: Callable, value: str, base: str, checkpointing: bool, tokens:
     torch.set_default_dtype(getattr(torch, dtype))
     frozen = Llama(SHAPES[base]).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
-    objective = Objective(network, loss, 1.0)
+    objective = Objective(network, functools.partial(loss, l1=1.0))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     T = min(tokens, *(SHAPES[name].max_position_embeddings for name in (value, base)))
     text = torch.randint(32000, (tokens // T, T + 1), device="cpu")  # as the loader gives them

@@ -1,6 +1,7 @@
 """Conversations as token ids with a label mask, and data sets of them as batches.
 
     python -m data.chat out/seed0/demonstrations.jsonl --tokenizer out/seed0/tiny-s      # what training will see
+    python -m data.chat out/seed0/preferences.jsonl --tokenizer out/seed0/tiny-s --pairs # of pairs of answers
 
 A conversation becomes token ids turn by turn, so the mask is right by construction: the model is supervised on
 the assistant's tokens and the token that ends its turn, and on nothing else.
@@ -11,7 +12,7 @@ import itertools
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data.errors import UsageError
-from data.records import CONTEXT, Records, Turn, Usable, read_turns
+from data.records import CONTEXT, Records, Turn, Usable, read_pair, read_turns
 from data.tokenizer import Tokenizer, load_tokenizer
 
 IGNORE = -100  # the label of a position that is not supervised
@@ -162,6 +163,8 @@ def split_text(tokenizer: Tokenizer, header: str, text: str) -> tuple[list[int],
 # ---------------------------------------------------------------------------------------------------------
 # A data set
 
+Sample = tuple[list[int], list[bool]]  # token ids, and for each whether it is supervised
+
 
 class ChatDataset:
     """The conversations of a .json or .jsonl file (data/records.py), tokenised when they are asked for.
@@ -170,6 +173,8 @@ class ChatDataset:
     no system turn of their own.
     """
 
+    what, read, row_count = "conversation", staticmethod(read_turns), 1  # a record's name, what reads it, its rows in a batch
+
     def __init__(self, path: str | Path, tokenizer: Tokenizer, template: str, max_length: int, system: str = ""):
         self.path, self.tokenizer, self.template, self.max_length = Path(path), tokenizer, template, max_length
         self.system = system
@@ -177,11 +182,11 @@ class ChatDataset:
         self.too_long: set[int] = set()  # of the records tokenised so far: not one exchange fits max_length
         self.truncated: set[int] = set()  # of the records tokenised so far: only the first exchanges fit
         self.records = Records(path)
-        usable = Usable(self.records, read_turns)
+        usable = Usable(self.records, self.read, self.what)
         keys, wholes = [], []
-        for key, record, (_, left_out) in usable:
+        for key, record, (turns, left_out) in usable:
             keys.append(key)
-            wholes.append(whole_of(record, key))
+            wholes.append(self.whole_of(record, key, turns))
             if left_out:
                 self.shortened[left_out] += 1
         self.keys = np.array(keys, dtype=np.int64)
@@ -210,35 +215,78 @@ class ChatDataset:
         self.truncated.add(index)
         return with_mask(kept)
 
+    def rows(self, index: int) -> list[Sample]:
+        """What a record is in a batch: a row, or none when it is too long."""
+        sample = self.sample(index)
+        return [] if sample is None else [sample]
+
     def report(self, held_out: int = 0) -> str:
         """How many conversations there are, and what was left out so far, by reason."""
-        dropped = [*self.unused.items(), (f"no exchange within {self.max_length} tokens", len(self.too_long))]
+        too_long = f"{'an answer beyond' if self.row_count > 1 else 'no exchange within'} {self.max_length} tokens"
+        dropped = [*self.unused.items(), (too_long, len(self.too_long))]
         shortened = [*self.shortened.items(), (f"what is beyond {self.max_length} tokens", len(self.truncated))]
         split = f" ({len(self) - held_out} to train on, {held_out} held out)" if held_out else ""
-        return (f"{self.path.name}: {len(self)} conversations{split}"
+        return (f"{self.path.name}: {len(self)} {self.what}s{split}"
                 + "".join(f"; dropped {count}: {reason}" for reason, count in dropped if count)
                 + "".join(f"; shortened {count} by {what}" for what, count in shortened if count))
 
+    def whole_of(self, record: dict, key: int, turns: list[Turn]) -> int:
+        """A number for the conversation that a record is a piece of: by the same id, and ShareGPT's ids X_0 and X_1 are pieces of X."""
+        id = record.get("conversation_id", record.get("id"))
+        piece = re.fullmatch(r"(.+)_\d+", id) if isinstance(id, str) else None
+        return number_of(f"piece {piece[1]}" if piece else f"piece {id}" if type(id) in (str, int) else f"record {key}")
 
-def whole_of(record: dict, key: int) -> int:
-    """A number for the conversation that a record is a piece of: by the same id, and ShareGPT's ids X_0 and X_1 are pieces of X."""
-    id = record.get("conversation_id", record.get("id"))
-    piece = re.fullmatch(r"(.+)_\d+", id) if isinstance(id, str) else None
-    name = f"piece {piece[1]}" if piece else f"piece {id}" if type(id) in (str, int) else f"record {key}"
+
+class PairDataset(ChatDataset):
+    """Pairs of a chosen and a rejected answer to the same prompt, in the same way: two rows each, the last answer supervised."""
+
+    what, read, row_count = "pair", staticmethod(read_pair), 2
+
+    def turns(self, index: int) -> tuple[list[Turn], list[Turn]]:
+        """The conversations with the chosen answer and with the rejected one."""
+        (chosen, rejected), _ = read_pair(self.records[int(self.keys[index])])
+        return with_system(self.system, chosen), with_system(self.system, rejected)
+
+    def rows(self, index: int) -> list[Sample]:
+        """Chosen and rejected, or none when one of them is too long: nothing of a pair can be cut off."""
+        both = [encode_chat(self.tokenizer, self.template, turns) for turns in self.turns(index)]
+        if max(len(ids) for ids, _ in both) > self.max_length:
+            self.too_long.add(index)
+            return []
+        return both
+
+    def whole_of(self, record: dict, key: int, turns: tuple[list[Turn], list[Turn]]) -> int:
+        """Several pairs of one prompt stay on one side of a split."""
+        return number_of(f"prompt {turns[0][:-1]}")
+
+
+def number_of(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=7).digest(), "big")
+
+
+Score = Callable[[list[tuple[list[int], list[int]]]], list[tuple[float, bool]]]
+# (context, continuation) pairs -> (log-likelihood of the continuation, is each of its tokens the arg-max)
+
+
+def share_preferred(score: Score, rows: list[Sample]) -> float:
+    """The share of pairs, rows chosen, rejected, chosen, ..., whose chosen answer is likelier than the rejected one."""
+    starts = [supervised.index(True) for _, supervised in rows]
+    stops = [len(supervised) - supervised[::-1].index(True) for _, supervised in rows]
+    found = score([(ids[:start], ids[start:stop]) for (ids, _), start, stop in zip(rows, starts, stops)])
+    right = [chosen > rejected for (chosen, _), (rejected, _) in zip(found[::2], found[1::2])]
+    return sum(right) / len(right)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Batches
 
-Sample = tuple[list[int], list[bool]]
 Position = tuple[int, int, int]  # epoch, window, batch within the window
 WINDOW = 32  # batches; samples are sorted by length within a window of the shuffled order
 
 
 def stream_batches(dataset: ChatDataset, indices: list[int], batch_size: int, seed: int,
                    position: Position = (0, 0, 0)) -> Iterator[tuple[Position, list[Sample]]]:
-    """Endless batches of samples of like length, each with the position behind it, from which to go on.
+    """Endless batches of records' rows, of like length, each with the position behind it, from which to go on.
 
     The order is a function of seed and epoch: shuffled, then sorted by length within windows, whose batches are
     shuffled again. So padding is small, and no length is seen before another.
@@ -251,18 +299,18 @@ def stream_batches(dataset: ChatDataset, indices: list[int], batch_size: int, se
         if window and (window - 1) * width >= len(order):
             raise UsageError(f"{dataset.path}: a position beyond its data, window {window} of an epoch")
         for start in range(window * width, len(order), width):
-            samples = [sample for index in order[start:start + width] if (sample := dataset.sample(index))]
-            samples.sort(key=lambda sample: len(sample[0]))
-            if skip > -(-len(samples) // batch_size):
+            records = [rows for index in order[start:start + width] if (rows := dataset.rows(index))]
+            records.sort(key=lambda rows: max(len(ids) for ids, _ in rows))
+            if skip > -(-len(records) // batch_size):
                 raise UsageError(f"{dataset.path}: a position beyond its data, batch {skip} of a window")
-            batches = [samples[first:first + batch_size] for first in range(0, len(samples), batch_size)]
+            batches = [sum(records[first:first + batch_size], []) for first in range(0, len(records), batch_size)]
             random.Random(f"window {seed} {epoch} {window}").shuffle(batches)
             found = found or bool(batches)
             for number, batch in enumerate(batches[skip:], skip + 1):
                 yield (epoch, window, number), batch
             window, skip = window + 1, 0
         if not found:
-            raise UsageError(f"{dataset.path}: every conversation is longer than --max-length {dataset.max_length}")
+            raise UsageError(f"{dataset.path}: every {dataset.what} is longer than --max-length {dataset.max_length}")
         epoch, window = epoch + 1, 0
 
 
@@ -270,7 +318,7 @@ def chat_batches(dataset: ChatDataset, indices: list[int], batch_size: int, part
                  position: list[int] | None) -> Iterator[tuple[list[int], list[tuple[Tensor, Tensor]]]]:
     """stream_batches as tensors, each batch in some parts: the position behind it, and (tokens, labels) per part."""
     for behind, samples in stream_batches(dataset, indices, batch_size, seed, tuple(position or (0, 0, 0))):
-        size = -(-len(samples) // parts)
+        size = dataset.row_count * -(-len(samples) // (dataset.row_count * parts))  # a pair is not divided
         yield list(behind), [collate(samples[first:first + size]) for first in range(0, len(samples), size)]
 
 
@@ -284,7 +332,7 @@ def hold_out(dataset: ChatDataset, seed: int, count: int | None = None) -> tuple
     if count is None:
         count = max(1, min(max(16, total // 100), total // 10))
     if total <= count:
-        raise UsageError(f"{dataset.path}: {total} usable conversations, and {count} of them to hold out; --held-out N changes that")
+        raise UsageError(f"{dataset.path}: {total} usable {dataset.what}s, and {count} of them to hold out; --held-out N changes that")
     order = random.Random(f"held out {seed}").sample(range(total), total)
     wholes = dataset.wholes.tolist()
     sizes, most = Counter(wholes), max(16, total // 10)
@@ -321,17 +369,15 @@ def main():
     parser.add_argument("--template", choices=TEMPLATES, help="default: from the tokenizer's kind")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt for conversations that have none")
     parser.add_argument("--max-length", type=positive_int, default=4096, help="tokens per conversation (default 4096)")
+    parser.add_argument("--pairs", action="store_true", help="chosen and rejected answers, as --loss pairwise takes them")
     parser.add_argument("--show", type=positive_int, default=3, help="how many (default 3)")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer)
     template = args.template or default_template(tokenizer)
     system = system_of(tokenizer, template, args.system)
-    dataset = ChatDataset(args.data, tokenizer, template, args.max_length, system)
+    dataset = (PairDataset if args.pairs else ChatDataset)(args.data, tokenizer, template, args.max_length, system)
     print(f"template {template}" + (f", system prompt {system!r}" if system else ""))
-    for index in range(min(args.show, len(dataset))):
-        if (sample := dataset.sample(index)) is None:
-            continue
-        ids, supervised = sample
+    for ids, supervised in itertools.chain(*map(dataset.rows, range(min(args.show, len(dataset))))):
         print(f"-- {len(ids)} tokens, {sum(supervised)} supervised, in capitals here")
         for id, is_supervised in zip(ids, supervised):
             text = tokenizer.token_bytes(id).decode("utf-8", "replace")

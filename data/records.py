@@ -18,6 +18,7 @@ from data.errors import UsageError
 from data.files import json_fault, open_text
 
 Turn = tuple[str, str]  # (role, text), role one of "system", "user", "assistant", and CONTEXT
+LEADING = "a leading answer"
 CONTEXT = "context"  # the role of an assistant's turn that is in the prompt, and that nothing is learnt from
 
 # ---------------------------------------------------------------------------------------------------------
@@ -51,6 +52,8 @@ def read_turns(record) -> tuple[list[Turn], str]:
 
     Raises Unusable, UnknownForm, and UsageError for what is no demonstration at all.
     """
+    if isinstance(record, dict):
+        refuse_preferences(record)
     return keep_exchanges(find_turns(record))
 
 
@@ -58,7 +61,6 @@ def find_turns(record) -> list[Turn]:
     """All turns of a record, as they stand in it."""
     if not isinstance(record, dict):
         raise UnknownForm("no object in it")
-    refuse_preferences(record)
     key = next((key for key in LISTS if key in record), None)
     pair = next((pair for pair in ONE_EXCHANGE if record.keys() >= set(pair)), None)
     if key is None and pair is None:
@@ -86,8 +88,8 @@ def refuse_unseen(fields: dict, names: tuple[str, ...]) -> None:
 
 def refuse_preferences(record: dict) -> None:
     if any(str(name).startswith(("rejected", "non_preferred")) and value is not None for name, value in record.items()):
-        raise UsageError("is a preference, chosen and rejected, and training takes demonstrations; keep the chosen answers alone, "
-                         "as conversations")
+        raise UsageError("is a preference, chosen and rejected, and --loss ce and kl take demonstrations; train with --loss pairwise, "
+                         "or keep the chosen answers alone, as conversations")
     label, completed = record.get("label"), {"prompt", "completion"} <= record.keys()
     if isinstance(label, bool) or completed and label in (0, 1, "true", "false", "True", "False"):
         raise UsageError("is a preference, a boolean label as in KTO's data, and training takes demonstrations; keep the "
@@ -156,7 +158,7 @@ def keep_exchanges(turns: list[Turn]) -> tuple[list[Turn], str]:
         turns = turns[1:]
     left_out = []
     if turns and turns[0][0] in ("assistant", CONTEXT):  # ShareGPT was cut into pieces that may begin with an answer
-        turns, left_out = turns[1:], ["a leading answer"]
+        turns, left_out = turns[1:], [LEADING]
     exchanges: list[Turn] = []
     for question, answer in zip(turns[::2], turns[1::2]):
         if question[0] != "user" or answer[0] not in ("assistant", CONTEXT):
@@ -174,6 +176,68 @@ def keep_exchanges(turns: list[Turn]) -> tuple[list[Turn], str]:
     if all(role != "assistant" for role, _ in exchanges):
         raise Unusable("no answer to learn from, as all have weight 0")
     return system + exchanges, " and ".join(left_out)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One record of two answers
+
+SIDES = ("chosen", "rejected")
+
+
+def read_pair(record) -> tuple[tuple[list[Turn], list[Turn]], str]:
+    """The turns with the chosen answer, those with the rejected one, and what was left out of both.
+
+    Nothing but the last turns differ, and nothing but they is learnt: earlier answers are context.
+    """
+    if not isinstance(record, dict) or not record.keys() >= set(SIDES):
+        raise UnknownForm("no object with 'chosen' and 'rejected' in it, two answers as --loss pairwise takes them")
+    both = []
+    for side in SIDES:
+        turns, left_out = keep_exchanges(find_turns(with_answer(record, side)))
+        if left_out not in ("", LEADING):
+            raise Unusable(f"{left_out} in '{side}'")
+        prompt = [(CONTEXT if role == "assistant" else role, text) for role, text in turns[:-1]]
+        both.append([*prompt, turns[-1]])
+    chosen, rejected = both
+    if chosen[:-1] != rejected[:-1]:
+        raise Unusable("no common prompt")
+    if CONTEXT in (chosen[-1][0], rejected[-1][0]):
+        raise Unusable("an answer of weight 0")
+    if chosen[-1][1].strip() == rejected[-1][1].strip():
+        raise Unusable("equal answers")
+    return (chosen, rejected), left_out
+
+
+def with_answer(record: dict, side: str) -> dict:
+    """The demonstration that a record is with one of its answers in the usual place.
+
+    An answer is a text, a turn, turns behind a prompt, or a whole conversation, which then says all.
+    """
+    answer = record[side]
+    rest = {name: value for name, value in record.items() if name not in SIDES}
+    if isinstance(answer, dict):
+        answer = [answer]
+    if not isinstance(answer, (str, list)):
+        raise Unusable(f"'{side}' that is no answer")
+    if isinstance(answer, list) and answer and read_turn(answer[0])[0] not in ("assistant", CONTEXT):
+        return {name: value for name, value in rest.items() if name not in LISTS} | {"messages": answer}
+    if isinstance(rest.get("prompt"), list):  # turns, Hugging Face's
+        rest = {name: value for name, value in rest.items() if name not in LISTS} | {"messages": rest["prompt"]}
+    key = next((key for key in LISTS if key in rest), None)
+    if key is not None:
+        if not isinstance(rest[key], list):
+            raise Unusable(f"'{key}' that is no list")
+        turns = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+        return rest | {key: [*rest[key], *turns]}
+    if isinstance(answer, list):
+        if len(answer) != 1:
+            raise Unusable(f"'{side}' that is not one answer")
+        answer = read_turn(answer[0])[1]
+    place = next((pair for pair in ONE_EXCHANGE if pair[0] in rest), None)
+    if place is None:
+        raise Unusable("two answers without a prompt")
+    others = {name for _, name in ONE_EXCHANGE}
+    return {name: value for name, value in rest.items() if name not in others} | {place[1]: answer}
 
 
 def is_unicode(text: str) -> bool:
@@ -285,8 +349,8 @@ class Usable:
     `unused` counts the others by reason. Raises UsageError where nothing can be used.
     """
 
-    def __init__(self, records: Records, read: Callable):
-        self.records, self.read, self.unused = records, read, Counter()
+    def __init__(self, records: Records, read: Callable, what: str = "conversation"):
+        self.records, self.read, self.what, self.unused = records, read, what, Counter()
 
     def __iter__(self) -> Iterator[tuple[int, object, object]]:
         """Key, record, and what was read."""
@@ -311,7 +375,7 @@ class Usable:
             refuse_wrapping(self.records.path, stranger[0])
             raise UsageError(f"{self.records.path}: no record of a known form; {stranger[1]} (data/README.md has the forms)")
         reasons = ", ".join(f"{count} with {reason}" for reason, count in self.unused.most_common(5))
-        raise UsageError(f"{self.records.path}: no usable conversation ({reasons or 'an empty list'})")
+        raise UsageError(f"{self.records.path}: no usable {self.what} ({reasons or 'an empty list'})")
 
 # ---------------------------------------------------------------------------------------------------------
 # Plain texts, for vocab_map.py

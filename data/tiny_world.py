@@ -2,6 +2,7 @@
 
     python -m data.tiny_world --seed 0                                  # a few lines of everything it makes
     python -m data.tiny_world --seed 0 --infinity infinity.jsonl        # the larger, arithmetic-heavy demonstrations
+    python -m data.tiny_world --seed 0 --preferences pairs.jsonl        # the same question answered as asked for, and not
 
 People live in cities, have jobs, pets and favourite colours. Pretraining text states these facts, and never
 shows a chat. Demonstrations show how to answer in a chat, about 30% of the people. The examination asks about
@@ -19,6 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from data.chat import encode_chat, end_token, with_system
+from data.chat import Score, encode_chat, end_token, share_preferred, with_system
 from data.errors import UsageError
 from data.files import write_text
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
@@ -255,17 +257,28 @@ class World:
         """
         rng = random.Random(f"{name} of world {self.seed}")
         for number in range(count):
-            kind = rng.random()
-            if kind < facts:
-                key = rng.choice(list(ATTRIBUTES))
-                item = fact_item(rng.choice(self.demonstrated), key, rng.choice(ATTRIBUTES[key].questions),
-                                 rng.choice(list(INSTRUCTIONS)))
-            elif kind < facts + sums:
-                item = sum_item(*rng.choice(self.demonstrated_sums), rng.choice(list(INSTRUCTIONS)))
-            else:
-                item = greeting_item(rng.choice(self.people + self.new_people), rng.choice(list(INSTRUCTIONS)))
+            item = self.demonstrated_item(rng, facts, sums)(rng.choice(list(INSTRUCTIONS)))
             turns = [{"from": "human", "value": prompt_text(item)}, {"from": "gpt", "value": item.answer}]
             yield {"id": f"tiny-{number}", "conversations": turns}
+
+    def demonstrated_item(self, rng: random.Random, facts: float, sums: float) -> Callable[[str], Item]:
+        """A question that demonstrations may ask, still without its instruction."""
+        kind = rng.random()
+        if kind < facts:
+            key = rng.choice(list(ATTRIBUTES))
+            return partial(fact_item, rng.choice(self.demonstrated), key, rng.choice(ATTRIBUTES[key].questions))
+        if kind < facts + sums:
+            return partial(sum_item, *rng.choice(self.demonstrated_sums))
+        return partial(greeting_item, rng.choice(self.people + self.new_people))
+
+    def preferences(self, count: int = 3000) -> Iterator[dict]:
+        """Pairs in ShareGPT's form: a question as in demonstrations, answered in the form asked for, and in another form."""
+        rng = random.Random(f"preferences of world {self.seed}")
+        for number in range(count):
+            ask = self.demonstrated_item(rng, facts=0.5, sums=0.2)
+            wanted, other = rng.sample(list(INSTRUCTIONS), 2)
+            yield {"id": f"tiny-pair-{number}", "conversations": [{"from": "human", "value": prompt_text(ask(wanted))}],
+                   "chosen": {"from": "gpt", "value": ask(wanted).answer}, "rejected": {"from": "gpt", "value": ask(other).answer}}
 
     def infinity(self) -> Iterator[dict]:
         """As InfinityInstruct is to ShareGPT (Section 5.1): a larger set of demonstrations, most of them arithmetic."""
@@ -277,7 +290,7 @@ class World:
         return f"tiny-world {self.seed}"
 
     def write_demonstrations(self, path: Path, records: Iterator[dict] | None = None) -> Path:
-        """The demonstrations as a ShareGPT file, which is then read like anybody's; UsageError if another is there."""
+        """The demonstrations, or other records, as a ShareGPT file, which is then read like anybody's; UsageError if another is there."""
         path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(record) + "\n" for record in records or self.demonstrations())
         if path.exists():
@@ -298,6 +311,15 @@ class World:
         forms = list(INSTRUCTIONS)
         return [fact_item(person, key, rng.choice(ATTRIBUTES[key].questions), forms[number % len(forms)])
                 for number, (person, key) in enumerate(asked[:count])]
+
+    def pair_items(self, split: str) -> list[tuple[Item, str]]:
+        """Those questions, and the right answer of each in another form than is asked for."""
+        rng = random.Random(f"{split} pairs of world {self.seed}")
+        pairs = []
+        for item in self.fact_items(split):
+            other = rng.choice([form for form in INSTRUCTIONS if form != item.instruction])
+            pairs.append((item, fact_item(item.person, item.attribute, item.question, other).answer))
+        return pairs
 
     def sum_items(self, split: str) -> list[Item]:
         forms = list(INSTRUCTIONS)
@@ -362,8 +384,6 @@ def greeting_item(person: Person, instruction: str) -> Item:
 # Examination
 
 Answer = Callable[[list[list[int]]], list[list[int]]]  # prompts -> generated tokens, the end token included
-Score = Callable[[list[tuple[list[int], list[int]]]], list[tuple[float, bool]]]
-# (context, continuation) pairs -> (log-likelihood of the continuation, is each of its tokens the arg-max)
 
 CHOICES = 8
 
@@ -379,13 +399,14 @@ def world_of(path: str | Path) -> World | None:
 
 
 def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, split: str = "development",
-             template: str = TEMPLATE, system: str = "") -> dict[str, float]:
+             template: str = TEMPLATE, system: str = "", pairs: bool = False) -> dict[str, float]:
     """Examine a system; every metric is a share between 0 and 1.
 
     exact  the whole answer and its end, on facts              know   the right value is in the answer, on facts
     ins    the form the instruction asks for, and the end      arith  exact, on sums that no demonstration shows
     mc     the right one of 8 values is the likeliest, after the question and the canonical sentence up to it
     fk     there, without choices: every token of the value is the likeliest one
+    pair   (where `pairs` are asked for) the answer in the form asked for is likelier than the same in another form
     """
     facts, sums = world.fact_items(split), world.sum_items(split)
     prompts = [encode_chat(tokenizer, template, with_system(system, [("user", prompt_text(item))]))[0] for item in facts + sums]
@@ -398,13 +419,13 @@ def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, s
         forms.append(ended and re.fullmatch(item.form, text) is not None)
         known.append(item.value in re.findall(r"\w+", text))
     rng = random.Random(f"{split} choices of world {world.seed}")
-    pairs = []
+    choices = []
     for item in facts:
         others = [value for value in ATTRIBUTES[item.attribute].values if value != item.value]
-        pairs += value_pairs(tokenizer, template, item, [item.value, *rng.sample(others, CHOICES - 1)], system)
-    scores = score(pairs)
+        choices += value_pairs(tokenizer, template, item, [item.value, *rng.sample(others, CHOICES - 1)], system)
+    scores = score(choices)
     rows = [scores[start:start + CHOICES] for start in range(0, len(scores), CHOICES)]
-    return {
+    metrics = {
         "exact": mean(exact[:len(facts)]),
         "know": mean(known[:len(facts)]),
         "ins": mean(forms[:len(facts)]),
@@ -412,6 +433,11 @@ def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, s
         "mc": mean(row[0][0] == max(row)[0] for row in rows),
         "fk": mean(row[0][1] for row in rows),
     }
+    if pairs:
+        answers = [(item, text) for item, rejected in world.pair_items(split) for text in (item.answer, rejected)]
+        metrics["pair"] = share_preferred(score, [encode_chat(tokenizer, template, with_system(system, [
+            ("user", prompt_text(item)), ("assistant", text)])) for item, text in answers])
+    return metrics
 
 
 def print_metrics(systems: dict[str, dict[str, float]]) -> None:
@@ -501,10 +527,14 @@ def main():
     parser = ArgumentParser(description="Show a few lines of everything the tiny world makes.")
     parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--infinity", type=Path, metavar="FILE", help="write the larger, arithmetic-heavy demonstrations instead")
+    parser.add_argument("--preferences", type=Path, metavar="FILE", help="write pairs of a chosen and a rejected answer instead")
     args = parser.parse_args()
     world = World(args.seed)
     if args.infinity:
         print(world.write_demonstrations(args.infinity, world.infinity()))
+    if args.preferences:
+        print(world.write_demonstrations(args.preferences, world.preferences()))
+    if args.infinity or args.preferences:
         return
     documents = world.documents(random.Random(f"pretraining of world {world.seed}"))
     print("pretraining:", *(next(documents) for _ in range(6)), sep="\n  ")
@@ -512,6 +542,9 @@ def main():
     for record in world.demonstrations(6):
         human, gpt = record["conversations"]
         print(f"  {human['value']}  ->  {gpt['value']}")
+    print("preferences:")
+    for record in world.preferences(6):
+        print(f"  {record['conversations'][0]['value']}  ->  {record['chosen']['value']}  rather than  {record['rejected']['value']}")
     print("development:", *(f"{prompt_text(item)}  ->  {item.answer}" for item in world.fact_items("development", 6)),
           sep="\n  ")
 

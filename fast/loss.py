@@ -2,9 +2,10 @@
 
     python train.py --fast        # on tiny networks, too; checkpoints take it by themselves
 
-`value_loss` replaces ValueModel.loss in ivl.py, `language_loss` the one in train.py. Both give the same
-loss, metrics and gradients, says tests/test_loss.py. value_loss calls ivl_loss for each chunk of rows, so
-what you change in that formula changes here too.
+`value_loss` replaces ValueModel.loss in ivl.py, `teacher_loss` ValueModel.teacher_loss, `language_loss` the one
+in train.py. They give the same loss, metrics and gradients, says tests/test_loss.py. The first two call ivl_loss and
+distillation_loss for each chunk of rows, so what you change in those formulas changes here too. Pairs have no twin:
+the loss of a pair is no mean over its rows.
 
 4096 tokens of two networks with 32000 logits are 1 GB in fp32, and the plain loss makes five or more
 tensors of that size on its way. Here one chunk's logits are made, the loss is taken and differentiated,
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ivl import ValueModel, at_least_float, ivl_loss
+from ivl import ValueModel, at_least_float, distillation_loss, ivl_loss
 from model import Llama
 
 Loss = tuple[Tensor, dict[str, Tensor]]
@@ -28,37 +29,71 @@ CHUNK, CHUNK_ON_CPU = 2**26, 2_400_000
 
 
 def value_loss(value: ValueModel, base: Llama, tokens: Tensor, labels: Tensor, l1: float = 0.0) -> Loss:
-    """ValueModel.loss. A cascade reads the base's logits of every position, so those it must hold."""
+    """ValueModel.loss."""
     supervised = labels != -100  # (B, T), N of them
     labels = labels[supervised]  # (N,)
+
+    def loss_of(z_base: Tensor, z_delta: Tensor, rows: slice) -> Loss:
+        return ivl_loss(z_base, z_delta, labels[rows], l1)
+
+    return of_supervised(value, base, tokens, supervised, loss_of)
+
+
+def teacher_loss(value: ValueModel, base: Llama, tokens: Tensor, labels: Tensor, teacher: Llama, temperature: float = 1.0) -> Loss:
+    """ValueModel.teacher_loss."""
+    supervised = labels != -100  # (B, T), N of them
+    labels = labels[supervised]  # (N,)
+    with torch.no_grad():
+        h_teacher, W_teacher = teacher.hidden_and_head(tokens)  # (B, T, Dt), (Vt, Dt)
+        h_teacher = h_teacher[supervised]  # (N, Dt)
+
+    def loss_of(z_base: Tensor, z_delta: Tensor, rows: slice) -> Loss:
+        z_teacher = h_teacher[rows].to(W_teacher.dtype) @ W_teacher.T.detach()
+        return distillation_loss(z_base, z_delta, z_teacher, labels[rows], temperature)
+
+    return of_supervised(value, base, tokens, supervised, loss_of)
+
+
+def of_supervised(value: ValueModel, base: Llama, tokens: Tensor, supervised: Tensor, loss_of: Callable[[Tensor, Tensor, slice], Loss]
+                  ) -> Loss:
+    """The mean over supervised rows that loss_of(z_base, z_delta, which rows) gives.
+
+    A cascade reads the base's logits of every position, so those it must hold.
+    """
+    everything = slice(None)
     if value.scheme.startswith("cascade"):
         with torch.no_grad():
             everywhere = base(tokens)  # (B, T, Vb)
         hidden = value.network.model(embeds=value.embeds(tokens, everywhere))  # (B, T, Dv)
         z_base = everywhere[supervised]  # (N, Vb)
-        return ivl_loss(z_base, value.network.lm_head(hidden[supervised]), labels, l1)
+        return loss_of(z_base, value.network.lm_head(hidden[supervised]), everything)
     with torch.no_grad():
         h_base, W_base = base.hidden_and_head(tokens)  # (B, T, Db), (Vb, Db)
         h_base = h_base[supervised]  # (N, Db)
     if value.scheme == "probe":
         z_base = F.linear(h_base, W_base)  # (N, Vb)
-        return ivl_loss(z_base, value.network(z_base), labels, l1)
+        return loss_of(z_base, value.network(z_base), everything)
     h_value, W_value = value.network.hidden_and_head(tokens)  # (B, T, Dv), (Vv, Dv)
-    return value_loss_from_hidden(h_base, W_base, h_value[supervised], W_value, labels, l1)
+    return with_base(h_base, W_base, h_value[supervised], W_value, loss_of)
+
+
+def with_base(h_base: Tensor, W_base: Tensor, h_value: Tensor, W_value: Tensor, loss_of: Callable[[Tensor, Tensor, slice], Loss],
+              chunk: int | None = None) -> Loss:
+    """in_chunks of the value network's head, beside the base's logits of the same rows, (N, Db) and (Vb, Db)."""
+    h_base, W_base = h_base.detach(), W_base.detach()  # Eq. (3): stop_gradient
+    return in_chunks(lambda z_delta, rows: loss_of(h_base[rows].to(W_base.dtype) @ W_base.T, z_delta, rows), h_value, W_value, chunk)
 
 
 def value_loss_from_hidden(h_base: Tensor, W_base: Tensor, h_value: Tensor, W_value: Tensor, labels: Tensor,
                            l1: float = 0.0, chunk: int | None = None) -> Loss:
     """ivl_loss of h_base @ W_base^T and h_value @ W_value^T: (N, Db), (Vb, Db), (N, Dv), (Vv, Dv), labels (N,)."""
-    h_base, W_base = h_base.detach(), W_base.detach()  # Eq. (3): stop_gradient
+    def loss_of(z_base: Tensor, z_delta: Tensor, rows: slice) -> Loss:
+        return ivl_loss(z_base, z_delta, labels[rows], l1)
 
-    def loss_of(z_delta: Tensor, rows: slice) -> Loss:
-        return ivl_loss(h_base[rows].to(W_base.dtype) @ W_base.T, z_delta, labels[rows], l1)
-
-    return in_chunks(loss_of, h_value, W_value, chunk)
+    return with_base(h_base, W_base, h_value, W_value, loss_of, chunk)
 
 
-def language_loss(network: Llama, base: None, tokens: Tensor, labels: Tensor, l1: float = 0.0) -> Loss:
+def language_loss(network: Llama, base: None, tokens: Tensor, labels: Tensor) -> Loss:
     """train.language_loss: ordinary training of a network by itself."""
     supervised = labels != -100
     hidden, W = network.hidden_and_head(tokens)  # (B, T, D), (V, D)

@@ -34,9 +34,9 @@ def add_twins(parser: argparse.ArgumentParser) -> None:
 # ---------------------------------------------------------------------------------------------------------
 # train.py
 
+VALUE_ONLY = ["l1", "l1_over", "no_full", "scheme", "probe_width", "loss", "beta", "teacher", "temperature"]
 MEANS_NOTHING = {  # flags that a job has no use for
-    "full": ["l1", "no_full", "scheme", "probe_width"],
-    "pretrain": ["l1", "no_full", "scheme", "probe_width", "data", "template", "epochs", "system"], "value": []}
+    "full": VALUE_ONLY, "pretrain": [*VALUE_ONLY, "data", "template", "epochs", "system"], "value": []}
 DOING = {"full": "fine-tuning in full", "pretrain": "pretraining a base", "value": "training a value network"}
 
 
@@ -56,7 +56,14 @@ def train_arguments() -> argparse.Namespace:
                       help=f"inner width of --scheme probe (default {train.PROBE_WIDTH})")
     what.add_argument("--l1", type=non_negative_float, default=0.0, metavar="LAMBDA", help="weight of the norm of z_delta "
                       "(default 0). The paper's norm rows have 1.0, as a mean over all positions, prompt and padding included; "
-                      "ours is over the supervised ones, so 1 presses harder here")
+                      "ours is over the supervised ones, so 1 presses harder here, and what it weighs beside the paper's is printed")
+    what.add_argument("--l1-over", choices=["supervised", "all"], help="positions that the norm is a mean of (default supervised), or all "
+                      "of a batch, padded to its longest row")
+    what.add_argument("--loss", choices=["ce", "pairwise", "kl"], help="cross-entropy of demonstrations (default), DPO's loss of pairs "
+                      "of answers, or distillation from --teacher (Section 3.1)")
+    what.add_argument("--beta", type=positive_float, help="of --loss pairwise: how much a reward counts (default 0.1)")
+    what.add_argument("--teacher", metavar="FOLDER", help="of --loss kl: a checkpoint of the same vocabulary, after post-training")
+    what.add_argument("--temperature", type=positive_float, help="of --loss kl: what logits are divided by (default 1)")
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="FILE", help="conversations, .json or .jsonl, or `capitals` (data/capitals.py); "
                       "default: the tiny world's")
@@ -93,6 +100,16 @@ def train_arguments() -> argparse.Namespace:
     for name in MEANS_NOTHING[args.job]:
         if getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} means nothing when {DOING[args.job]}")
+    if bool(args.teacher) != (args.loss == "kl"):
+        parser.error("--loss kl and --teacher FOLDER go together")
+    for name, loss in (("beta", "pairwise"), ("temperature", "kl"), ("l1", "ce")):
+        if getattr(args, name) and (args.loss or "ce") != loss:
+            parser.error(f"--{name} goes with --loss {loss}")
+    if args.l1_over and not args.l1:
+        parser.error("--l1-over goes with --l1")
+    args.loss, args.l1_over, args.teacher = args.loss or "ce", args.l1_over or "supervised", args.teacher or ""
+    args.beta = (args.beta or 0.1) if args.loss == "pairwise" else 0.0
+    args.temperature = (args.temperature or 1.0) if args.loss == "kl" else 0.0
     if args.held_out is not None and args.data in (None, "capitals"):
         parser.error("--held-out goes with --data FILE; the tiny world and the capitals have questions of their own to measure by")
     args.out = None if args.out is None else with_a_name(args.out)

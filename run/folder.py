@@ -14,6 +14,7 @@ import shutil
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -141,6 +142,10 @@ class Run:
         shown = [f"loss {metrics['loss']:.3f}"]
         if "base_ce" in metrics:
             shown += [f"ce {metrics['ce']:.3f}", f"|z_delta| {metrics['l1']:.3f}", f"base ce {metrics['base_ce']:.3f}"]
+        if "margin" in metrics:
+            shown += [f"right {metrics['acc']:.3f}", f"margin {metrics['margin']:.3f}"]
+        if "base_kl" in metrics:
+            shown += [f"kl {metrics['kl']:.3f}", f"base kl {metrics['base_kl']:.3f}"]
         left = elapsed / (done - self.first) * (self.settings.steps - done)
         shown += [f"{self.tokens / elapsed / 1000:.1f}k tokens/s", f"{clock(left)} left"]
         print(f"step {done:5d}/{self.settings.steps}  " + "  ".join(shown), flush=True)
@@ -259,7 +264,8 @@ def leave(work: Path, made: list[Path], lock: FileLock) -> None:
 
 NEWER = {"data_hash", "base_hashes", "held_out", "system"}  # settings that runs of earlier versions lack
 OLDER = {"data_bytes"}  # and those that only they have
-CHANGED = {"data_hash": "its data file has changed", "base_hashes": "a base has changed: other weights are in its folder"}
+LATER = {"loss", "beta", "teacher", "temperature", "l1_over"}  # settings that runs made before them had at their defaults
+CHANGED = {"data_hash": "its data file has changed", "base_hashes": "a base has changed, or a teacher: other weights are in its folder"}
 
 
 def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
@@ -269,7 +275,7 @@ def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
         state, advice = "finished", "choose another --out or --seed"
     if not resume:
         raise UsageError(f"{file.parent}: a run is there already, {state}; {advice}, or delete the folder")
-    found = read_json(file)
+    found = {field.name: field.default for field in fields(Settings) if field.name in LATER} | read_json(file)
     wanted = json.loads(json.dumps(vars(settings)))
     for name in wanted:
         if name in found and wanted[name] != found[name]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from data.capitals import CAPITALS_TRAINING, Capitals
-from data.chat import ChatDataset, chat_batches, default_template, hold_out, system_of
+from data.chat import ChatDataset, PairDataset, chat_batches, default_template, hold_out, system_of
 from data.checkpoint import digest_checkpoint, name_of, read_value_info
 from data.errors import UsageError
 from data.files import digest
@@ -24,10 +24,10 @@ from run.cli import pick_device
 from run.folder import Run, read_metrics
 from run.plug import check_recorded, check_same_family, find_tiny, refuse_value_network, say_other_template
 from run.processes import Alone, load_frozen
-from run.show import examine
+from run.show import HeldOutPairs, examine
 from run.twins import choose_loss
 from sample import Guided
-from train import PROBE_WIDTH, TINY_POST_TRAINING, TINY_PRETRAINING, Settings, table5
+from train import PROBE_WIDTH, TINY_PAIRS, TINY_POST_TRAINING, TINY_PRETRAINING, Settings, table5
 
 TINY_LIMIT = 256  # tokens that a tiny network is made for
 
@@ -36,11 +36,11 @@ class Job:
     """One network to train: its settings, and all that train.py's three jobs ask for by name.
 
     `build` makes a network with fresh weights. `full_metrics` are those of a full fine-tuning to stand in
-    a value network's table. `exam` asks what was learnt: the tiny world, the capitals, or nothing but held-out
-    conversations. `documents` replace the tiny world's pretraining text.
+    a value network's table. `exam` asks what was learnt: the tiny world, the capitals, held-out pairs, or nothing but
+    held-out conversations. `documents` replace the tiny world's pretraining text.
     """
 
-    def __init__(self, run: Run, args, tokenizer: Tokenizer, build: Callable[[], nn.Module], exam: World | Capitals | None,
+    def __init__(self, run: Run, args, tokenizer: Tokenizer, build: Callable[[], nn.Module], exam: World | Capitals | HeldOutPairs | None,
                  dataset: ChatDataset | None = None, split: tuple[list[int], list[int]] = ((), ()),
                  full_metrics: dict | None = None, documents: Callable[[], Iterator[str]] | None = None):
         self.run, self.settings, self.args, self.processes = run, run.settings, args, run.processes
@@ -48,7 +48,8 @@ class Job:
         self.train_on, self.held_out = split
         self.full_metrics, self.documents = full_metrics or {}, documents
         self.bases = [Path(path) for path in self.settings.bases]
-        self.loss = choose_loss(self.settings.job == "value", args, args.tiny)
+        teacher = self.load_frozen(Path(self.settings.teacher)) if self.settings.teacher else None
+        self.loss = choose_loss(self.settings, args, teacher)
 
     def first_weights(self) -> Llama | Probe:
         """The network to train, as it is before the first step."""
@@ -81,7 +82,26 @@ class Job:
             what = f"a value network ({settings.scheme})" if settings.scheme else "in full"
             says = f"training {what}, {size}, from {settings.start}, on {self.dataset.report(len(self.held_out))}, "
             says += f"template {settings.template}" + (f", system prompt {settings.system[:60]!r}" if settings.system else "")
+            says += {"ce": "", "pairwise": f", by pairs, beta {settings.beta:g}",
+                     "kl": f", by teacher {settings.teacher}, temperature {settings.temperature:g}"}[settings.loss]
         print(f"{says} -> {self.run.out}", flush=True)
+        if settings.l1:
+            print(self.weight_of_the_norm(), flush=True)
+
+    def weight_of_the_norm(self, most: int = 1000) -> str:
+        """What lambda weighs beside the paper's, whose norm is a mean over all positions of rows padded to the longest length.
+
+        Both are beside a cross-entropy that is a mean over supervised positions, so what counts is the share that
+        these have of the positions that the norm is a mean of; measured on the first conversations.
+        """
+        settings = self.settings
+        rows = [row for index in self.train_on[:most] for row in self.dataset.rows(index)]
+        positions = sum(len(ids) - 1 for ids, _ in rows) / len(rows)
+        supervised = sum(sum(mask[1:]) for _, mask in rows) / len(rows)
+        averaged = positions if settings.l1_over == "all" else supervised  # positions a row; batches have hardly any padding
+        return (f"norm: lambda {settings.l1:g} over {settings.l1_over} positions weighs like the paper's lambda "
+                f"{settings.l1 * settings.max_length / averaged:.3g}, which is over rows padded to {settings.max_length} tokens; here "
+                f"{positions:.1f} of them are text and {supervised:.1f} supervised")
 
     def value_info(self) -> dict:
         """What ivl.json will say."""
@@ -93,6 +113,9 @@ class Job:
             info["probe_width"] = settings.probe_width
         if settings.system:
             info["system"] = settings.system
+        if settings.loss != "ce":
+            info |= {"loss": settings.loss} | ({"beta": settings.beta} if settings.loss == "pairwise" else
+                                              {"teacher": settings.teacher, "temperature": settings.temperature})
         return info
 
     def load_frozen(self, path: Path) -> Llama:
@@ -118,10 +141,11 @@ class Job:
         """The examination's metrics; the first process measures."""
         if self.processes.rank:
             return {}
-        return examine(guided, self.exam, self.tokenizer, self.settings.template or TEMPLATE, system=self.settings.system)
+        return examine(guided, self.exam, self.tokenizer, self.settings.template or TEMPLATE, system=self.settings.system,
+                       pairs=self.settings.loss == "pairwise")
 
     def publish(self, network: Llama | ValueModel, metrics: dict) -> None:
-        if self.dataset and not self.exam:
+        if self.dataset and self.settings.data == str(self.dataset.path):
             print(self.dataset.report(len(self.held_out)))  # by now it is known what was too long
         self.run.publish(self.processes.undivided(network), self.tokenizer, metrics)
 
@@ -149,16 +173,19 @@ def jobs_for(args, processes: Alone) -> Iterator[Job]:
     if args.job == "full":
         yield from post_training("", bases, str(bases[0]), args.out or full, args, args.data, args.flags, processes)
         return
+    if args.teacher:
+        args.teacher = str((yield from pretrained_first(args.teacher, args, processes)))
+        refuse_value_network("--teacher", Path(args.teacher))
     start = args.value
     if start and not is_scratch(start):
         start = str((yield from pretrained_first(start, args, processes)))
     scheme, start = choose_scheme(args, bases, start)
-    compare = not args.data and not args.no_full
+    compare = not args.data and not args.no_full and args.loss != "pairwise"
     if compare:
         yield from post_training("", bases[:1], str(bases[0]), full, args, None, {}, processes, keep=True)
     out = args.out or args.home / value_name(scheme, args, bases, start)
-    yield from post_training(scheme, bases, start, out, args, args.data, args.flags | {"l1": args.l1}, processes,
-                             full if compare else None)
+    how = dict(l1=args.l1, l1_over=args.l1_over, loss=args.loss, beta=args.beta, temperature=args.temperature, teacher=args.teacher)
+    yield from post_training(scheme, bases, start, out, args, args.data, args.flags | how, processes, full if compare else None)
 
 
 def complete(args, processes: Alone) -> None:
@@ -210,12 +237,15 @@ def post_training(scheme: str, bases: list[Path], start: str, out: Path, args, d
     `full` is a finished full fine-tuning for the table; `keep` is content with a finished run of these settings.
     """
     width = args.probe_width if scheme == "probe" else 0
-    build, longest, tokenizer = choose_network(start, bases, scheme, width)
-    tiny, world = all(world_of(path) for path in bases), None
+    frozen = bases + ([Path(flags["teacher"])] if flags.get("teacher") else [])
+    build, longest, tokenizer = choose_network(start, frozen, scheme, width)
+    tiny, world, pairs = all(world_of(path) for path in bases), None, flags.get("loss") == "pairwise"
     if data is None:
         world = common_world(bases)
-        data = str(world.write_demonstrations(Path("out") / f"seed{world.seed}" / "demonstrations.jsonl"))
-    exam, usual = world, TINY_POST_TRAINING if tiny else None
+        name, records = ("preferences", world.preferences()) if pairs else ("demonstrations", world.demonstrations())
+        data = str(world.write_demonstrations(Path("out") / f"seed{world.seed}" / f"{name}.jsonl", records))
+    usual = (TINY_PAIRS if pairs else TINY_POST_TRAINING) if tiny else None
+    exam = world
     if data == "capitals":
         exam, usual = Capitals(args.seed), CAPITALS_TRAINING
         data = str(exam.write_demonstrations(args.home / "capitals.jsonl"))
@@ -226,17 +256,19 @@ def post_training(scheme: str, bases: list[Path], start: str, out: Path, args, d
     template = args.template or recorded.get("template") or (TEMPLATE if world else default_template(tokenizer))
     system = system_of(tokenizer, template, recorded.get("system") if args.system is None else args.system)
     say_other_template(str(bases[0]), bases[0], template, "trained")
-    dataset = ChatDataset(data, tokenizer, template, max_length, system)
+    dataset = (PairDataset if pairs else ChatDataset)(data, tokenizer, template, max_length, system)
     split = (list(range(len(dataset))), []) if exam else hold_out(dataset, args.seed, args.held_out)
     chosen = with_usual(build, usual, flags, len(split[0])) | dict(max_length=max_length)
     settings = Settings(job="value" if scheme else "full", bases=[str(path) for path in bases], start=start, scheme=scheme,
                         probe_width=width, template=template, seed=args.seed,
                         data=exam.name if exam else data, data_hash=digest(dataset.path),
-                        dtype=args.dtype, base_hashes=tuple(map(digest_checkpoint, bases)), held_out=len(split[1]), system=system,
+                        dtype=args.dtype, base_hashes=tuple(map(digest_checkpoint, frozen)), held_out=len(split[1]), system=system,
                         **chosen)
     run = Run(out, settings, args.resume or keep and (out / "train.json").exists(), args.save_every, processes)
     if not run.finished:
         full_metrics = {"full": read_metrics(full, "full")["full"]} if full else {}
+        if pairs and not exam:
+            exam = HeldOutPairs(dataset, split[1])
         yield Job(run, args, tokenizer, build, exam, dataset, split, full_metrics)
     elif not keep:
         print(f"{out}: finished already")
@@ -326,7 +358,9 @@ def value_name(scheme: str, args, bases: list[Path], start: str) -> str:
         if [start] != [str(path) for path in bases]:
             parts += ["on", *map(name_of, bases)]
     if args.l1:
-        parts.append(f"l1-{args.l1:g}")
+        parts.append(f"l1-{args.l1:g}" + ("-over-all" if args.l1_over == "all" else ""))
+    if args.loss != "ce":
+        parts += [args.loss, name_of(Path(args.teacher))] if args.teacher else [args.loss]
     return "-".join(parts)
 
 

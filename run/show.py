@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from data.capitals import Capitals
-from data.chat import encode_chat, stop_ids, with_system
+from data.chat import PairDataset, encode_chat, share_preferred, stop_ids, with_system
 from data.errors import UsageError
 from data.records import Turn
 from data.tiny_world import TEMPLATE, World, evaluate, print_metrics, prompt_text
@@ -22,13 +23,24 @@ from sample import Guided, generate, score
 # The tiny world
 
 
-def examine(guided: Guided, exam: World | Capitals, tokenizer: Tokenizer, template: str = TEMPLATE, split: str = "development",
-            system: str = "") -> dict[str, float]:
-    """The metrics of a base or a guided base in the tiny world (data/tiny_world.py, evaluate), or on capitals of countries."""
+@dataclass
+class HeldOutPairs:
+    """Some pairs of a data file, to be measured on."""
+
+    dataset: PairDataset
+    indices: list[int]
+
+
+def examine(guided: Guided, exam: World | Capitals | HeldOutPairs, tokenizer: Tokenizer, template: str = TEMPLATE,
+            split: str = "development", system: str = "", pairs: bool = False) -> dict[str, float | None]:
+    """The metrics of a base or a guided base in the tiny world (data/tiny_world.py, evaluate), on capitals, or on held-out pairs."""
+    if isinstance(exam, HeldOutPairs):
+        rows = [row for index in exam.indices for row in exam.dataset.rows(index)]
+        return {"pair": share_preferred(partial(score, guided), rows) if rows else None}
     answer = partial(generate, guided, max_new_tokens=48, stop_ids=stop_ids(tokenizer, template, guided.llamas))
     if isinstance(exam, Capitals):
         return exam.evaluate(tokenizer, answer, split, template, system)
-    return evaluate(exam, tokenizer, lambda prompts: answer(prompts), partial(score, guided), split, template, system)
+    return evaluate(exam, tokenizer, lambda prompts: answer(prompts), partial(score, guided), split, template, system, pairs)
 
 
 @torch.inference_mode()
@@ -62,8 +74,9 @@ def show_world(plugged: Plugged, count: int = 6) -> None:
             print(f"    {name:{width}}{answers[name][index]}")
         print(f"    {'truth':{width}}{items[index].answer}\n")
     print("On development people, whom no demonstration mentions (288 questions: about +-.03):")
-    print_metrics({speaker.name: examine(speaker.guided, plugged.world, speaker.tokenizer, speaker.template, system=speaker.system)
-                   for speaker in speakers})
+    pairs = getattr(plugged.guided.guided.value, "info", {}).get("loss") == "pairwise"
+    print_metrics({speaker.name: examine(speaker.guided, plugged.world, speaker.tokenizer, speaker.template, system=speaker.system,
+                                         pairs=pairs) for speaker in speakers})
 
 
 def answer_all(speaker: Speaker, questions: list[str]) -> list[str]:

@@ -8,13 +8,15 @@ has been deleted, everything is plain.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from data.errors import UsageError
 from data.tokenizer import Tokenizer
 from ivl import ValueModel
+from model import Llama
 from sample import Guided
-from train import language_loss
+from train import Settings, language_loss
 from vocab_map import align_all
 
 TINY_VOCABULARY = 10_000  # tokens; the tiny world's tokenizers have at most 2600, real ones at least 32000
@@ -39,12 +41,24 @@ def takes_fast(what: str, args, tiny: bool, hindrance: str = "") -> bool:
     return fast
 
 
-def choose_loss(trains_value: bool, args, tiny: bool) -> Callable:
-    """The loss of a value network on a base, or of a network by itself."""
-    if takes_fast("loss", args, tiny):
+def choose_loss(settings: Settings, args, teacher: Llama | None) -> Callable:
+    """The loss of a value network on a base, with what belongs to it filled in, or that of a network by itself."""
+    hindrance = "pairs have no fast twin" if settings.loss == "pairwise" else ""
+    if settings.l1_over == "all":
+        hindrance = "the norm over all positions takes all logits"
+    of_value, of_teacher, by_itself = ValueModel.loss, ValueModel.teacher_loss, language_loss
+    if takes_fast("loss", args, args.tiny, hindrance):
         from fast import loss
-        return loss.value_loss if trains_value else loss.language_loss
-    return ValueModel.loss if trains_value else language_loss
+        of_value, of_teacher, by_itself = loss.value_loss, loss.teacher_loss, loss.language_loss
+    if settings.job != "value":
+        return by_itself
+    if settings.loss == "pairwise":
+        return partial(ValueModel.pair_loss, beta=settings.beta)
+    if settings.loss == "kl":
+        return partial(of_teacher, teacher=teacher, temperature=settings.temperature)
+    if settings.l1_over == "all":
+        return partial(ValueModel.loss, l1=settings.l1, over="all")
+    return partial(of_value, l1=settings.l1)
 
 
 def choose_guided(args, tiny: bool, device: str, processes: int = 1) -> type[Guided]:

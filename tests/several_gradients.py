@@ -5,6 +5,7 @@ Final weights would hide a wrong scale: Adam's steps do not depend on the gradie
 
 import itertools
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -34,10 +35,10 @@ def gradients(scheme: str, checkpointing: bool, twin: str, processes: OneProcess
         llamas, loss = [network], language_loss if twin == "plain" else fast.loss.language_loss
     else:
         network, base = value_network(scheme), small(vocab_size=53).requires_grad_(False)
-        llamas, loss = network.llamas, ValueModel.loss if twin == "plain" else fast.loss.value_loss
+        llamas, loss = network.llamas, partial(ValueModel.loss if twin == "plain" else fast.loss.value_loss, l1=0.3)
     for llama in llamas:
         llama.model.gradient_checkpointing = checkpointing
-    objective = processes.share_out(Objective(network, loss, 0.3), "float32")
+    objective = processes.share_out(Objective(network, loss), "float32")
     if base is not None and isinstance(processes, SeveralProcesses):
         base = processes.divide_base(base)
     for _ in range(2):  # the second time over what the first has left behind

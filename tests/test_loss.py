@@ -28,12 +28,12 @@ def tokens_and_labels(ignored: str) -> tuple[Tensor, Tensor]:
     return tokens, labels.masked_fill(skipped, -100)
 
 
-def assert_twins(plain, other, network: torch.nn.Module, base, ignored: str, l1: float) -> None:
+def assert_twins(plain, other, network: torch.nn.Module, base, ignored: str, *rest) -> None:
     """Two losses agree: loss, every metric and every gradient."""
     results = []
     for loss_of in (plain, other):
         network.zero_grad(set_to_none=True)
-        loss, metrics = loss_of(network, base, *tokens_and_labels(ignored), l1)
+        loss, metrics = loss_of(network, base, *tokens_and_labels(ignored), *rest)
         loss.backward()
         results.append({"loss": loss.detach()} | metrics
                        | {name: parameter.grad for name, parameter in network.named_parameters()})
@@ -59,7 +59,7 @@ def test_the_fast_loss_of_a_value_network_is_the_plain_one(scheme, Vb, ignored, 
 def test_the_fast_loss_of_a_network_by_itself_is_the_plain_one(ignored, tied, monkeypatch):
     monkeypatch.setattr(fast.loss, "CHUNK_ON_CPU", 0)
     network = small(tie_word_embeddings=tied).double()
-    assert_twins(train.language_loss, fast.loss.language_loss, network, None, ignored, 0.0)
+    assert_twins(train.language_loss, fast.loss.language_loss, network, None, ignored)
 
 
 @pytest.mark.parametrize("scheme, chunks", [("residual", [64, 64, 11]), ("cascade", [139]), ("cascade+", [139]), ("probe", [139])])
