@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from data.chat import ChatDataset, collate, default_template, encode_chat, end_token, hold_out, stream_batches
+from data.chat import (ChatDataset, PairDataset, chat_batches, collate, default_template, encode_chat, end_token, hold_out,
+                       share_preferred, stream_batches)
 from data.errors import UsageError
-from data.records import Unusable, read_turns
+from data.records import UnknownForm, Unusable, read_pair, read_turns
 from data.tiny_world import World
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
 from tests.make_golden import hash_ids, odd_conversations
@@ -218,6 +220,117 @@ def test_records(case):
 def test_preferences_are_refused_by_name(record):
     with pytest.raises(UsageError, match="is a preference"):
         read_turns(record)
+
+
+ANSWERS = {"chosen": "a", "rejected": "b"}
+TURNS = {side: {"from": "gpt", "value": text} for side, text in ANSWERS.items()}
+WHOLE = {side: openai("q", text)["messages"] for side, text in ANSWERS.items()}
+PAIRS = {  # a record, and the prompt of its pair, which has the answers "a" and "b"; or why it is not used
+    "texts": ({"prompt": "q"} | ANSWERS, [("user", "q")]),
+    "a question and texts": ({"question": "q", "system": "s"} | ANSWERS, [("system", "s"), ("user", "q")]),
+    "alpaca": ({"instruction": "q", "input": "i", "output": "else", "history": [["q", "x"]]} | ANSWERS,
+               [("user", "q"), ("context", "x"), ("user", "q\ni")]),
+    "turns behind turns": ({"prompt": [{"role": "user", "content": "q"}],
+                            **{side: [{"role": "assistant", "content": text}] for side, text in ANSWERS.items()}}, [("user", "q")]),
+    "a turn each behind a prompt": ({"prompt": "q"} | TURNS, [("user", "q")]),
+    "texts behind turns": ({"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]} | ANSWERS,
+                           [("system", "s"), ("user", "q")]),
+    "ShareGPT": (sharegpt(("human", "q")) | TURNS, [("user", "q")]),
+    "ShareGPT and texts": (sharegpt(("system", "s"), ("human", "q")) | ANSWERS, [("system", "s"), ("user", "q")]),
+    "ShareGPT, earlier answers": (sharegpt(*PLAIN, ("human", "q")) | TURNS, [("user", "q"), ("context", "a"), ("user", "q")]),
+    "messages": ({"messages": [{"role": "user", "content": "q"}]} | ANSWERS, [("user", "q")]),
+    "whole conversations": (WHOLE, [("user", "q")]),
+    "whole conversations, a prompt and a copy": (WHOLE | {"prompt": "q", "messages": WHOLE["chosen"], "score_chosen": 8.5}, [("user", "q")]),
+    "whole conversations that begin with a system turn": (
+        {side: [{"role": "system", "content": "s"}, *turns] for side, turns in WHOLE.items()}, [("system", "s"), ("user", "q")]),
+    "an answer first": (sharegpt(("gpt", "x"), ("human", "q")) | TURNS, [("user", "q")]),
+    "other prompts": ({"chosen": WHOLE["chosen"], "rejected": openai("other", "b")["messages"]}, "no common prompt"),
+    "other lengths": ({"chosen": [*WHOLE["chosen"], *WHOLE["chosen"]], "rejected": WHOLE["rejected"]}, "no common prompt"),
+    "equal answers": ({"prompt": "q", "chosen": "a", "rejected": " a\n"}, "equal answers"),
+    "an empty answer": ({"prompt": "q", "chosen": "a", "rejected": " "}, "no answered question"),
+    "an empty answer later": (sharegpt(*PLAIN, ("human", "q")) | ANSWERS | {"rejected": ""}, "an empty turn and all after it in 'rejected'"),
+    "no answer": ({"prompt": "q", "chosen": None, "rejected": "b"}, "'chosen' that is no answer"),
+    "no turn": (sharegpt(("human", "q")) | TURNS | {"rejected": []}, "no answered question"),
+    "two turns behind a prompt": ({"prompt": "q", "chosen": [TURNS["chosen"]] * 2, "rejected": "b"}, "'chosen' that is not one answer"),
+    "no prompt": (ANSWERS, "two answers without a prompt"),
+    "no prompt, two turns": (TURNS, "two answers without a prompt"),
+    "answered already": (sharegpt(*PLAIN) | TURNS, "roles that do not alternate in 'chosen'"),
+    "a list of turns that is none": ({"conversations": "q"} | ANSWERS, "'conversations' that is no list"),
+    "a picture": ({"prompt": "q", "images": ["x.png"]} | ANSWERS, "'images', which no template here can show"),
+    "an odd role": (sharegpt(("human", "q")) | TURNS | {"chosen": {"from": "tool", "value": "a"}}, "unknown role 'tool'"),
+    "weight 0": ({"prompt": "q", "weight": 0} | ANSWERS, "weight 0"),
+    "an answer of weight 0": (sharegpt(*PLAIN, ("human", "q")) | TURNS | {"chosen": {"from": "gpt", "value": "a", "weight": 0}},
+                              "an answer of weight 0"),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_pairs(case):
+    record, expected = PAIRS[case]
+    if isinstance(expected, str):
+        with pytest.raises(Unusable) as caught:
+            read_pair(record)
+        assert str(caught.value) == expected
+    else:
+        both, left_out = read_pair(record)
+        assert both == tuple([*expected, ("assistant", text)] for text in "ab")
+        assert left_out == ("a leading answer" if case == "an answer first" else "")
+
+
+@pytest.mark.parametrize("record", ["q", {"prompt": "q", "completion": "a"}, openai("q", "a"), {"prompt": "q", "chosen": "a"}])
+def test_what_is_no_pair_is_no_known_form(record):
+    with pytest.raises(UnknownForm, match="'chosen' and 'rejected'"):
+        read_pair(record)
+
+
+@pytest.mark.parametrize("template", ["llama-2", "llama-3"])
+def test_of_a_pair_only_the_two_answers_are_learnt(template, sentence_piece, tiktoken, tmp_path):
+    tokenizer = sentence_piece if template == "llama-2" else tiktoken
+    records = [PAIRS["ShareGPT, earlier answers"][0], PAIRS["equal answers"][0], {"prompt": "q", "chosen": "a", "rejected": "long " * 60}]
+    dataset = PairDataset(write(tmp_path / "d.json", records, False), tokenizer, template, 64, system="s")
+    before = "" if template == "llama-3" or tokenizer.space_in_front else " "
+    space = " " * (template == "llama-2")
+    shown = [visible(tokenizer, ids, supervised) for ids, supervised in dataset.rows(0)]
+    assert shown == [[f"{before}{text}{space}<{end_token(tokenizer, template)}>"] for text in "ab"]
+    turns = [("system", "s"), ("user", "q"), ("context", "a"), ("user", "q")]
+    assert dataset.rows(0) == [encode_chat(tokenizer, template, [*turns, ("assistant", text)]) for text in "ab"]
+    assert dataset.rows(1) == []
+    assert dataset.report() == "d.json: 2 pairs; dropped 1: equal answers; dropped 1: an answer beyond 64 tokens"
+
+
+def test_batches_of_pairs_are_whole_pairs_and_a_position_goes_on(sentence_piece, tmp_path):
+    records = [{"prompt": f"q{number}", "chosen": f"a{number} " * (1 + number % 7), "rejected": "b"} for number in range(20)]
+    dataset = PairDataset(write(tmp_path / "d.jsonl", records, True), sentence_piece, "llama-2", 256)
+    taken = take(chat_batches(dataset, list(range(20)), 5, 2, 0, None), 8)
+    for _, parts in taken:
+        assert [len(tokens) for tokens, _ in parts] == [6, 4]  # 3 pairs and 2
+        for tokens, labels in parts:
+            for row in range(0, len(tokens), 2):
+                start = int((labels[row] != -100).nonzero()[0])
+                assert torch.equal(tokens[row, :start], tokens[row + 1, :start])  # the same prompt
+    position, _ = taken[2]
+    again = take(chat_batches(dataset, list(range(20)), 5, 2, 0, position), 1)[0]
+    assert again[0] == taken[3][0] and all(torch.equal(a, b) for x, y in zip(again[1], taken[3][1]) for a, b in zip(x, y))
+
+
+def test_pairs_of_one_prompt_stay_on_one_side(sentence_piece, tmp_path):
+    records = [{"prompt": f"q{number // 4}", "chosen": "a", "rejected": f"b{number}"} for number in range(200)]
+    dataset = PairDataset(write(tmp_path / "d.jsonl", records, True), sentence_piece, "llama-2", 64)
+    train, held_out = hold_out(dataset, seed=0)
+    assert len(held_out) == 16 and not {index // 4 for index in train} & {index // 4 for index in held_out}
+
+
+def test_the_share_of_preferred_answers():
+    rows = [([1, 2, 9], [False, True, False]), ([1, 3, 9], [False, True, False])] * 2 + [([1, 3], [False, True]), ([1, 2, 2], [False, True, True])]
+    seen = []
+
+    def score(pairs):
+        seen.extend(pairs)
+        return [(float(-sum(continuation)), True) for _, continuation in pairs]
+
+    assert share_preferred(score, rows) == pytest.approx(1)
+    assert seen[:2] == [([1], [2]), ([1], [3])] and seen[4:] == [([1], [3]), ([1], [2, 2])]
+    assert share_preferred(score, [rows[1], rows[0], *rows[2:4]]) == 0.5
 
 
 @pytest.mark.parametrize("template", ["llama-2", "llama-3"])
