@@ -129,12 +129,12 @@ def distillation_loss(z_base: Tensor, z_delta: Tensor, z_teacher: Tensor, labels
                       ) -> tuple[Tensor, dict[str, Tensor]]:
     """Section 3.1's "KL-based teacher-student distillation": KL(p_teacher || p_post), the mean over the supervised rows.
 
-    z_base (..., Vb), z_delta (..., Vv), z_teacher (..., Vt), labels (...), which only say what is supervised. Logits
-    are divided by the temperature, and the loss multiplied by its square, which keeps the gradient's size; tokens that
-    base or teacher lacks are left out of both softmaxes.
+    z_base (..., Vb), z_delta (..., Vv), z_teacher (..., Vt), labels (...), which teach nothing but what is supervised.
+    Logits are divided by the temperature, and the loss multiplied by its square, which keeps the gradient's size; tokens
+    that base or teacher lacks are left out of both softmaxes.
 
     Returns the loss and, without that square, {kl, base_kl, acc, base_acc}: in nats for z_post and for the base alone,
-    and how often each has the teacher's likeliest token.
+    and how often each has the teacher's likeliest token; and ce, the cross-entropy of the labels, as in ivl_loss.
     """
     supervised = labels.flatten() != -100
     count = max(1, int(supervised.sum()))
@@ -147,7 +147,8 @@ def distillation_loss(z_base: Tensor, z_delta: Tensor, z_teacher: Tensor, labels
     base_kl = (p_teacher * (log_teacher - log_base)).sum() / count
     favourite = log_teacher.max(-1).indices  # (N,)
     metrics = {"kl": kl.detach(), "base_kl": base_kl, "acc": (log_post.max(-1).indices == favourite).sum() / count,
-               "base_acc": (log_base.max(-1).indices == favourite).sum() / count}
+               "base_acc": (log_base.max(-1).indices == favourite).sum() / count,
+               "ce": F.cross_entropy(z_post.detach(), labels.flatten()[supervised], reduction="sum") / count}
     return temperature**2 * kl, metrics
 
 

@@ -58,21 +58,22 @@ class Settings:
     weight_decay: float = 0.01  # the authors' scripts
     betas: tuple[float, float] = (0.9, 0.999)
     l1: float = 0.0  # lambda of Section 4.2.1
-    base_hashes: tuple[str, ...] = ()  # of the bases' weights, and the teacher's
-    held_out: int = 0  # conversations that are measured on and not trained on
-    system: str = ""  # a system prompt for conversations that have none
+    l1_over: str = "supervised"  # the positions that the norm is a mean of, or "all" in a batch
     loss: str = "ce"  # or "pairwise", with its beta, or "kl", with a teacher and a temperature (Section 3.1)
     beta: float = 0.0
     teacher: str = ""
     temperature: float = 0.0
-    l1_over: str = "supervised"  # the positions that the norm is a mean of, or "all" in a batch
+    base_hashes: tuple[str, ...] = ()  # of the bases' weights, and the teacher's
+    held_out: int = 0  # conversations that are measured on and not trained on
+    system: str = ""  # a system prompt for conversations that have none
 
 
 PRETRAINING_LENGTH = 64  # tokens a row
 TINY = dict(floor=0.1, betas=(0.9, 0.98), grad_accum=1)
 TINY_PRETRAINING = TINY | dict(batch_size=32, max_length=PRETRAINING_LENGTH, weight_decay=0.05)
 TINY_POST_TRAINING = TINY | dict(steps=500, batch_size=32, lr=1e-3)
-TINY_PAIRS = TINY | dict(steps=200, batch_size=16, lr=5e-4)
+TINY_PAIRS = TINY | dict(steps=400, batch_size=16, lr=5e-4)
+TINY_PAIRS_LATER = TINY_PAIRS | dict(steps=200, lr=1e-4)  # of a value network: as much as above would undo what it knows
 PROBE_WIDTH = 256  # 0.8M weights on 1024 logits, 25M on 32000
 
 

@@ -27,7 +27,7 @@ from run.processes import Alone, load_frozen
 from run.show import HeldOutPairs, examine
 from run.twins import choose_loss
 from sample import Guided
-from train import PROBE_WIDTH, TINY_PAIRS, TINY_POST_TRAINING, TINY_PRETRAINING, Settings, table5
+from train import PROBE_WIDTH, TINY_PAIRS, TINY_PAIRS_LATER, TINY_POST_TRAINING, TINY_PRETRAINING, Settings, table5
 
 TINY_LIMIT = 256  # tokens that a tiny network is made for
 
@@ -244,8 +244,7 @@ def post_training(scheme: str, bases: list[Path], start: str, out: Path, args, d
         world = common_world(bases)
         name, records = ("preferences", world.preferences()) if pairs else ("demonstrations", world.demonstrations())
         data = str(world.write_demonstrations(Path("out") / f"seed{world.seed}" / f"{name}.jsonl", records))
-    usual = (TINY_PAIRS if pairs else TINY_POST_TRAINING) if tiny else None
-    exam = world
+    exam, usual = world, TINY_POST_TRAINING if tiny else None
     if data == "capitals":
         exam, usual = Capitals(args.seed), CAPITALS_TRAINING
         data = str(exam.write_demonstrations(args.home / "capitals.jsonl"))
@@ -253,6 +252,8 @@ def post_training(scheme: str, bases: list[Path], start: str, out: Path, args, d
     if max_length > longest:
         raise UsageError(f"--max-length {max_length}: the checkpoint was made for {longest} tokens")
     recorded = read_value_info(start, SCHEMES) if (Path(start) / "ivl.json").is_file() else {}  # what is trained further keeps its own
+    if pairs and tiny:
+        usual = TINY_PAIRS_LATER if recorded else TINY_PAIRS
     template = args.template or recorded.get("template") or (TEMPLATE if world else default_template(tokenizer))
     system = system_of(tokenizer, template, recorded.get("system") if args.system is None else args.system)
     say_other_template(str(bases[0]), bases[0], template, "trained")

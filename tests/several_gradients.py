@@ -14,17 +14,21 @@ import fast.loss
 from ivl import SCHEMES, ValueModel
 from run.processes import SeveralProcesses
 from tests.helpers import small, value_network
-from train import Objective, OneProcess, accumulate_gradient, language_loss
+from train import Objective, OneProcess, accumulate_gradient, count_pairs, count_supervised, language_loss
 
 FULL = "full"  # in a scheme's place: a network by itself
+PAIRS, TEACHER = "pairs", "teacher"  # and a residual value network by these losses
 
 
-def parts_of_a_step() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Three parts for two processes, so one process gets a blank one; one part has no supervised token."""
+def parts_of_a_step(rows: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Three parts for two processes, so one process gets a blank one; one part has no supervised token.
+
+    `rows` is 2 for pairs.
+    """
     generator = torch.Generator().manual_seed(0)
-    tokens, labels = [torch.randint(50, (4, 9), generator=generator) for _ in range(2)]
-    labels[0, :7] = labels[3] = -100
-    return [(tokens[:1], labels[:1]), (tokens[1:3], labels[1:3]), (tokens[3:], labels[3:])]
+    tokens, labels = [torch.randint(50, (4 * rows, 9), generator=generator) for _ in range(2)]
+    labels[0, :7] = labels[3 * rows:] = -100
+    return list(zip(tokens.split([rows, 2 * rows, rows]), labels.split([rows, 2 * rows, rows])))
 
 
 def gradients(scheme: str, checkpointing: bool, twin: str, processes: OneProcess
@@ -33,6 +37,13 @@ def gradients(scheme: str, checkpointing: bool, twin: str, processes: OneProcess
     if scheme == FULL:
         network, base = small(num_hidden_layers=2), None
         llamas, loss = [network], language_loss if twin == "plain" else fast.loss.language_loss
+    elif scheme in (PAIRS, TEACHER):
+        network, base = value_network("residual"), small(vocab_size=53).requires_grad_(False)
+        teacher = small(hidden_size=16).requires_grad_(False)
+        if isinstance(processes, SeveralProcesses):
+            teacher = processes.divide_base(teacher)
+        of_teacher = partial(ValueModel.teacher_loss if twin == "plain" else fast.loss.teacher_loss, teacher=teacher)
+        llamas, loss = network.llamas, partial(ValueModel.pair_loss, beta=0.5) if scheme == PAIRS else of_teacher
     else:
         network, base = value_network(scheme), small(vocab_size=53).requires_grad_(False)
         llamas, loss = network.llamas, partial(ValueModel.loss if twin == "plain" else fast.loss.value_loss, l1=0.3)
@@ -43,12 +54,13 @@ def gradients(scheme: str, checkpointing: bool, twin: str, processes: OneProcess
         base = processes.divide_base(base)
     for _ in range(2):  # the second time over what the first has left behind
         objective.zero_grad(set_to_none=True)
-        metrics = accumulate_gradient(objective, base, parts_of_a_step(), "float32", processes)
+        parts, count = (parts_of_a_step(2), count_pairs) if scheme == PAIRS else (parts_of_a_step(), count_supervised)
+        metrics = accumulate_gradient(objective, base, parts, "float32", processes, count)
     return metrics, [processes.whole(parameter.grad) for parameter in network.parameters()]
 
 
 def main():
-    kinds = list(itertools.product([*SCHEMES, FULL], [False, True]))
+    kinds = list(itertools.product([*SCHEMES, FULL, PAIRS, TEACHER], [False, True]))
     alone = {kind: gradients(*kind, "plain", OneProcess()) for kind in kinds}
     dist.init_process_group("gloo")
     assert dist.get_world_size() == 2

@@ -40,7 +40,7 @@ def assert_close(one: Path, other: Path, tolerance: float = 3e-6) -> None:
 def test_the_gradients_of_every_scheme():
     done = together(ROOT, "-m", "tests.several_gradients")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("same") == 5 * 2 * 2 * 2  # schemes and full, checkpointing, plain and fast, DDP and --shard
+    assert done.stderr.count("same") == 7 * 2 * 2 * 2  # schemes, full, pairs and teacher, checkpointing, plain and fast, DDP and --shard
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["ddp", "shard"])

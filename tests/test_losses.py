@@ -112,6 +112,7 @@ def test_distillation_loss_is_that_of_torch(Vb, Vv, Vt, temperature):
     z_teacher = torch.randn(6, 5, Vt, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     loss, metrics = distillation_loss(z_base, z_delta, z_teacher, labels, temperature)
     rows, both = labels != -100, min(Vb, Vt)
+    torch.testing.assert_close(metrics["ce"], F.cross_entropy(combine(z_base, z_delta)[rows], labels[rows]))
     teacher = torch.log_softmax(z_teacher[rows][:, :both] / temperature, -1)
     for z, name in ((combine(z_base, z_delta), ""), (z_base, "base_")):
         ours = torch.log_softmax(z[rows][:, :both] / temperature, -1)

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from data.tiny_world import world_of
+from data.tiny_world import World, world_of
 from data.tokenizer import load_tokenizer
 from ivl import SCHEMES, ValueModel
 from model import Llama
@@ -25,8 +26,8 @@ from run import folder
 from run.jobs import tiny_config
 from run.show import examine
 from sample import Guided
-from tests.helpers import (ENVIRONMENT, ROOT, SHORT, VALUE, ask, assert_identical, byte_pairs, inside, refused, run, small, succeed,
-                           weights)
+from tests.helpers import (ENVIRONMENT, ROOT, SHORT, VALUE, ask, assert_identical, byte_pairs, inside, refused, run, small, stop_at,
+                           succeed, weights)
 from train import Objective, Settings, accumulate_gradient, language_loss, learning_rate, table5
 
 # ---- the whole path
@@ -137,6 +138,76 @@ def test_every_scheme_trains_resumes_and_samples(scheme, checkpoint, chats, tmp_
     assert status == 0 and json.loads((tmp_path / "further/ivl.json").read_text())["scheme"] == scheme, errors
     other = "residual" if scheme != "residual" else "cascade"
     assert f"was trained as {scheme}" in refused(tmp_path, *command[:4], "--value", "straight", "--scheme", other, "--data", chats)
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    records = [{"prompt": f"Greet number {n}.", "chosen": f"Hello {n}!", "rejected": f"{n}?"} for n in range(60)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize("loss", ["pairwise", "kl"])
+def test_every_loss_trains_and_resumes(loss, checkpoint, chats, pairs, tmp_path):
+    """Through the commands, a run stopped half-way ends the same; what it was trained by is recorded and must stay."""
+    flags = ["--data", pairs, "--loss", "pairwise", "--beta", 0.3]
+    if loss == "kl":
+        small(vocab_size=1030, num_hidden_layers=1, hidden_size=16, max_position_embeddings=100).save_pretrained(tmp_path / "teacher")
+        shutil.copy(checkpoint / "tokenizer.model", tmp_path / "teacher")
+        flags = ["--data", chats, "--loss", "kl", "--teacher", "teacher", "--temperature", 2]
+    command = ["train.py", "--base", checkpoint, "--value", *flags, "--steps", 12, "--batch-size", 4, "--save-every", 3, "--lr", "1e-3"]
+    status, output, errors = inside(tmp_path, *command, "--out", "straight")
+    assert status == 0, errors
+    assert ("margin" if loss == "pairwise" else "base kl") in output and ("60 pairs" if loss == "pairwise" else "60 conversations") in output
+    stop_at(tmp_path, 7, *command, "--out", "stopped")
+    status, output, errors = inside(tmp_path, *command, "--out", "stopped", "--resume")
+    assert status == 0 and "resumed at step 6" in output, errors
+    assert_identical(tmp_path / "straight", tmp_path / "stopped")
+    info, made = [json.loads((tmp_path / "straight" / name).read_text()) for name in ("ivl.json", "train.json")]
+    metrics = json.loads((tmp_path / "straight/metrics.json").read_text())
+    if loss == "pairwise":
+        assert (info["loss"], info["beta"]) == (made["loss"], made["beta"]) == ("pairwise", 0.3)
+        assert set(metrics["base"]) == {"pair"} and 0 <= metrics["base+value"]["pair"] <= 1
+        assert "beta was 0.3, now 0.1" in refused(tmp_path, *command[:8], *command[10:], "--out", "straight", "--resume")
+    else:
+        assert (info["teacher"], info["temperature"]) == (made["teacher"], made["temperature"]) == ("teacher", 2.0)
+        assert made["max_length"] == 100 and set(metrics["base"]) == {"ce"}
+        fill = weights(tmp_path / "teacher")
+        save_file({name: tensor * 2 for name, tensor in fill.items()}, tmp_path / "teacher/model.safetensors", {"format": "pt"})
+        assert "or a teacher" in refused(tmp_path, *command, "--out", "straight", "--resume")
+    status, _, errors = inside(tmp_path, "sample.py", "--value", "straight", "--prompt", "Greet 7.", "--max-new-tokens", "4")
+    assert status == 0, errors
+
+
+def test_pairs_of_the_tiny_world_and_the_weight_of_the_norm(home, tmp_path, monkeypatch):
+    facts = World.fact_items
+    monkeypatch.setattr(World, "fact_items", lambda world, split, count=288: facts(world, split, 6))  # a short examination
+    monkeypatch.setattr(World, "sum_items", lambda world, split: [])
+    shutil.copytree(home / "out", tmp_path / "out")
+    status, output, errors = inside(tmp_path, "train.py", "--value", VALUE, "--loss", "pairwise", "--steps", 4, "--out", "pairs")
+    assert status == 0 and "3000 pairs" in output, errors
+    made = json.loads((tmp_path / "pairs/train.json").read_text())
+    assert (made["lr"], made["beta"], made["start"]) == (1e-4, 0.1, str(VALUE))
+    assert output.splitlines()[-4].split() == ["exact", "know", "ins", "arith", "mc", "fk", "pair"]
+    status, output, errors = inside(tmp_path, "train.py", "--value", "--no-full", "--l1", 1, "--l1-over", "all", "--steps", 2)
+    assert status == 0 and (tmp_path / f"{VALUE}-l1-1-over-all").is_dir(), errors
+    line = next(line for line in output.splitlines() if line.startswith("norm: "))
+    text, supervised = map(float, re.search(r"here ([\d.]+) of them are text and ([\d.]+) supervised", line).groups())
+    weight = float(re.search(r"the paper's lambda ([\d.]+),", line)[1])
+    assert supervised < text < 256 and weight == pytest.approx(256 / text, rel=0.01)
+    assert json.loads((tmp_path / f"{VALUE}-l1-1-over-all/train.json").read_text())["l1_over"] == "all"
+
+
+def test_a_run_of_a_version_without_these_losses_is_resumed(checkpoint, chats, tmp_path):
+    command = ["train.py", "--base", checkpoint, "--value", "--data", chats, "--steps", 2, "--out", "run"]
+    assert inside(tmp_path, *command)[0] == 0
+    file = tmp_path / "run/train.json"
+    made = json.loads(file.read_text())
+    file.write_text(json.dumps({name: made[name] for name in made if name not in folder.LATER}))
+    status, output, errors = inside(tmp_path, *command, "--resume")
+    assert status == 0 and "finished already" in output, errors
+    assert "loss was 'ce', now 'kl'" in refused(tmp_path, *command, "--resume", "--loss", "kl", "--teacher", checkpoint)
 
 
 def test_a_probe_on_a_base_with_fewer_logits_is_refused(checkpoint, chats, tmp_path):
@@ -385,7 +456,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(checkpoi
 # ---- bad input
 
 
-def test_bad_input_to_train(home, checkpoint, chats, tmp_path):
+def test_bad_input_to_train(home, checkpoint, chats, pairs, tmp_path):
     """Each of these ends in one clear line and status 2, and nothing is written but the folder of a run."""
     real = ["--base", checkpoint, "--value", "--data", chats, "--steps", "2"]
     file, folder, foreign = tmp_path / "file", tmp_path / "folder", tmp_path / "foreign"
@@ -438,6 +509,16 @@ def test_bad_input_to_train(home, checkpoint, chats, tmp_path):
         "argument --scheme": ["--base", checkpoint, "--value", "--scheme", "series"], "--scheme means nothing": ["--full", "--scheme", "probe"],
         "for a new --scheme probe": [*real, "--probe-width", "8"], "nothing in scratch:tiny-m for a probe": [
             "--base", checkpoint, "--value", "scratch:tiny-m", "--scheme", "probe", "--data", chats],
+        "line 1 is a preference": [*real[:4], pairs, *real[5:]], "line 1 has no object with 'chosen' and 'rejected'": [*real, "--loss", "pairwise"],
+        "--loss kl and --teacher FOLDER go together": [*real, "--loss", "kl"], "--loss kl and --teacher FOLDER": [*real, "--teacher", checkpoint],
+        "--beta goes with --loss pairwise": [*real, "--beta", "1"], "--temperature goes with --loss kl": [*real, "--temperature", "1"],
+        "--l1 goes with --loss ce": [*real, "--loss", "pairwise", "--l1", "1"], "--l1-over goes with --l1": [*real, "--l1-over", "all"],
+        "--loss means nothing when fine-tuning in full": ["--full", "--loss", "pairwise"], "argument --beta": [*real, "--beta", "0"],
+        "--teacher means nothing": ["--base", "tiny-s", "--teacher", checkpoint], "argument --loss": [*real, "--loss", "hinge"],
+        "absent: no such folder": [*real, "--loss", "kl", "--teacher", "absent"],
+        "value: a value network, which is no ": [*real, "--loss", "kl", "--teacher", tmp_path / "value"],
+        "unrelated vocabularies": [*real, "--loss", "kl", "--teacher", tmp_path / "stranger"],
+        "--fast: pairs have no fast twin": [*real[:4], pairs, "--loss", "pairwise", "--fast"],
         "names one folder": ["--base", "tiny-s", "tiny-m", "--out", tmp_path / "one"],
     }
     for message, arguments in cases.items():
