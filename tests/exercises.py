@@ -42,9 +42,9 @@ EXERCISES = {
                   "                self.z_delta = 0 * self.z_delta\n",
                   ["sample.py --value out/seed{seed}/value-residual-tiny-s"], ["exact", "ins"],
                   [("        longest = max(map(len, prompts)) - 1\n", "        self.said = 0\n        longest = max(map(len, prompts)) - 1\n")]),
-    "3": Exercise("ivl.py", "            z_base = base(tokens)  #", "            z_base = 0 * base(tokens)  #",
+    "3": Exercise("ivl.py", "            z_base = base(tokens)  # (B, T, Vb), Eq. (1)", "            z_base = 0 * base(tokens)  # (B, T, Vb), Eq. (1)",
                   [TRAIN, LOOK, LOOK + " --base tiny-l"], ["exact"]),
-    "4": Exercise("ivl.py", "        return ivl_loss(z_base, z_delta, labels, l1)  # Eq. (4)",
+    "4": Exercise("ivl.py", "        return ivl_loss(z_base, z_delta, labels, l1, over)  # Eq. (4)",
                   "        loss, metrics = ivl_loss(z_base, z_delta, labels)\n"
                   "        return loss + l1 * z_delta[labels != -100].square().mean(), metrics",
                   [TRAIN + " --l1 0.3", LOOK + " --base tiny-l"], ["exact", "fk"]),
