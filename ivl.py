@@ -110,7 +110,9 @@ def pairwise_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, beta: float =
     supervised = labels != -100  # (2P, T), N of them
     z_base, z_delta = at_least_float(z_base.detach()[supervised]), at_least_float(z_delta[supervised])
     z_post = combine(z_base, z_delta)  # (N, Vb), Eq. (3)
-    log_ratio = log_p(z_post, labels[supervised]) - log_p(z_base, labels[supervised])  # (N,)
+    # log p_post - log p_base of each token; a cross-entropy is -log p
+    log_ratio = F.cross_entropy(z_base, labels[supervised], reduction="none")  # (N,)
+    log_ratio = log_ratio - F.cross_entropy(z_post, labels[supervised], reduction="none")
     row = supervised.nonzero()[:, 0]  # (N,)
     reward = beta * log_ratio.new_zeros(len(labels)).index_add(0, row, log_ratio)  # (2P,)
     margin = reward[::2] - reward[1::2]  # (P,)
@@ -118,11 +120,6 @@ def pairwise_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, beta: float =
     count = max(1, len(margin))
     metrics = {"acc": (margin > 0).sum() / count, "margin": margin.detach().sum() / count}
     return -F.logsigmoid(margin).sum() / count, metrics
-
-
-def log_p(z: Tensor, labels: Tensor) -> Tensor:
-    """Log-probabilities of labels (N,) by logits (N, V)."""
-    return -F.cross_entropy(z, labels, reduction="none")
 
 
 def distillation_loss(z_base: Tensor, z_delta: Tensor, z_teacher: Tensor, labels: Tensor, temperature: float = 1.0
@@ -133,23 +130,21 @@ def distillation_loss(z_base: Tensor, z_delta: Tensor, z_teacher: Tensor, labels
     Logits are divided by the temperature, and the loss multiplied by its square, which keeps the gradient's size; tokens
     that base or teacher lacks are left out of both softmaxes.
 
-    Returns the loss and, without that square, {kl, base_kl, acc, base_acc}: in nats for z_post and for the base alone,
-    and how often each has the teacher's likeliest token; and ce, the cross-entropy of the labels, as in ivl_loss.
+    Returns the loss and {kl, base_kl, ce}: without that square, in nats; the same of the base alone; and the
+    cross-entropy of the labels, as in ivl_loss.
     """
     supervised = labels.flatten() != -100
     count = max(1, int(supervised.sum()))
     z_base, z_delta, z_teacher = [at_least_float(z.flatten(0, -2)[supervised]) for z in (z_base, z_delta, z_teacher)]
     z_post = combine(z_base, z_delta)  # (N, Vb), Eq. (3)
     both = min(z_post.shape[-1], z_teacher.shape[-1])
-    log_post, log_base, log_teacher = [F.log_softmax(z[:, :both] / temperature, -1) for z in (z_post, z_base.detach(), z_teacher.detach())]
+    logits = (z_post, z_base.detach(), z_teacher.detach())
+    log_post, log_base, log_teacher = [F.log_softmax(z[:, :both] / temperature, -1) for z in logits]  # (N, V)
     p_teacher = log_teacher.exp()
     kl = (p_teacher * (log_teacher - log_post)).sum() / count
     base_kl = (p_teacher * (log_teacher - log_base)).sum() / count
-    favourite = log_teacher.max(-1).indices  # (N,)
-    metrics = {"kl": kl.detach(), "base_kl": base_kl, "acc": (log_post.max(-1).indices == favourite).sum() / count,
-               "base_acc": (log_base.max(-1).indices == favourite).sum() / count,
-               "ce": F.cross_entropy(z_post.detach(), labels.flatten()[supervised], reduction="sum") / count}
-    return temperature**2 * kl, metrics
+    ce = F.cross_entropy(z_post.detach(), labels.flatten()[supervised], reduction="sum") / count
+    return temperature**2 * kl, {"kl": kl.detach(), "base_kl": base_kl, "ce": ce}
 
 
 def at_least_float(x: Tensor) -> Tensor:

@@ -118,8 +118,6 @@ def test_distillation_loss_is_that_of_torch(Vb, Vv, Vt, temperature):
         ours = torch.log_softmax(z[rows][:, :both] / temperature, -1)
         kl = F.kl_div(ours, teacher, reduction="batchmean", log_target=True)
         torch.testing.assert_close(metrics[f"{name}kl"], kl)
-        same = (ours.argmax(-1) == teacher.argmax(-1)).double().mean()
-        assert metrics[f"{name}acc"].item() == pytest.approx(same.item())
         if not name:
             torch.testing.assert_close(loss, temperature**2 * kl)
 
@@ -216,7 +214,7 @@ def test_the_fast_distillation_is_the_plain_one(scheme, ignored, monkeypatch):
     assert list(results[0]) == list(results[1])
     for name, number in results[0].items():
         torch.testing.assert_close(results[1][name].double(), number.double(), msg=name)
-        assert bool(number.any()) == (ignored == "some") or name in ("acc", "base_acc")
+        assert bool(number.any()) == (ignored == "some"), name
     assert all(weight.grad is None for frozen in (base, teacher) for weight in frozen.parameters())
 
 
