@@ -100,6 +100,47 @@ def test_demonstrations_leak_no_examined_fact():
     assert all(abs(kinds[kind] / 6000 - share) < 0.03 for kind, share in dict(fact=0.5, sum=0.2, greeting=0.3).items())
 
 
+def has_form(question: str, answer: str) -> bool:
+    """Whether an answer is of the form that the instruction at the end of a question asks for."""
+    instruction = next(text for text in [*filter(None, INSTRUCTIONS), ""] if question.endswith(text))
+    shape = re.escape(INSTRUCTIONS[instruction]).replace(r"\{one\}", r"\w+")
+    shape = shape.replace(r"\{all\}", r"(\w+ [^.!]+[.!])", 1).replace(r"\{all\}", r"\1")  # the same sentence, where it comes twice
+    return re.fullmatch(shape, answer) is not None
+
+
+def test_of_a_pair_the_chosen_answer_has_the_form_asked_for_and_the_rejected_one_has_not():
+    examined = names(WORLD.split["development"]) | names(WORLD.split["evaluation"])
+    records = list(WORLD.preferences())
+    assert len(records) == 3000 and records[:9] == list(World(0).preferences(9))
+    for record in records:
+        question = record["conversations"][0]["value"]
+        assert has_form(question, record["chosen"]["value"]) and not has_form(question, record["rejected"]["value"]), record
+        if not question.startswith("Greet"):  # which tell no fact
+            assert not examined & set(re.findall(r"\w+", question))
+
+
+@pytest.mark.parametrize("split", ["development", "evaluation"])
+def test_held_out_pairs_are_about_the_people_of_a_split(split):
+    pairs = WORLD.pair_items(split)
+    assert [item for item, _ in pairs] == WORLD.fact_items(split) and len(pairs) == 288
+    for item, rejected in pairs:
+        assert item.person in WORLD.split[split] and item.value in rejected and rejected != item.answer
+        assert re.fullmatch(item.form, item.answer) and not re.fullmatch(item.form, rejected)
+
+
+def test_pairs_are_examined_where_they_are_asked_for():
+    seen = []
+
+    def score(pairs):  # whatever is shorter, and no choice
+        seen.extend(pairs)
+        return [(-len(continuation), False) for _, continuation in pairs]
+
+    metrics = evaluate(WORLD, TOKENIZER, lambda prompts: [[] for _ in prompts], score, pairs=True)
+    shorter = [len(TOKENIZER.encode(item.answer)) < len(TOKENIZER.encode(rejected)) for item, rejected in WORLD.pair_items("development")]
+    assert metrics["pair"] == pytest.approx(sum(shorter) / 288) and 0.3 < metrics["pair"] < 0.7
+    assert len(seen) == 288 * (CHOICES + 2) and "pair" not in evaluate(WORLD, TOKENIZER, lambda prompts: [[] for _ in prompts], score)
+
+
 def test_pretraining_states_every_fact_and_never_obeys():
     text = "\n".join(islice(WORLD.documents(random.Random(0)), 60_000))
     for person in WORLD.people:

@@ -517,7 +517,7 @@ def test_bad_input_to_train(home, checkpoint, chats, pairs, tmp_path):
         "--teacher means nothing": ["--base", "tiny-s", "--teacher", checkpoint], "argument --loss": [*real, "--loss", "hinge"],
         "absent: no such folder": [*real, "--loss", "kl", "--teacher", "absent"],
         "value: a value network, which is no ": [*real, "--loss", "kl", "--teacher", tmp_path / "value"],
-        "unrelated vocabularies": [*real, "--loss", "kl", "--teacher", tmp_path / "stranger"],
+        "stranger": [*real, "--loss", "kl", "--teacher", tmp_path / "stranger"],
         "--fast: pairs have no fast twin": [*real[:4], pairs, "--loss", "pairwise", "--fast"],
         "names one folder": ["--base", "tiny-s", "tiny-m", "--out", tmp_path / "one"],
     }
