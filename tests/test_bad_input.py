@@ -126,6 +126,27 @@ def test_data(case, house, tmp_path):
     check(tmp_path, [name if part == "FILE" else part for part in CHAT], status, words)
 
 
+PAIR = {"prompt": "Greet Mira.", "chosen": "Hello Mira!", "rejected": "No."}
+PAIRS = {  # with --pairs: records, the status, and what it says; test_chat.py has every form
+    "texts": ([PAIR], 0, "HELLO MIRA!"), "demonstrations": ([record()], 2, "line 1 has no object with 'chosen' and 'rejected'"),
+    "a demonstration among pairs": ([record(), PAIR], 0, "1 pairs; dropped 1: no known form"),
+    "one side alone": ([{"prompt": "q", "chosen": "a"}], 2, "no record of a known form"),
+    "equal": ([PAIR, PAIR | {"rejected": "Hello Mira! "}], 0, "1 pairs; dropped 1: equal answers"),
+    "nothing but equal": ([PAIR | {"rejected": "Hello Mira!"}], 2, "no usable pair (1 with equal answers)"),
+    "a text without a prompt": ([{"chosen": "Human: q", "rejected": "Human: q2"}], 2, "1 with two answers without a prompt"),
+    "a side too long": ([PAIR, PAIR | {"rejected": "a " * 9000}], 0, "dropped 1: an answer beyond 4096 tokens"),
+    "a boolean label": ([{"prompt": "q", "completion": "a", "label": False}], 2, "no record of a known form"),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_pairs(case, house, tmp_path):
+    records, status, words = PAIRS[case]
+    shutil.copytree(house / "base", tmp_path / "base")
+    (tmp_path / "d.jsonl").write_bytes(lines(records))
+    check(tmp_path, ["d.jsonl" if part == "FILE" else part for part in CHAT] + ["--pairs"], status, words)
+
+
 def check(folder: Path, command: list, status: int, words: str) -> None:
     before = contents(folder)
     found, output, errors = inside(folder, *command)
