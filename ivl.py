@@ -57,7 +57,8 @@ def ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0, o
     Both terms are means over the supervised rows, the norm also over the vocabulary. The paper writes
     a sum, but its lambda of 1.0 (Table 5) goes with a mean. The authors average the norm over all
     positions, prompt and padding included; we over the supervised ones, where the value network is used,
-    unless `over` is "all": then over every row that is given, as many as the batch has, padding among them.
+    unless `over` is "all": then over every row that is given, a batch's own padding among them. (Theirs is up to
+    4096 tokens and would only be computed to be averaged; run/jobs.py prints what lambda weighs beside theirs.)
 
     Returns the loss and {ce, l1, acc, base_ce, base_acc}, the last two being what the base alone would
     get: 0-dimensional tensors, 0 when no row is supervised. On a GPU the Triton kernel below computes

@@ -143,7 +143,7 @@ class Run:
         if "base_ce" in metrics:
             shown += [f"ce {metrics['ce']:.3f}", f"|z_delta| {metrics['l1']:.3f}", f"base ce {metrics['base_ce']:.3f}"]
         if "margin" in metrics:
-            shown += [f"right {metrics['acc']:.3f}", f"margin {metrics['margin']:.3f}"]
+            shown += [f"accuracy {metrics['acc']:.3f}", f"margin {metrics['margin']:.3f}"]
         if "base_kl" in metrics:
             shown += [f"kl {metrics['kl']:.3f}", f"base kl {metrics['base_kl']:.3f}"]
         left = elapsed / (done - self.first) * (self.settings.steps - done)

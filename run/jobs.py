@@ -82,26 +82,30 @@ class Job:
             what = f"a value network ({settings.scheme})" if settings.scheme else "in full"
             says = f"training {what}, {size}, from {settings.start}, on {self.dataset.report(len(self.held_out))}, "
             says += f"template {settings.template}" + (f", system prompt {settings.system[:60]!r}" if settings.system else "")
-            says += {"ce": "", "pairwise": f", by pairs, beta {settings.beta:g}",
-                     "kl": f", by teacher {settings.teacher}, temperature {settings.temperature:g}"}[settings.loss]
+            if settings.loss == "pairwise":
+                says += f", beta {settings.beta:g}"
+            if settings.loss == "kl":
+                says += f", teacher {settings.teacher}, temperature {settings.temperature:g}"
         print(f"{says} -> {self.run.out}", flush=True)
         if settings.l1:
-            print(self.weight_of_the_norm(), flush=True)
+            self.weigh_the_norm()
 
-    def weight_of_the_norm(self, most: int = 1000) -> str:
-        """What lambda weighs beside the paper's, whose norm is a mean over all positions of rows padded to the longest length.
+    def weigh_the_norm(self, most: int = 1000) -> None:
+        """Print what lambda weighs beside the paper's, whose norm is a mean over all positions of rows padded to max_length.
 
-        Both are beside a cross-entropy that is a mean over supervised positions, so what counts is the share that
+        Both stand beside a cross-entropy that is a mean over supervised positions, so what counts is the share that
         these have of the positions that the norm is a mean of; measured on the first conversations.
         """
         settings = self.settings
         rows = [row for index in self.train_on[:most] for row in self.dataset.rows(index)]
-        positions = sum(len(ids) - 1 for ids, _ in rows) / len(rows)
+        if not rows:
+            return
+        text = sum(len(ids) - 1 for ids, _ in rows) / len(rows)  # positions of a row
         supervised = sum(sum(mask[1:]) for _, mask in rows) / len(rows)
-        averaged = positions if settings.l1_over == "all" else supervised  # positions a row; batches have hardly any padding
-        return (f"norm: lambda {settings.l1:g} over {settings.l1_over} positions weighs like the paper's lambda "
-                f"{settings.l1 * settings.max_length / averaged:.3g}, which is over rows padded to {settings.max_length} tokens; here "
-                f"{positions:.1f} of them are text and {supervised:.1f} supervised")
+        averaged = text if settings.l1_over == "all" else supervised  # rows of a batch are of like length: hardly any padding
+        print(f"norm: lambda {settings.l1:g} over {settings.l1_over} positions weighs like the paper's lambda "
+              f"{settings.l1 * settings.max_length / averaged:.3g}, which is over rows padded to {settings.max_length} tokens; here "
+              f"{text:.1f} of them are text and {supervised:.1f} supervised", flush=True)
 
     def value_info(self) -> dict:
         """What ivl.json will say."""
@@ -113,9 +117,10 @@ class Job:
             info["probe_width"] = settings.probe_width
         if settings.system:
             info["system"] = settings.system
-        if settings.loss != "ce":
-            info |= {"loss": settings.loss} | ({"beta": settings.beta} if settings.loss == "pairwise" else
-                                              {"teacher": settings.teacher, "temperature": settings.temperature})
+        if settings.loss == "pairwise":
+            info |= {"loss": "pairwise", "beta": settings.beta}
+        if settings.loss == "kl":
+            info |= {"loss": "kl", "teacher": settings.teacher, "temperature": settings.temperature}
         return info
 
     def load_frozen(self, path: Path) -> Llama:
@@ -145,7 +150,7 @@ class Job:
                        pairs=self.settings.loss == "pairwise")
 
     def publish(self, network: Llama | ValueModel, metrics: dict) -> None:
-        if self.dataset and self.settings.data == str(self.dataset.path):
+        if self.dataset and not isinstance(self.exam, (World, Capitals)):
             print(self.dataset.report(len(self.held_out)))  # by now it is known what was too long
         self.run.publish(self.processes.undivided(network), self.tokenizer, metrics)
 

@@ -489,6 +489,8 @@ def test_bad_input_to_train(home, checkpoint, chats, pairs, tmp_path):
         "Is a directory": ["--base", checkpoint, "--value", "--data", folder],
         "line 1 is not JSON": ["--base", checkpoint, "--value", "--data", file],
         "every conversation is longer than --max-length 4": [*real, "--max-length", "4"],
+        "every conversation is longer than --max-length 5": [*real, "--max-length", "5", "--l1", "1"],
+        "every pair is longer than --max-length 4": [*real[:4], pairs, "--loss", "pairwise", "--max-length", "4"],
         "the checkpoint was made for 128 tokens": [*real, "--max-length", "4096"],
         "exists, and is no run of train.py": [*real, "--out", foreign],
         "file: exists": [*real, "--out", file],
