@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from data.tiny_world import World, world_of
+from data.tiny_world import world_of
 from data.tokenizer import load_tokenizer
 from ivl import SCHEMES, ValueModel
 from model import Llama
@@ -180,10 +180,7 @@ def test_every_loss_trains_and_resumes(loss, checkpoint, chats, pairs, tmp_path)
     assert status == 0, errors
 
 
-def test_pairs_of_the_tiny_world_and_the_weight_of_the_norm(home, tmp_path, monkeypatch):
-    facts = World.fact_items
-    monkeypatch.setattr(World, "fact_items", lambda world, split, count=288: facts(world, split, 6))  # a short examination
-    monkeypatch.setattr(World, "sum_items", lambda world, split: [])
+def test_pairs_of_the_tiny_world_and_the_weight_of_the_norm(home, tmp_path, short_exam):
     shutil.copytree(home / "out", tmp_path / "out")
     status, output, errors = inside(tmp_path, "train.py", "--value", VALUE, "--loss", "pairwise", "--steps", 4, "--out", "pairs")
     assert status == 0 and "3000 pairs" in output, errors
