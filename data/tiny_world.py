@@ -406,7 +406,7 @@ def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, s
     ins    the form the instruction asks for, and the end      arith  exact, on sums that no demonstration shows
     mc     the right one of 8 values is the likeliest, after the question and the canonical sentence up to it
     fk     there, without choices: every token of the value is the likeliest one
-    pair   (where `pairs` are asked for) the answer in the form asked for is likelier than the same in another form
+    pair   pair_accuracy, where `pairs` are asked for
     """
     facts, sums = world.fact_items(split), world.sum_items(split)
     prompts = [encode_chat(tokenizer, template, with_system(system, [("user", prompt_text(item))]))[0] for item in facts + sums]
@@ -434,10 +434,18 @@ def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, s
         "fk": mean(row[0][1] for row in rows),
     }
     if pairs:
-        answers = [(item, text) for item, rejected in world.pair_items(split) for text in (item.answer, rejected)]
-        metrics["pair"] = share_preferred(score, [encode_chat(tokenizer, template, with_system(system, [
-            ("user", prompt_text(item)), ("assistant", text)])) for item, text in answers])
+        metrics["pair"] = pair_accuracy(world, tokenizer, score, split, template, system)
     return metrics
+
+
+def pair_accuracy(world: World, tokenizer: Tokenizer, score: Score, split: str, template: str = TEMPLATE, system: str = "") -> float:
+    """The share of a split's pairs of which the answer in the form asked for is likelier than the same in another form."""
+    rows = []
+    for item, rejected in world.pair_items(split):
+        for answer in (item.answer, rejected):
+            turns = with_system(system, [("user", prompt_text(item)), ("assistant", answer)])
+            rows.append(encode_chat(tokenizer, template, turns))
+    return share_preferred(score, rows)
 
 
 def print_metrics(systems: dict[str, dict[str, float]]) -> None:

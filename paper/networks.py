@@ -40,6 +40,8 @@ NORMS = [0.03, 0.1, 0.3, 1.0]  # lambda; 1.0 is Table 5's, and the "norm" of eve
 NORM = f"{VALUE}-l1-1"
 ON_M = "value-residual-tiny-m"
 CURRICULUM_M = f"{ON_M}-on-tiny-s-tiny-m"
+DISTILLED, PAIRS = "value-distilled-tiny-s", "value-pairs-tiny-s"  # by the losses of paper/losses.py
+PAIRS_AFTER, PAIRS_AFTER_NORM = "value-pairs-after-demonstrations-tiny-s", "value-pairs-after-norm-tiny-s"
 FOREIGN = ["tiny-b", "tiny-c"]  # families of bases with another tokenizer
 
 ON_S = "--base tiny-s --value --no-full"
@@ -72,6 +74,10 @@ NETWORKS = {  # the longest first, so that two processes end at about the same t
     "value-cascade+-tiny-s": Network(f"{ON_S} --scheme cascade+", (S,)),
     **{f"full-{family}-l": Network(f"--base {family}-l --full", (f"{family}-l",), 45) for family in FOREIGN},
     **{f"value-residual-{family}-m": Network(f"--base {family}-m --value --no-full", (f"{family}-m",), 35) for family in FOREIGN},
+    DISTILLED: Network(f"{ON_S} --loss kl --teacher {{home}}/full-tiny-l --out {{home}}/{DISTILLED}", (S, "full-tiny-l"), 50),
+    PAIRS: Network(f"--base tiny-s --value --loss pairwise --out {{home}}/{PAIRS}", (S,), 30),
+    PAIRS_AFTER: Network(f"--base tiny-s --value {{home}}/{VALUE} --loss pairwise --out {{home}}/{PAIRS_AFTER}", (VALUE,), 15),
+    PAIRS_AFTER_NORM: Network(f"--base tiny-s --value {{home}}/{NORM} --loss pairwise --out {{home}}/{PAIRS_AFTER_NORM}", (NORM,), 15),
     **{f"value-probe-{base}": Network(f"--base {base} --value --no-full --scheme probe", (base,)) for base in (S, M, L)},
 }
 

@@ -1,4 +1,4 @@
-"""The README's exercises, done: each edit in a copy of the code, its commands on seeds 0, 1 and 2, and what came out.
+"""The exercises of EXERCISES.md, done: each edit in a copy of the code, its commands on seeds 0, 1 and 2, and what came out.
 
     python -m tests.exercises --home out              # all of them, about 25 minutes; out/ has seeds 0, 1 and 2
     python -m tests.exercises --home out --only 3 5   # some

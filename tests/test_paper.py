@@ -16,7 +16,7 @@ import pytest
 from data.errors import UsageError
 from data.tiny_world import World
 from data.tokenizer import load_tokenizer
-from paper import appendix_b, continued, fig2, networks, report, table1, table2, table4
+from paper import appendix_b, continued, fig2, losses, networks, report, table1, table2, table4
 from paper.__main__ import METRICS, SCRIPTS, document
 from paper.networks import CONTINUE, NETWORKS, Job, Kept, command_of, jobs_for, make, networks_of, parts_of, with_needs
 from paper.report import STAND_INS, between, percent, table, verdict
@@ -116,7 +116,7 @@ def run_script(folder: Path, script, *arguments) -> tuple[int, str, str]:
     sys.argv = ["paper", *arguments]
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            run_cli(lambda: report.run(script))
+            run_cli(getattr(script, "main", lambda: report.run(script)))
     except SystemExit as ended:
         status = ended.code
     finally:
@@ -130,6 +130,17 @@ def hardly_trained(monkeypatch):
     """Every network of paper/, after two steps of training."""
     hardly = {name: networks.Network(f"{each.flags} --steps 2 --batch-size 2", each.needs, 1) for name, each in NETWORKS.items()}
     monkeypatch.setattr(networks, "NETWORKS", hardly)
+
+
+@pytest.mark.slow
+def test_the_other_losses_are_measured_and_written(tmp_path, hardly_trained):
+    status, output, errors = run_script(tmp_path, losses, "--seeds", "1", "--processes", "2", "--results", "page")
+    assert status == 0 and "No verdict on one seed" in output, errors
+    page = (tmp_path / "page/LOSSES.md").read_text()
+    for base in losses.BASES:
+        assert f"**On {base}**" in page
+    cells = [line.split("|") for line in page.splitlines() if line.startswith("| (the teacher)")][0]
+    assert cells[-2].strip() == "0.00" and 0 <= float(cells[-3]) <= 100  # no distance to itself
 
 
 @pytest.mark.slow
@@ -183,10 +194,10 @@ def lucky_results(seeds: int):
     luck, values = np.random.default_rng(0), {}
 
     def results(system, metric):
-        assert system in results.allowed and (metric in METRICS or metric in ("new 2-shot", "passes", "base passes"))
+        assert system in results.allowed and (metric in METRICS or metric in ("new 2-shot", "passes", "base passes", "kl", "pair"))
         return values.setdefault((system, metric), luck.random(seeds))
 
-    results.allowed = {system for script in SCRIPTS for system in script.SYSTEMS}
+    results.allowed = {system for script in [*SCRIPTS, losses] for system in script.SYSTEMS}
     return results
 
 
@@ -199,7 +210,7 @@ def test_every_section_can_be_written_from_its_own_systems(seeds, tmp_path, monk
     monkeypatch.setattr(fig2, "failures", lambda: "")
     monkeypatch.setattr(appendix_b, "section", lambda seeds: "")  # it would train tokenizers
     monkeypatch.chdir(tmp_path)
-    for script in SCRIPTS:
+    for script in [*SCRIPTS, losses]:
         results.allowed = set(script.SYSTEMS)
         text = report.section_text(script, results, seeds)
         assert f"`python -m {script.__name__} --seeds {seeds}`" in text and len(script.CLAIMS) == text.count("\n- **")
@@ -208,7 +219,8 @@ def test_every_section_can_be_written_from_its_own_systems(seeds, tmp_path, monk
         kept = Kept(seed)
         kept.ledger = {network: {"made": 0, "core_seconds": 60.0} for network in NETWORKS}
         networks.write(kept.folder / "networks.json", kept.ledger)
-    assert f"in {seeds * len(NETWORKS)} core-minutes" in document(results, seeds)
+    of_the_paper = with_needs(network for script in SCRIPTS for system in script.SYSTEMS for network in networks_of(system))
+    assert len(NETWORKS) - len(of_the_paper) == 4 and f"in {seeds * len(of_the_paper)} core-minutes" in document(results, seeds)
 
 
 def test_pictures(tmp_path):
@@ -224,9 +236,10 @@ def test_without_matplotlib_there_are_no_pictures_and_it_says_so(tmp_path, monke
     assert "not drawn" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
-def test_the_committed_results_are_whole():
-    text = (Path(report.__file__).parent / "RESULTS.md").read_text()
-    for script in SCRIPTS:
+@pytest.mark.parametrize("name, scripts", [("RESULTS.md", SCRIPTS), ("LOSSES.md", [losses])])
+def test_the_committed_results_are_whole(name, scripts):
+    text = (Path(report.__file__).parent / name).read_text()
+    for script in scripts:
         assert f"## {script.TITLE}" in text
         for claim in script.CLAIMS:
             assert claim.says in text
