@@ -96,17 +96,18 @@ def ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0, o
 def pairwise_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, beta: float = 0.1) -> tuple[Tensor, dict[str, Tensor]]:
     """Section 3.1's "pairwise optimization", in the form of DPO: -log sigmoid(r(chosen) - r(rejected)), the mean over pairs.
 
-    z_base (2P, T, Vb), z_delta (2P, T, Vv), labels (2P, T) as in ivl_loss, its rows chosen, rejected, chosen, ... The
-    reward r is beta * (log p_post - log p_base), summed over an answer. DPO's policy is z_post here, and the reference
-    that it must keep a second model for is z_base, which costs nothing. And what is learnt is a reward, since of a token
+    z_base (2P, T, Vb), z_delta (2P, T, Vv), labels (2P, T) as in ivl_loss: P pairs, their answers chosen, rejected, chosen,
+    ... An answer's reward r is beta times log p_post - log p_base, summed over its tokens and not divided by their
+    number. DPO's policy is z_post here, and the reference for which it keeps a second model is z_base, which costs nothing.
+    And what is learnt is a reward, since of a token y behind a text s
 
-        log p_post(y) - log p_base(y) = z_delta(y) - V,    V = log of the mean of exp z_delta under p_base:
+        log p_post(y) - log p_base(y) = z_delta(y) - V(s),    V(s) = log of the mean of exp z_delta under p_base:
 
-    z_delta is an action value Q(s, y), less the state's own value V an advantage, and the sum of advantages over an
-    answer its implicit reward (Rafailov et al., 2024, as Section 2 cites it). A constant added to z_delta changes nothing.
+    z_delta is an action value Q(s, y), less the state's own value V(s) an advantage, and beta times the sum of advantages
+    over an answer is its implicit reward (Rafailov et al., 2024, as Section 2 cites it).
 
     Returns the loss and {acc, margin}: the share of pairs whose chosen answer has the greater reward, and by how much on
-    average. A pair without a label counts nothing.
+    average. A pair whose chosen answer has no label is left out: such pairs only pad the parts of several processes.
     """
     supervised = labels != -100  # (2P, T), N of them
     z_base, z_delta = at_least_float(z_base.detach()[supervised]), at_least_float(z_delta[supervised])
@@ -127,12 +128,12 @@ def distillation_loss(z_base: Tensor, z_delta: Tensor, z_teacher: Tensor, labels
                       ) -> tuple[Tensor, dict[str, Tensor]]:
     """Section 3.1's "KL-based teacher-student distillation": KL(p_teacher || p_post), the mean over the supervised rows.
 
-    z_base (..., Vb), z_delta (..., Vv), z_teacher (..., Vt), labels (...), which teach nothing but what is supervised.
-    Logits are divided by the temperature, and the loss multiplied by its square, which keeps the gradient's size; tokens
-    that base or teacher lacks are left out of both softmaxes.
+    z_base (..., Vb), z_delta (..., Vv), z_teacher (..., Vt); labels (...) only say which rows count, those that are not -100.
+    Logits are divided by the temperature, and the loss multiplied by its square, which keeps the gradient's size. One
+    vocabulary extends the other; tokens that base or teacher lacks are left out of both softmaxes.
 
-    Returns the loss and {kl, base_kl, ce}: without that square, in nats; the same of the base alone; and the
-    cross-entropy of the labels, as in ivl_loss.
+    Returns the loss and {kl, base_kl, ce}: the KL at this temperature in nats, without that square; the same for z_base
+    alone; and the cross-entropy of the labels at temperature 1, as in ivl_loss.
     """
     supervised = labels.flatten() != -100
     count = max(1, int(supervised.sum()))
@@ -380,7 +381,7 @@ class ValueModel(nn.Module):
     def pair_loss(self, base: Llama, tokens: Tensor, labels: Tensor, beta: float = 0.1) -> tuple[Tensor, dict[str, Tensor]]:
         """What pairwise_loss returns, of tokens (2P, T) and labels (2P, T), rows chosen, rejected, chosen, ..."""
         with torch.no_grad():
-            z_base = base(tokens)  # (2P, T, Vb): the policy's start and its reference at once
+            z_base = base(tokens)  # (2P, T, Vb): the reference, also where training goes on from a value network
         return pairwise_loss(z_base, self(tokens, z_base), labels, beta)
 
     def teacher_loss(self, base: Llama, tokens: Tensor, labels: Tensor, teacher: Llama, temperature: float = 1.0

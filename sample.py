@@ -36,10 +36,9 @@ class Guided:
         self.base, self.value, self.alpha = base, value, alpha
         self.llamas = [base] if value is None else [base, *value.llamas]
         # Tokens from `readable` on are never said: some network cannot read them, or the tokenizer has no text for them.
-        sizes = [base.config.vocab_size, readable or base.config.vocab_size]
+        self.readable = min(base.config.vocab_size, readable or base.config.vocab_size)
         if value is not None:
-            sizes.append(value.vocab_size)
-        self.readable = min(sizes)
+            self.readable = min(self.readable, value.vocab_size)
         self.caches: list[KVCache] = []  # one for each of llamas
 
     @torch.inference_mode()

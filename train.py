@@ -4,7 +4,7 @@
     python train.py --base tiny-l                          # pretrain a bigger base, to plug the value network into
     python train.py --base --value --scheme cascade+       # another way to connect the two (Section 4.1)
     python train.py --base tiny-s tiny-m --value           # a curriculum of bases (Table 2)
-    python train.py --base --value --loss pairwise         # pairs of answers instead of demonstrations (Section 3.1); or kl
+    python train.py --base --value --loss pairwise         # pairs of answers instead of demonstrations (Section 3.1)
     python train.py --base PATH --value --data chats.json  # on a real checkpoint in the Hugging Face layout
     torchrun --nproc_per_node=8 train.py --base PATH --value --data chats.json  # on eight GPUs; --shard divides the weights
 
@@ -49,7 +49,7 @@ class Settings:
     seed: int
     dtype: str
     steps: int
-    batch_size: int  # samples that make one step, over all its parts
+    batch_size: int  # conversations, pairs (two rows each) or rows of text that make one step, over all its parts
     grad_accum: int  # parts that a step's batch is split into, in each process, to save memory; the gradient is the same
     max_length: int
     lr: float
@@ -189,7 +189,7 @@ def count_supervised(labels: Tensor) -> int:
 
 
 def count_pairs(labels: Tensor) -> int:
-    """Of rows chosen, rejected, chosen, ...; pairs without a label, which make up the numbers between processes, not."""
+    """Of rows chosen, rejected, chosen, ...; pairs without a label, which pad the parts of several processes, are not counted."""
     return int((labels[::2] != -100).any(1).sum())
 
 

@@ -73,7 +73,7 @@ def changed_answers(numbers: dict) -> float:
 
 
 def seconds(results: dict, name: str) -> list[float]:
-    """A contender's time in each round."""
+    """A contender's seconds in each round: of a call in bench.loss and bench.train, of a token in bench.decode."""
     if results[name]["failure"]:
         raise NotMeasured(f"{name}: {results[name]['failure']}")
     return results[name]["seconds"]

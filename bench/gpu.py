@@ -1,11 +1,11 @@
-"""All that waits for a GPU, in ten minutes on one: is the kernel right, are the fast ways the plain ones, and how fast is it all.
+"""What one GPU can check in nine minutes: is the kernel right, are the fast ways the plain ones, and how fast is it all.
 
     python -m bench.gpu                          # writes bench/GPU.md; on a CPU a rehearsal at toy sizes, which measures nothing
     python -m bench.gpu --only kernel sweep      # some of the steps
 
 Steps are commands of bench/ and tests/ with a time limit each, what matters most first. The report is written before and
 after every one of them, so whatever stops a run, it says what was measured and what was not. Peers that are not installed
-(transformers, Liger-Kernel) are left out and named.
+(transformers, Liger-Kernel) are left out and named. Several GPUs, and the losses of pairs and of a teacher, are not in it.
 """
 
 import contextlib

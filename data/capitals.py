@@ -22,6 +22,7 @@ DEMONSTRATED = 30  # countries
 # Table 5's settings are for 86,000 conversations; these are 150. Chosen by 18 of seed 0's development countries, at a constant rate of 1e-4:
 # exact .43, .44, .60 after 8, 16, 32 steps, of .00 to .11 without; a cosine over 48 steps does as much. Higher rates cost knowledge.
 CAPITALS_TRAINING = dict(steps=48, batch_size=8, grad_accum=1, lr=1e-4)
+CAPITALS_PAIRS = dict(steps=24, batch_size=8, grad_accum=1, lr=2e-5)
 
 # Countries and their capitals; other accepted spellings or names follow the first.
 CAPITALS = {country: names.split("|") for country, _, names in (line.partition(": ") for line in """
@@ -191,9 +192,20 @@ class Capitals:
         return [{"id": f"{item.country} {number % len(INSTRUCTIONS)}", "conversations": [
             {"from": "human", "value": item.question}, {"from": "gpt", "value": item.answers()[0]}]} for number, item in enumerate(items)]
 
-    def write_demonstrations(self, path: Path) -> Path:
+    def preferences(self) -> list[dict]:
+        """Pairs in ShareGPT's form: each demonstrated question, answered in the form asked for, and in another form."""
+        rng, pairs = random.Random(f"pairs of {self.name}"), []
+        for record in self.demonstrations():
+            country, _, _ = record["id"].rpartition(" ")
+            question, chosen = record["conversations"]
+            others = [form for form in INSTRUCTIONS if Item(country, form).question != question["value"]]
+            rejected = Item(country, rng.choice(others)).answers()[0]
+            pairs.append({"id": record["id"], "conversations": [question], "chosen": chosen, "rejected": {"from": "gpt", "value": rejected}})
+        return pairs
+
+    def write(self, records: list[dict], path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.demonstrations()))
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         return path
 
     def evaluate(self, tokenizer: Tokenizer, answer: Callable[[list[list[int]]], list[list[int]]], split: str, template: str, system: str

@@ -325,6 +325,12 @@ def digest_checkpoint(path: Path) -> str:
     return hashlib.blake2b("".join(map(digest, files)).encode(), digest_size=16).hexdigest()
 
 
+def stamp(path: Path) -> str:
+    """A hash of the names, sizes and times of a folder's weights, by which weights trained anew are noticed without reading them."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(find_shards(path))]
+    return hashlib.blake2b(repr(files).encode(), digest_size=8).hexdigest()
+
+
 @contextmanager
 def opened(file: Path) -> Iterator:
     with open(check_regular(file), "rb") as start:

@@ -5,7 +5,7 @@
     python -m paper.evaluate --base out/smollm2-135m --tasks mytask --include-path FOLDER
     torchrun --nproc_per_node=4 -m paper.evaluate ...                     # the base divided between four GPUs
 
-Needs: pip install lm_eval. Tasks, prompts, metrics, cache and result files are the harness's, and paper/guided_lm.py is what it
+Needs: pip install "lm_eval[ifeval]". Tasks, prompts, metrics, cache and result files are the harness's, and paper/guided_lm.py is what it
 asks of a model. A run that is stopped goes on from --use-cache. Tasks that execute what the model writes (MBPP, HumanEval) take the harness's own
 two consents: --confirm-run-unsafe-code, and HF_ALLOW_CODE_EVAL=1 in the environment.
 """
@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import os
 import sqlite3
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def arguments() -> argparse.Namespace:
     what.add_argument("--confirm-run-unsafe-code", action="store_true", help="execute what the model writes, where a task does")
     args = measured_arguments(parser, temperature=0.0)
     if TemplateLM is object:
-        raise UsageError("this takes lm-evaluation-harness: pip install lm_eval")
+        raise UsageError("this takes lm-evaluation-harness: pip install 'lm_eval[ifeval]'")
     if not (args.suite or args.tasks):
         parser.error("name what to measure, with --suite or --tasks")
     if args.confirm_run_unsafe_code and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
@@ -134,7 +135,7 @@ def system_of(args) -> dict[str, str]:
 
 def cache_of(args) -> str | None:
     """The beginning of the names of the harness's cache files; another system's answers are never taken for this one's."""
-    return args.use_cache and f"{args.use_cache}-{hashlib.sha256(repr(system_of(args)).encode()).hexdigest()[:8]}"
+    return args.use_cache and f"{args.use_cache}-{hashlib.sha256(repr([system_of(args), args.stamp]).encode()).hexdigest()[:8]}"
 
 
 def copy_cache(cache: str, count: int) -> None:
@@ -174,6 +175,7 @@ def measure(columns: list[Column], manager, processes: Alone, args) -> None:
     """Columns of Table 1 one by one, then --tasks; and the table."""
     speaker = plug_speaker(args, processes)
     lm = GuidedLM(speaker.guided, speaker.tokenizer, speaker.template, speaker.system)
+    args.stamp = speaker.stamp
     if args.use_cache:
         processes.first_does(lambda: copy_cache(cache_of(args), processes.count))
     measured = {}
@@ -181,9 +183,9 @@ def measure(columns: list[Column], manager, processes: Alone, args) -> None:
         print(f"{column.name}: {column.task}, shots: {column.shots}", flush=True)
         results = evaluate(lm, [column.task], column.shots, column.chat, speaker.name, manager, args)
         if results and column.metric not in results[column.task]:
-            raise UsageError(f"{column.task}: this version of the harness does not report {column.metric}, "
-                             f"but {', '.join(results[column.task])}")
-        if results:
+            print(f"{column.task}: left out of the table below; this version of the harness does not report {column.metric}, "
+                  f"but {', '.join(results[column.task])}", file=sys.stderr)
+        elif results:
             measured[column.name] = results[column.task][column.metric]
     if args.tasks:
         evaluate(lm, args.tasks, args.num_fewshot, args.apply_chat_template, speaker.name, manager, args)

@@ -56,9 +56,10 @@ def text(results: Results) -> str:
 
 {table}
 
-The paper gives no numbers for Figure 3b. `fk` and `2-shot` are not in it: on bigger bases the schemes that read the base's
-logits keep more of what it knows, and pay for it in manner. Section 3.1 names the other direction, a value network
-bigger than its base:
+The paper only draws Figure 3b. Its authors' public notebooks have the numbers (MT-Bench): on 1.1B, where they were trained, Cascade+ 3.89,
+Residual 3.62, Cascade 2.75; transferred to 7B, Residual 4.62, Cascade+ 4.45, Cascade 4.20. `fk` and `2-shot` are not in it: on bigger bases the schemes that read
+the base's logits keep more of what it knows, and pay for it in manner. Section 3.1 names the other direction, a value network bigger than
+its base:
 
 {strong}"""
 

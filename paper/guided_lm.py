@@ -105,7 +105,10 @@ class GuidedLM(TemplateLM):
     # ---- how much at a time
 
     def fits(self, rows: int, longest: int, predicted: int) -> bool:
-        """Whether a batch with logits of `predicted` positions a row does. A cascade asks for those of all."""
+        """Whether a batch fits: `rows` rows of `longest` positions in the caches, with logits of the last `predicted` of each.
+
+        A cascade asks for the logits of all.
+        """
         configs = [llama.config for llama in self.llamas]
         cached = sum(2 * each.num_hidden_layers * each.num_key_value_heads * each.head_dim for each in configs)
         cached *= self.guided.base.dtype.itemsize

@@ -41,11 +41,11 @@ def over_bigger(better: str, worse: str, metric: str):
 
 CLAIMS = [
     Claim(OURS, "A distilled value network comes nearer to its teacher on bigger bases than one of demonstrations does.",
-          "nats to the teacher, in hundredths, mean over tiny-m and tiny-l, demonstrations less distilled", over_bigger(VALUE, DISTILLED, "kl")),
+          "100 times the nats to the teacher, mean over tiny-m and tiny-l, demonstrations less distilled", over_bigger(VALUE, DISTILLED, "kl")),
     Claim(OURS, "It answers tiny-m's questions at least as well.",
           "`exact` on tiny-m, distilled less demonstrations", between(f"{M} + {DISTILLED}", f"{M} + {VALUE}", "exact")),
     Claim(OURS, "Distillation transfers: on tiny-l it brings the base nearer to the teacher.",
-          "nats to the teacher, in hundredths, tiny-l alone less tiny-l + distilled", between(L, f"{L} + {DISTILLED}", "kl")),
+          "100 times the nats to the teacher, tiny-l alone less tiny-l + distilled", between(L, f"{L} + {DISTILLED}", "kl")),
     Claim(OURS, "Pairs transfer: on tiny-l the chosen answer of 9 held-out pairs in 10 is the likelier one.",
           f"`pair` on tiny-l, trained by pairs alone on tiny-s, less {100 * PREFERRED:g}",
           lambda results: results(f"{L} + {PAIRS}", "pair") - PREFERRED),

@@ -31,7 +31,7 @@ from run.show import answer, encode_turns, longest_of
 
 TEMPERATURES = {  # FastChat's, by a question's category; 0.7 for others
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
-SETTINGS = ("base", "value", "expert", "anti_expert", "scheme", "template", "system", "alpha", "vocab_map", "max_new_tokens", "seed")
+SETTINGS = ("base", "value", "expert", "anti_expert", "scheme", "template", "system", "alpha", "vocab_map", "dtype", "max_new_tokens", "seed")
 
 # ---------------------------------------------------------------------------------------------------------
 # Questions and answers as FastChat writes them
@@ -143,12 +143,14 @@ def answer_id(settings: dict, question: dict) -> str:
 
 def write_answers(questions: dict[int, dict], args, processes: Alone) -> None:
     """Answer into --out, which nobody else may be writing."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     check_output("--out", args.out, "file of answers", lambda start: start.startswith(b'{"question_id"') or not start)
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"questions": digest(args.questions)}
     lock = contextlib.nullcontext() if processes.rank else FileLock(f"{args.out}.lock", timeout=0)
     try:
         with lock:
-            answer_all(plug_speaker(args, processes), questions, args, settings, processes)
+            speaker = plug_speaker(args, processes)
+            settings = {name: getattr(args, name) for name in SETTINGS} | {"questions": digest(args.questions), "weights": speaker.stamp}
+            answer_all(speaker, questions, args, settings, processes)
     except Timeout:
         raise UsageError(f"--out {args.out}: another process is writing it") from None
     if processes.rank == 0:
@@ -157,7 +159,7 @@ def write_answers(questions: dict[int, dict], args, processes: Alone) -> None:
 
 def say_how_to_judge(path: Path) -> None:
     print(f"""{path}: complete, as FastChat reads it. To have it judged, in FastChat's folder fastchat/llm_judge:
-    cp {path} data/mt_bench/model_answer/
+    mkdir -p data/mt_bench/model_answer && cp {path.resolve()} data/mt_bench/model_answer/
     OPENAI_API_KEY=... python gen_judgment.py --model-list {path.stem} --judge-model gpt-4
     python show_result.py --model-list {path.stem}""")
 

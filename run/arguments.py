@@ -61,7 +61,7 @@ def train_arguments() -> argparse.Namespace:
                       "of a batch, padded to its longest row")
     what.add_argument("--loss", choices=["ce", "pairwise", "kl"], help="cross-entropy of demonstrations (default), DPO's loss of pairs "
                       "of answers, or distillation from --teacher (Section 3.1)")
-    what.add_argument("--beta", type=positive_float, help="of --loss pairwise: how much a reward counts (default 0.1)")
+    what.add_argument("--beta", type=positive_float, help="of --loss pairwise, DPO's: a higher one keeps z_post nearer to z_base (default 0.1)")
     what.add_argument("--teacher", metavar="FOLDER", help="of --loss kl: a checkpoint of the same vocabulary, after post-training")
     what.add_argument("--temperature", type=positive_float, help="of --loss kl: what logits are divided by (default 1)")
     data = parser.add_argument_group("data")
@@ -78,7 +78,7 @@ def train_arguments() -> argparse.Namespace:
     length = how.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=number(float, 0, "positive number up to 10000", 10_001), help="passes over the data")
     length.add_argument("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
-    how.add_argument("--batch-size", type=positive_int, metavar="N", help="conversations or rows per step, all parts together")
+    how.add_argument("--batch-size", type=positive_int, metavar="N", help="conversations, pairs or rows of text per step, all parts together")
     how.add_argument("--grad-accum", type=positive_int, metavar="N", help="split a step's batch into N parts to save memory")
     how.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the computation; trained weights stay float32")
     how.add_argument("--seed", type=non_negative_int, default=0, help="of everything random (default 0)")
@@ -126,18 +126,19 @@ def train_arguments() -> argparse.Namespace:
 # sample.py, and the page of beyond/attribution.py
 
 
-def add_guidance(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what guides what."""
+def add_guidance(parser: argparse.ArgumentParser, unguided: str = "the newest under out/") -> None:
+    """The flags that say what guides what; `unguided` is what is taken where nothing is named."""
     guide = parser.add_mutually_exclusive_group()
-    guide.add_argument("--value", metavar="FOLDER", help="a value network (default: the newest under out/)")
+    guide.add_argument("--value", metavar="FOLDER", help=f"a value network (default: {unguided})")
     guide.add_argument("--expert", metavar="FOLDER", help="proxy tuning instead: a small model after post-training")
-    parser.add_argument("--base", metavar="B", help="a checkpoint folder or a tiny name (default: the one it was trained on)")
+    parser.add_argument("--base", metavar="B", help="a checkpoint folder or a tiny name (default: the one that the value network was "
+                        "trained on)")
     parser.add_argument("--anti-expert", metavar="FOLDER",
                         help="the expert before post-training (default: what its train.json names)")
     parser.add_argument("--scheme", choices=LLAMA_SCHEMES, help="take --value FOLDER, a plain Llama without ivl.json that was trained as "
                         "a value network elsewhere, as one of this scheme")
-    parser.add_argument("--template", choices=TEMPLATES, help="chat template of an expert, or with --scheme (a value network of "
-                        "ours records its own)")
+    parser.add_argument("--template", choices=TEMPLATES, help="chat template of an expert, of a base that is measured alone, or with "
+                        "--scheme (a value network of ours records its own)")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt (default: what the value network was trained with)")
     parser.add_argument("--alpha", type=any_float, default=1.0, help="weight of z_delta; 0 is the base alone (default 1)")
     parser.add_argument("--vocab-map", metavar="FILE", help="a map between base and value network of different tokenizers, by "
@@ -179,7 +180,7 @@ def measured_arguments(parser: argparse.ArgumentParser, temperature: float) -> a
 
     `temperature` is above 0 where answers may be sampled, which a vocabulary map has to know.
     """
-    add_guidance(parser)
+    add_guidance(parser, unguided="none, the base alone")
     parser.set_defaults(brings_questions=True, temperature=temperature)
     return parse_guidance(parser)
 

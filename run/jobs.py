@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from data.capitals import CAPITALS_TRAINING, Capitals
+from data.capitals import CAPITALS_PAIRS, CAPITALS_TRAINING, Capitals
 from data.chat import ChatDataset, PairDataset, chat_batches, default_template, hold_out, system_of
 from data.checkpoint import digest_checkpoint, name_of, read_value_info
 from data.errors import UsageError
@@ -251,8 +251,11 @@ def post_training(scheme: str, bases: list[Path], start: str, out: Path, args, d
         data = str(world.write_demonstrations(Path("out") / f"seed{world.seed}" / f"{name}.jsonl", records))
     exam, usual = world, TINY_POST_TRAINING if tiny else None
     if data == "capitals":
-        exam, usual = Capitals(args.seed), CAPITALS_TRAINING
-        data = str(exam.write_demonstrations(args.home / "capitals.jsonl"))
+        exam, usual = Capitals(args.seed), CAPITALS_PAIRS if pairs else CAPITALS_TRAINING
+        if pairs:
+            data = str(exam.write(exam.preferences(), args.home / "capital-pairs.jsonl"))
+        else:
+            data = str(exam.write(exam.demonstrations(), args.home / "capitals.jsonl"))
     max_length = flags.get("max_length", min(4096, longest))  # Table 5
     if max_length > longest:
         raise UsageError(f"--max-length {max_length}: the checkpoint was made for {longest} tokens")
@@ -360,13 +363,15 @@ def value_name(scheme: str, args, bases: list[Path], start: str) -> str:
         if args.probe_width != PROBE_WIDTH:
             parts.append(f"width-{args.probe_width}")
     else:
-        parts.append(name_of(Path(start)).replace(":", "-"))
+        parts.append(name_of(Path(start)).replace(":", "-").replace(f"value-{scheme}-", "further-"))
         if [start] != [str(path) for path in bases]:
             parts += ["on", *map(name_of, bases)]
     if args.l1:
         parts.append(f"l1-{args.l1:g}" + ("-over-all" if args.l1_over == "all" else ""))
     if args.loss != "ce":
         parts += [args.loss, name_of(Path(args.teacher))] if args.teacher else [args.loss]
+        parts += [f"beta-{args.beta:g}"] if args.beta not in (0, 0.1) else []
+        parts += [f"temperature-{args.temperature:g}"] if args.temperature not in (0, 1) else []
     return "-".join(parts)
 
 

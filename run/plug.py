@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from data.chat import TEMPLATES, can_speak, default_template, system_of
-from data.checkpoint import is_a_path, name_of, own_template, read_value_info
+from data.checkpoint import is_a_path, name_of, own_template, read_value_info, stamp
 from data.errors import UsageError
-from data.files import read_json
+from data.files import digest, read_json
 from data.tiny_world import TINY_SIZES, World, world_of
 from data.tokenizer import Tokenizer, describe_tokenizer, is_same_family, load_tokenizer
 from ivl import SCHEMES, ProxyDelta, ValueModel
@@ -115,6 +115,7 @@ class Speaker:
     tokenizer: Tokenizer
     template: str
     system: str = ""  # a system prompt
+    stamp: str = ""  # of its checkpoints, by which others in the same place are noticed
     generate: Callable = generate
 
 
@@ -189,7 +190,8 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
         return Speaker(f"{name_of(own_path)} + {plug}", own, tokenizer, template, system)
 
     is_other = own_path.resolve() != base_path.resolve() and own_path.is_dir()
-    return Plugged(guided=Speaker(f"{name_of(base_path)} + {plug}", guided, tokenizer, template, system),
+    stamps = " ".join(map(stamp, dict.fromkeys([base_path, *plugs]))) + (f" {digest(args.vocab_map)}" if args.vocab_map else "")
+    return Plugged(guided=Speaker(f"{name_of(base_path)} + {plug}", guided, tokenizer, template, system, stamps),
                    alone=Speaker(f"{name_of(base_path)} alone", alone, base_tokenizer, alone_template, system),
                    on_its_own=on_its_own if is_other else None,
                    guide="proxy tuning" if args.expert else "the value network",
@@ -219,7 +221,7 @@ def plug_speaker(args, processes: Alone = Alone()) -> Speaker:
     guided = choose_guided(args, world_of(path) is not None, device, processes.count)
     base = load_base(path, dtype, device, processes)
     return Speaker(f"{name_of(path)} alone", guided(base, readable=tokenizer.vocab_size), tokenizer, template,
-                   system_of(tokenizer, template, args.system))
+                   system_of(tokenizer, template, args.system), stamp(path))
 
 
 def find_guide(args) -> tuple[Path, dict, Path]:

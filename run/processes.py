@@ -108,12 +108,12 @@ class SeveralProcesses(Alone):
 
     def share_out(self, objective: Objective, dtype: str) -> nn.Module:
         if self.shard:
-            return divide(objective, halved=dtype == "bfloat16")
+            return divide(objective, in_bfloat16=dtype == "bfloat16")
         self.parallel = DistributedDataParallel(objective, gradient_as_bucket_view=True)
         return self.parallel
 
     def mine(self, parts: list[Part]) -> Iterator[Part]:
-        """Parts rank, rank + count, ..., made up with parts of no supervised token so that all have the same number.
+        """Parts rank, rank + count, ..., padded with parts of no supervised token so that all have the same number.
 
         Gradients are averaged at the last one of a step.
         """
@@ -194,14 +194,14 @@ def is_slice(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def divide(module: nn.Module, halved: bool = False) -> nn.Module:
+def divide(module: nn.Module, in_bfloat16: bool = False) -> nn.Module:
     """Shard a module in place, layer by layer; the embedding, the head and the rest belong to the module itself.
 
-    Halved: it computes in bfloat16, with gradients summed in float32.
+    in_bfloat16: it computes in bfloat16, with gradients summed in float32.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     policy = MixedPrecisionPolicy()
-    if halved:
+    if in_bfloat16:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layers in [part for part in module.modules() if isinstance(part, nn.ModuleList)]:
         for layer in layers:
@@ -213,6 +213,7 @@ def divide(module: nn.Module, halved: bool = False) -> nn.Module:
 
 
 def load_frozen(processes: Alone, path: Path, args) -> Llama:
-    """A base that is not trained; with --shard its weights go from the file into the slices, and never whole to a GPU."""
+    """A base that is not trained; with --shard its weights go from the file into the slices, and not whole to a GPU
+    before an examination or pairs are measured."""
     base = Llama.from_pretrained(path, getattr(torch, args.dtype), "cpu" if processes.shard else args.device)
     return processes.divide_base(base.requires_grad_(False))

@@ -36,7 +36,7 @@ def examine(guided: Guided, exam: World | Capitals | HeldOutPairs, tokenizer: To
     """The metrics of a base or a guided base in the tiny world (data/tiny_world.py, evaluate), on capitals, or on held-out pairs."""
     if isinstance(exam, HeldOutPairs):
         rows = [row for index in exam.indices for row in exam.dataset.rows(index)]
-        return {"pair": share_preferred(partial(score, guided), rows) if rows else None}
+        return {"pair": share_preferred(partial(score, guided, batch_size=2), rows) if rows else None}  # they may be long
     answer = partial(generate, guided, max_new_tokens=48, stop_ids=stop_ids(tokenizer, template, guided.llamas))
     if isinstance(exam, Capitals):
         return exam.evaluate(tokenizer, answer, split, template, system)

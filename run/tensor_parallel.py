@@ -70,7 +70,7 @@ def check_divisible(path: Path, config: LlamaConfig, count: int) -> None:
 
 
 def rows_of(config: LlamaConfig, count: int) -> int:
-    """How many rows of the vocabulary each process has; the last one's may be fewer, and are made up."""
+    """How many rows of the vocabulary each process has; the last one's may be fewer, and are padded."""
     return -(-config.vocab_size // count)
 
 
@@ -91,7 +91,7 @@ def read_slice(stored, name: str, shape: tuple[int, ...], rank: int, dtype: torc
                ) -> Tensor:
     """This process's slice of a stored tensor, of this shape, or all of it: the norms' weights, which are vectors.
 
-    Of the vocabulary it has the rows that there are, made up with zeros, and always one more of zeros.
+    Of the vocabulary it has the rows that there are, padded with zeros, and always one more of zeros.
     """
     module = name.split(".")[-2]
     if name in (EMBEDDING, HEAD):

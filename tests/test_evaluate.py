@@ -386,7 +386,7 @@ def test_refusals_are_one_line(base, tasks, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert "--output file" in refused(tmp_path, *command, "--tasks", "choices", "--output", "file")
     monkeypatch.setattr(evaluate, "TemplateLM", object)
-    assert refused(tmp_path, *command, "--tasks", "choices").endswith("pip install lm_eval")
+    assert refused(tmp_path, *command, "--tasks", "choices").endswith("pip install 'lm_eval[ifeval]'")
 
 
 def test_settings_of_answers(tmp_path):

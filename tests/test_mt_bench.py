@@ -1,6 +1,7 @@
 """paper/mt_bench.py: answers in FastChat's form, question by question, and what the judge would refuse."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,15 @@ def test_a_base_alone_is_asked_too_and_the_answers_of_another_model_are_not_mixe
     assert inside(tmp_path, *asked)[0] == 2
     status, _, errors = inside(tmp_path, *alone, "--seed", 1)
     assert status == 2 and "was answered with another seed" in errors
+
+
+def test_answers_of_weights_trained_anew_in_the_same_folder_are_not_mixed_in(asked, tmp_path):
+    shutil.copytree(asked[-3], tmp_path / "base")
+    command = [*asked[:-4], "--base", "base"]
+    assert inside(tmp_path, *command)[0] == 0
+    (tmp_path / "base/model.safetensors").write_bytes((asked[-3] / "model.safetensors").read_bytes())
+    status, _, errors = inside(tmp_path, *command)
+    assert status == 2 and "was answered with another weights" in errors
 
 
 def test_a_turn_without_room_has_an_empty_answer_and_is_counted(asked, tmp_path):

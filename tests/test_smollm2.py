@@ -8,6 +8,7 @@ import torch
 
 from data.capitals import CAPITALS, INSTRUCTIONS, Capitals, Item
 from data.chat import default_template, encode_chat, stop_ids, with_system
+from data.records import read_pair
 from data.tokenizer import load_tokenizer
 from model import Llama
 from sample import Guided, generate
@@ -26,6 +27,18 @@ def test_capitals_are_split_and_asked_in_every_form():
     assert abs(len(parts[1]) - len(parts[2])) <= 1
     assert len(capitals.demonstrations()) == 150
     assert Capitals(1).demonstrated != capitals.demonstrated
+
+
+def test_pairs_are_right_answers_in_the_form_asked_for_and_in_another():
+    capitals = Capitals(0)
+    pairs = capitals.preferences()
+    assert len(pairs) == 150
+    for pair, record in zip(pairs, capitals.demonstrations()):
+        chosen, rejected = [turns[-1][1] for turns in read_pair(pair)[0]]
+        country, instruction = pair["id"].rpartition(" ")[0], pair["conversations"][0]["value"].partition("? ")[2]
+        item = Item(country, instruction)
+        assert chosen == record["conversations"][1]["value"] and item.has_form(chosen)
+        assert item.names_capital(rejected) and not item.has_form(rejected)
 
 
 def test_answers_are_judged_by_form_and_knowledge():
