@@ -43,16 +43,20 @@ CLAIMS = [
     Claim(OURS, "A distilled value network comes nearer to its teacher on bigger bases than one of demonstrations does.",
           "100 times the nats to the teacher, mean over tiny-m and tiny-l, demonstrations less distilled", over_bigger(VALUE, DISTILLED, "kl")),
     Claim(OURS, "It answers tiny-m's questions at least as well.",
-          "`exact` on tiny-m, distilled less demonstrations", between(f"{M} + {DISTILLED}", f"{M} + {VALUE}", "exact")),
+          "`exact` on tiny-m, distilled less demonstrations", between(f"{M} + {DISTILLED}", f"{M} + {VALUE}", "exact"),
+          "Within the spread, and not better: the teacher is a fine-tuned tiny-l, which itself has less `exact` than tiny-l guided by "
+          "demonstrations."),
     Claim(OURS, "Distillation transfers: on tiny-l it brings the base nearer to the teacher.",
           "100 times the nats to the teacher, tiny-l alone less tiny-l + distilled", between(L, f"{L} + {DISTILLED}", "kl")),
     Claim(OURS, "Pairs transfer: on tiny-l the chosen answer of 9 held-out pairs in 10 is the likelier one.",
           f"`pair` on tiny-l, trained by pairs alone on tiny-s, less {100 * PREFERRED:g}",
           lambda results: results(f"{L} + {PAIRS}", "pair") - PREFERRED),
     Claim(OURS, "Pairs raise instruction following where the norm had lost it.",
-          "`ins` on tiny-l, pairs after the norm less the norm alone", between(f"{L} + {PAIRS_AFTER_NORM}", f"{L} + {NORM}", "ins")),
+          "`ins` on tiny-l, pairs after the norm less the norm alone", between(f"{L} + {PAIRS_AFTER_NORM}", f"{L} + {NORM}", "ins"),
+          "`pair` rises, `ins` falls: which of two answers is better is learnt, at the cost of what the norm had left of manner."),
     Claim(OURS, "After demonstrations without the norm, too.",
-          "`ins` on tiny-l, pairs after demonstrations less demonstrations alone", between(f"{L} + {PAIRS_AFTER}", f"{L} + {VALUE}", "ins")),
+          "`ins` on tiny-l, pairs after demonstrations less demonstrations alone", between(f"{L} + {PAIRS_AFTER}", f"{L} + {VALUE}", "ins"),
+          "The same: demonstrations left hardly a pair wrong, so there was little to gain."),
 ]
 
 
