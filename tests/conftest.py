@@ -17,11 +17,21 @@ from tests.helpers import SHORT, inside, small, succeed  # noqa: E402
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory) -> Path:
-    """A folder with an under-trained tiny-s and a value network on it, made by the commands themselves."""
+    """A folder with an under-trained tiny-s and a value network on it, made by the commands themselves and examined shortly."""
     folder = tmp_path_factory.mktemp("home")
-    succeed(folder, "train.py", "--base", "tiny-s", *SHORT)
-    succeed(folder, "train.py", "--base", "--value", "--no-full", *SHORT)
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_the_exam(patch)
+        for what in (["--base", "tiny-s"], ["--base", "--value", "--no-full"]):
+            status, _, errors = inside(folder, "train.py", *what, *SHORT)
+            assert status == 0, errors
     return folder
+
+
+def shorten_the_exam(patch) -> None:
+    """The tiny world's examination with fewer questions."""
+    facts, sums = World.fact_items, World.sum_items
+    patch.setattr(World, "fact_items", lambda world, split, count=288: facts(world, split, 12))
+    patch.setattr(World, "sum_items", lambda world, split: sums(world, split)[:4])
 
 
 @pytest.fixture(scope="session")
@@ -49,10 +59,8 @@ def smollm2(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def short_exam(monkeypatch) -> None:
-    """The tiny world's examination with fewer questions, for runs in this process whose metrics do not matter."""
-    facts, sums = World.fact_items, World.sum_items
-    monkeypatch.setattr(World, "fact_items", lambda world, split, count=288: facts(world, split, 12))
-    monkeypatch.setattr(World, "sum_items", lambda world, split: sums(world, split)[:4])
+    """For runs in this process whose metrics do not matter, or are those of `home`."""
+    shorten_the_exam(monkeypatch)
 
 
 @pytest.fixture

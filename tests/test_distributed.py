@@ -43,7 +43,7 @@ def test_the_gradients_of_every_scheme():
     assert done.stderr.count("same") == 7 * 2 * 2 * 2  # schemes, full, pairs and teacher, checkpointing, plain and fast, DDP and --shard
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "shard"])
+@pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ddp", "shard"])
 def test_killed_and_resumed_in_two_processes_is_one_process(shard, home, checkpoint, chats, tmp_path):
     """A batch of 5 in parts of 1: the processes have 3 and 2 of them."""
     command = [ROOT / "train.py", "--base", checkpoint, "--value", "--data", chats, "--dtype", "float32", "--steps", 20, "--batch-size", 5, "--grad-accum", 5,
