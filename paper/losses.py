@@ -115,7 +115,12 @@ fine-tuning. `exact`, `know`, `ins`, `arith` and `fk` are those of RESULTS.md; `
 answer in the form asked for is likelier than the same in another form; nats to the teacher are KL(p_teacher || p_post) over the tokens
 of the right answers.
 
-{section_text(sys.modules[__name__], results, seeds)}"""
+{section_text(sys.modules[__name__], results, seeds)}
+On SmolLM2-135M (seed 0's development countries, `python train.py --base out/smollm2-135m --value
+out/seed0/value-residual-smollm2-135m --loss pairwise --data capitals`: 150 pairs, 24 steps, once) base + value goes from `exact` .65, `know` .65,
+`ins` .98 after demonstrations to .49, .59, .83 after pairs: of the pairs nearly all were right from the first step on, so there, too, there was little to
+gain and some manner to lose.
+"""
 
 
 def main():
