@@ -1,10 +1,10 @@
-"""Inverse value learning: Eq. (3), the loss with its kernel, and what can make a z_delta.
+"""Inverse value learning: Eq. (3), the loss with its kernel, two more losses, and what can make a z_delta.
 
     python -c "from ivl import ValueModel; print(ValueModel.from_pretrained('out/seed0/value-residual-tiny-s').info)"
 
 A frozen base computes z_base, the logits of the next token. The value network computes z_delta, how
 post-training changes them. Only the value network learns; afterwards it is plugged into other bases
-as it is.
+as it is. Read `combine`, `ivl_loss` and `ValueModel` first; the kernel and the two losses of Section 3.1 can wait.
 """
 
 import json

@@ -23,9 +23,9 @@ from model import LlamaConfig
 from paper.guided_lm import GuidedLM, TemplateLM
 from paper.report import table
 from paper.table1 import BLOCKS, PAPER, PAPER_70B
-from run.arguments import measured_arguments
+from run.arguments import GUIDANCE, measured_arguments
 from run.cli import ArgumentParser, non_negative_int, positive_int, run_cli
-from run.plug import plug_speaker
+from run.plug import Speaker, plug_speaker
 from run.processes import Alone, join_decoders
 
 # ---------------------------------------------------------------------------------------------------------
@@ -125,17 +125,14 @@ def make_folder(flag: str, folder: Path) -> None:
         raise UsageError(f"{flag} {folder}: read-only")
 
 
-SETTINGS = ("base", "value", "scheme", "expert", "anti_expert", "vocab_map", "alpha", "template", "system", "dtype")
-
-
 def system_of(args) -> dict[str, str]:
     """What answers depend on."""
-    return {flag: str(getattr(args, flag)) for flag in SETTINGS}
+    return {flag: str(getattr(args, flag)) for flag in GUIDANCE}
 
 
-def cache_of(args) -> str | None:
+def cache_of(stamp: str, args) -> str | None:
     """The beginning of the names of the harness's cache files; another system's answers are never taken for this one's."""
-    return args.use_cache and f"{args.use_cache}-{hashlib.sha256(repr([system_of(args), args.stamp]).encode()).hexdigest()[:8]}"
+    return args.use_cache and f"{args.use_cache}-{hashlib.sha256(repr([system_of(args), stamp]).encode()).hexdigest()[:8]}"
 
 
 def copy_cache(cache: str, count: int) -> None:
@@ -146,7 +143,7 @@ def copy_cache(cache: str, count: int) -> None:
                 source.backup(copy)
 
 
-def evaluate(lm: GuidedLM, tasks: list[str], shots: int | None, chat: bool, name: str, manager, args) -> dict[str, dict]:
+def evaluate(lm: GuidedLM, tasks: list[str], shots: int | None, chat: bool, speaker: Speaker, manager, args) -> dict[str, dict]:
     """The harness's results of some tasks, which it also prints and saves; none where this is not the first of several processes."""
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
@@ -154,8 +151,8 @@ def evaluate(lm: GuidedLM, tasks: list[str], shots: int | None, chat: bool, name
     tracker = EvaluationTracker(output_path=args.output and str(args.output))
     try:
         results = simple_evaluate(
-            lm, model_args={"model": name} | system_of(args), tasks=tasks, num_fewshot=shots, apply_chat_template=chat, limit=args.limit,
-            use_cache=cache_of(args), evaluation_tracker=tracker, task_manager=manager,
+            lm, model_args={"model": speaker.name} | system_of(args), tasks=tasks, num_fewshot=shots, apply_chat_template=chat, limit=args.limit,
+            use_cache=cache_of(speaker.stamp, args), evaluation_tracker=tracker, task_manager=manager,
             confirm_run_unsafe_code=args.confirm_run_unsafe_code)
     except ValueError as error:
         if "unsafe" not in str(error):
@@ -175,20 +172,19 @@ def measure(columns: list[Column], manager, processes: Alone, args) -> None:
     """Columns of Table 1 one by one, then --tasks; and the table."""
     speaker = plug_speaker(args, processes)
     lm = GuidedLM(speaker.guided, speaker.tokenizer, speaker.template, speaker.system)
-    args.stamp = speaker.stamp
     if args.use_cache:
-        processes.first_does(lambda: copy_cache(cache_of(args), processes.count))
+        processes.first_does(lambda: copy_cache(cache_of(speaker.stamp, args), processes.count))
     measured = {}
     for column in columns:
         print(f"{column.name}: {column.task}, shots: {column.shots}", flush=True)
-        results = evaluate(lm, [column.task], column.shots, column.chat, speaker.name, manager, args)
+        results = evaluate(lm, [column.task], column.shots, column.chat, speaker, manager, args)
         if results and column.metric not in results[column.task]:
             print(f"{column.task}: left out of the table below; this version of the harness does not report {column.metric}, "
                   f"but {', '.join(results[column.task])}", file=sys.stderr)
         elif results:
             measured[column.name] = results[column.task][column.metric]
     if args.tasks:
-        evaluate(lm, args.tasks, args.num_fewshot, args.apply_chat_template, speaker.name, manager, args)
+        evaluate(lm, args.tasks, args.num_fewshot, args.apply_chat_template, speaker, manager, args)
     if measured:
         print(table_1(measured, block_of(speaker.guided.base.config)))
 

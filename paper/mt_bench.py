@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from data.errors import UsageError
 from data.files import check_output, digest, replacing
 from data.records import Records, Turn, is_unicode
-from run.arguments import measured_arguments
+from run.arguments import GUIDANCE, measured_arguments
 from run.cli import ArgumentParser, clock, non_negative_int, positive_int, run_cli
 from run.plug import Speaker, plug_speaker
 from run.processes import Alone, join_decoders
@@ -31,7 +31,7 @@ from run.show import answer, encode_turns, longest_of
 
 TEMPERATURES = {  # FastChat's, by a question's category; 0.7 for others
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
-SETTINGS = ("base", "value", "expert", "anti_expert", "scheme", "template", "system", "alpha", "vocab_map", "dtype", "max_new_tokens", "seed")
+SETTINGS = (*GUIDANCE, "max_new_tokens", "seed")
 
 # ---------------------------------------------------------------------------------------------------------
 # Questions and answers as FastChat writes them

@@ -126,6 +126,9 @@ def train_arguments() -> argparse.Namespace:
 # sample.py, and the page of beyond/attribution.py
 
 
+GUIDANCE = ("base", "value", "expert", "anti_expert", "scheme", "template", "system", "alpha", "vocab_map", "dtype")  # what answers depend on
+
+
 def add_guidance(parser: argparse.ArgumentParser, unguided: str = "the newest under out/") -> None:
     """The flags that say what guides what; `unguided` is what is taken where nothing is named."""
     guide = parser.add_mutually_exclusive_group()

@@ -252,10 +252,8 @@ def post_training(scheme: str, bases: list[Path], start: str, out: Path, args, d
     exam, usual = world, TINY_POST_TRAINING if tiny else None
     if data == "capitals":
         exam, usual = Capitals(args.seed), CAPITALS_PAIRS if pairs else CAPITALS_TRAINING
-        if pairs:
-            data = str(exam.write(exam.preferences(), args.home / "capital-pairs.jsonl"))
-        else:
-            data = str(exam.write(exam.demonstrations(), args.home / "capitals.jsonl"))
+        name, records = ("capital-pairs", exam.preferences()) if pairs else ("capitals", exam.demonstrations())
+        data = str(exam.write(records, args.home / f"{name}.jsonl"))
     max_length = flags.get("max_length", min(4096, longest))  # Table 5
     if max_length > longest:
         raise UsageError(f"--max-length {max_length}: the checkpoint was made for {longest} tokens")

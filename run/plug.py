@@ -5,7 +5,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -115,7 +115,7 @@ class Speaker:
     tokenizer: Tokenizer
     template: str
     system: str = ""  # a system prompt
-    stamp: str = ""  # of its checkpoints, by which others in the same place are noticed
+    stamp: str = ""  # where answers are kept: of its checkpoints, by which others in the same place are noticed
     generate: Callable = generate
 
 
@@ -190,8 +190,7 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
         return Speaker(f"{name_of(own_path)} + {plug}", own, tokenizer, template, system)
 
     is_other = own_path.resolve() != base_path.resolve() and own_path.is_dir()
-    stamps = " ".join(map(stamp, dict.fromkeys([base_path, *plugs]))) + (f" {digest(args.vocab_map)}" if args.vocab_map else "")
-    return Plugged(guided=Speaker(f"{name_of(base_path)} + {plug}", guided, tokenizer, template, system, stamps),
+    return Plugged(guided=Speaker(f"{name_of(base_path)} + {plug}", guided, tokenizer, template, system),
                    alone=Speaker(f"{name_of(base_path)} alone", alone, base_tokenizer, alone_template, system),
                    on_its_own=on_its_own if is_other else None,
                    guide="proxy tuning" if args.expert else "the value network",
@@ -207,7 +206,10 @@ def load_base(path: Path, dtype: str, device: str, processes: Alone) -> Llama:
 def plug_speaker(args, processes: Alone = Alone()) -> Speaker:
     """For scripts that bring their questions: the guided base or, without --value and --expert, the base alone."""
     if args.value or args.expert:
-        return plug_in(args, processes).guided
+        plugged = plug_in(args, processes)
+        folders = [plugged.base_path, plugged.guide_path] + ([plugged.own_path] if args.expert else [])
+        stamps = [stamp(folder) for folder in folders] + ([digest(args.vocab_map)] if args.vocab_map else [])
+        return replace(plugged.guided, stamp=" ".join(stamps))
     if not args.base:
         raise UsageError("name what is measured: --base for a base alone, --value or --expert for what guides it")
     path = find_tiny(args.base, [Path("out/seed0")]) or Path(args.base)

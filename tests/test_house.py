@@ -90,16 +90,22 @@ def said(output: str) -> str:
     return "\n".join(kept)
 
 
-QUICKLY = """
+def short_exam(facts: int, sums: int) -> str:
+    """The beginning of a program that runs a script's main with so many questions in its examination."""
+    return f"""
 import importlib, sys
 from data.tiny_world import World
+from run import arguments, jobs, plug, show  # so that importing is not watched
 from run.cli import run_cli
 facts, sums = World.fact_items, World.sum_items
-World.fact_items = lambda world, split, count=288: facts(world, split, 24)  # a short examination
-World.sum_items = lambda world, split: sums(world, split)[:8]
+World.fact_items = lambda world, split, count=288: facts(world, split, {facts})
+World.sum_items = lambda world, split: sums(world, split)[:{sums}]
 sys.argv = sys.argv[1:]
-run_cli(importlib.import_module(sys.argv[0].removesuffix(".py")).main)
+main = importlib.import_module(sys.argv[0].removesuffix(".py")).main
 """
+
+
+QUICKLY = short_exam(facts=24, sums=8) + "run_cli(main)\n"
 ALL_REFUSED = """
 import sys
 from run.cli import run_cli
@@ -134,16 +140,7 @@ def test_without_fast_and_beyond_everything_that_the_paper_says_remains(home, tm
     assert results["with"] == results["without"] and "base+value" in results["with"]
 
 
-CALLED = """
-import importlib, sys
-from data.tiny_world import World
-from run import arguments, jobs, plug, show  # so that importing is not watched
-from run.cli import run_cli
-facts, sums = World.fact_items, World.sum_items
-World.fact_items = lambda world, split, count=288: facts(world, split, 6)  # a short examination
-World.sum_items = lambda world, split: sums(world, split)[:2]
-sys.argv = sys.argv[1:]
-main = importlib.import_module(sys.argv[0].removesuffix(".py")).main
+CALLED = short_exam(facts=6, sums=2) + """
 calls = set()
 sys.setprofile(lambda frame, event, _: event == "call" and calls.add(frame.f_code))
 run_cli(main)

@@ -45,6 +45,8 @@ def test_every_question_is_answered_once_in_fastchats_form(asked, tmp_path):
         assert record["model_id"] == "tiny-s" and len(record["choices"][0]["turns"]) == 2
     assert [record["question_id"] for record in answers(tmp_path)] == list(range(81, 91))
     assert not (tmp_path / "tiny-s.jsonl.lock").exists()
+    status, output, errors = inside(tmp_path, *asked[:5], "--check")
+    assert status == 0 and "complete, as FastChat reads it" in output, errors
     judge = pytest.importorskip("fastchat.llm_judge.common", reason="fschat is not installed")
     (tmp_path / "answers").mkdir()
     (tmp_path / "tiny-s.jsonl").rename(tmp_path / "answers/tiny-s.jsonl")
