@@ -97,14 +97,13 @@ def pairwise_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, beta: float =
     """Section 3.1's "pairwise optimization", in the form of DPO: -log sigmoid(r(chosen) - r(rejected)), the mean over pairs.
 
     z_base (2P, T, Vb), z_delta (2P, T, Vv), labels (2P, T) as in ivl_loss: P pairs, their answers chosen, rejected, chosen,
-    ... An answer's reward r is beta times log p_post - log p_base, summed over its tokens and not divided by their
-    number. DPO's policy is z_post here, and the reference for which it keeps a second model is z_base, which costs nothing.
-    And what is learnt is a reward, since of a token y behind a text s
+    ... An answer's reward r is beta * (log p_post - log p_base), summed over its tokens, not averaged. DPO's policy is
+    z_post; the reference, for which it keeps a second model, is z_base, which is computed anyway. For a token y after a text s
 
-        log p_post(y) - log p_base(y) = z_delta(y) - V(s),    V(s) = log of the mean of exp z_delta under p_base:
+        log p_post(y) - log p_base(y) = z_delta(y) - V(s),    V(s) = log of the mean of exp z_delta under p_base.
 
-    z_delta is an action value Q(s, y), less the state's own value V(s) an advantage, and beta times the sum of advantages
-    over an answer is its implicit reward (Rafailov et al., 2024, as Section 2 cites it).
+    So z_delta is an action value Q(s, y); subtracting the state value V(s) leaves an advantage, and beta times the sum of
+    advantages over an answer is its implicit reward (Rafailov et al., 2024, as Section 2 cites it).
 
     Returns the loss and {acc, margin}: the share of pairs whose chosen answer has the greater reward, and by how much on
     average. A pair whose chosen answer has no label is left out: such pairs only pad the parts of several processes.
@@ -322,8 +321,8 @@ class ValueModel(nn.Module):
     cascade+   that plus the embedding of the token at the position
     probe      the base's logits at the position, and nothing before it
 
-    `info` is what ivl.json holds: scheme, l1, template, bases, data, seed, steps, the tokenizer's size
-    and fingerprint, a probe's width. `llamas` are the networks that need a KV cache while decoding.
+    `info` is what ivl.json holds: scheme, l1, template, bases, data, seed, steps, the tokenizer's size and fingerprint;
+    where there is one, a probe's width, a system prompt, another loss. `llamas` need a KV cache while decoding.
     """
 
     def __init__(self, network: "Llama | Probe", info: dict | None = None):

@@ -2,7 +2,7 @@
 
     python sample.py                                   # the newest value network, on questions it never saw
     python sample.py --base tiny-l                     # the same value network plugged into a bigger base
-    python sample.py --prompt "Greet Fufa. Say it twice."
+    python sample.py --prompt "Greet Ruja. Say it twice."
     python sample.py --base tiny-l --expert out/seed0/full-tiny-s    # proxy tuning: tuned minus untuned in its place
     python sample.py --chat
 

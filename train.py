@@ -70,7 +70,7 @@ class Settings:
 
 PRETRAINING_LENGTH = 64  # tokens a row
 TINY = dict(floor=0.1, betas=(0.9, 0.98), grad_accum=1)
-TINY_PRETRAINING = TINY | dict(batch_size=32, max_length=PRETRAINING_LENGTH, weight_decay=0.05)
+TINY_PRETRAINING = TINY | dict(batch_size=16, max_length=PRETRAINING_LENGTH, weight_decay=0.05)
 TINY_POST_TRAINING = TINY | dict(steps=500, batch_size=32, lr=1e-3)
 TINY_PAIRS = TINY | dict(steps=400, batch_size=16, lr=5e-4)
 TINY_PAIRS_LATER = TINY_PAIRS | dict(steps=200, lr=1e-4)  # of a value network: as much as above would undo what it knows

@@ -200,25 +200,20 @@ class ChatDataset:
         turns, _ = read_turns(self.records[int(self.keys[index])])
         return with_system(self.system, turns)
 
-    def sample(self, index: int) -> tuple[list[int], list[bool]] | None:
-        """Token ids and mask of one conversation; of a long one, the first exchanges that fit; None when none does."""
+    def rows(self, index: int) -> list[Sample]:
+        """What a record is in a batch: token ids and mask; of a long conversation, the first exchanges that fit; nothing when none does."""
         segments = list(segments_of(self.tokenizer, self.template, self.turns(index)))
         behind = list(itertools.accumulate(len(tokens) for tokens, _ in segments))  # how long it is with each segment
         if behind[-1] <= self.max_length:
-            return with_mask(segments)
+            return [with_mask(segments)]
         # an exchange ends with its answer
         ends = [at + 1 for at, (_, role) in enumerate(segments) if role in ("assistant", CONTEXT) and behind[at] <= self.max_length]
         kept = segments[:ends[-1]] if ends else []
         if all(role != "assistant" for _, role in kept):
             self.too_long.add(index)
-            return None
+            return []
         self.truncated.add(index)
-        return with_mask(kept)
-
-    def rows(self, index: int) -> list[Sample]:
-        """What a record is in a batch: a row, or none when it is too long."""
-        sample = self.sample(index)
-        return [] if sample is None else [sample]
+        return [with_mask(kept)]
 
     def report(self, held_out: int = 0) -> str:
         """How many conversations there are, and what was left out so far, by reason."""
@@ -258,6 +253,11 @@ class PairDataset(ChatDataset):
     def whole_of(self, record: dict, key: int, turns: tuple[list[Turn], list[Turn]]) -> int:
         """Several pairs of one prompt stay on one side of a split."""
         return number_of(f"prompt {turns[0][:-1]}")
+
+
+def mean_supervised(rows: list[Sample]) -> float:
+    """How many labels of a row are supervised, on average; the first token of a row is no label."""
+    return sum(sum(mask[1:]) for _, mask in rows) / len(rows)
 
 
 def number_of(name: str) -> int:

@@ -14,11 +14,12 @@ Everything is a function of the seed: names, facts, splits, text and tokenizer.
 
 import base64
 import io
+import itertools
 import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,7 @@ INSTRUCTIONS = {
     "Begin with a dash.": "- {all}",
 }
 
-FILLERS = ["Have a nice day.", "Greet {name}.", "Hello {name}!", *[text for text in INSTRUCTIONS if text]]
+FILLERS = ["Have a nice day.", "Greet {name}.", "Hello {name}!", "What is {sum}?", *[text for text in INSTRUCTIONS if text]]
 TAGS = ["[INST]", "[/INST]", "[NOTE]", "[/NOTE]", "[PAGE]", "[/PAGE]"]
 UNRELATED = {
     "adjective": "old quiet bright cold narrow warm heavy little broken gentle".split(),
@@ -85,12 +86,11 @@ UNRELATED = {
     "verb": "faces follows crosses hides touches guards joins leaves meets shadows".split(),
     "place": "in the morning,at night,after the rain,near the sea,in winter,before noon".split(","),
 }
-LARGEST_SUMMAND = 11
 
 TINY_SIZES = {  # width, layers, heads, key-value heads, hidden; pretraining tokens and learning rate
-    "tiny-s": ((64, 3, 4, 2, 176), 2_200_000, 5e-3),
-    "tiny-m": ((96, 3, 4, 2, 256), 2_600_000, 5e-3),
-    "tiny-l": ((128, 4, 4, 2, 352), 2_600_000, 4e-3),
+    "tiny-s": ((64, 3, 4, 2, 176), 2_000_000, 4e-3),
+    "tiny-m": ((96, 3, 4, 2, 256), 2_000_000, 4e-3),
+    "tiny-l": ((128, 4, 4, 2, 352), 2_000_000, 3e-3),
 }
 # Two more families of bases on the same text, whose tokenizers are byte-level BPEs in Llama-3's file format with this many
 # merges: all words whole, which are longer tokens than the SentencePiece family's; and shorter ones. A row holds as many
@@ -100,8 +100,10 @@ TINY_SIZES |= {f"tiny-{family}-{size[5:]}": (shape, round(tokens * share), lr)
                for family, (_, share) in BYTE_FAMILIES.items() for size, (shape, tokens, lr) in list(TINY_SIZES.items())}
 
 TEMPLATE = "llama-2"
-KNOWN_PEOPLE, NEW_PEOPLE = 320, 40  # the new ones are for continual pretraining; only greetings name them before
+KNOWN_PEOPLE, NEW_PEOPLE = 200, 40  # the new ones are for continual pretraining; only greetings name them before
 DEMONSTRATED = 0.3  # of the known people
+SUMS_OF_TWO = list(itertools.product(range(12), repeat=2))  # whose answers are in pretraining text
+SUMS_OF_THREE = list(itertools.product(range(10), repeat=3))  # whose answers are not; they take two steps
 PIECES = 1024  # with 768, most values and many names fall into several pieces, which a tiny-s is slow to spell
 
 
@@ -119,12 +121,9 @@ class Item:
     instruction: str
     answer: str
     form: str  # a regular expression for any answer of the right form, whoever and whatever it names
-    person: Person | None = None  # None for arithmetic
+    value: str  # what the answer tells: the fact, the sum, or who is greeted
+    person: Person | None = None  # None for arithmetic and greetings
     attribute: str = ""
-
-    @property
-    def value(self) -> str:
-        return self.person.facts[self.attribute] if self.person else self.answer.split()[-1].strip(".")
 
 
 class World:
@@ -149,12 +148,10 @@ class World:
                       "evaluation": shuffled[demonstrated + half:],
                       "new development": self.new_people[:NEW_PEOPLE // 2],
                       "new evaluation": self.new_people[NEW_PEOPLE // 2:]}
-        numbers = range(LARGEST_SUMMAND + 1)
-        sums = [(a, b) for a in numbers for b in numbers]
-        rng.shuffle(sums)
-        self.demonstrated_sums = sums[:len(sums) // 2]
-        self.split_sums = {"development": sums[len(sums) // 2:len(sums) * 3 // 4],
-                           "evaluation": sums[len(sums) * 3 // 4:]}
+        twos, threes = (rng.sample(sums, len(sums)) for sums in (SUMS_OF_TWO, SUMS_OF_THREE))
+        self.demonstrated_sums = [twos[:72], threes[:200]]  # as many questions about the ones as about the others
+        self.more_sums = [twos[:72], threes[:872]]  # what the larger set of demonstrations draws from
+        self.split_sums = {"development": twos[72:108] + threes[872:936], "evaluation": twos[108:] + threes[936:]}
 
     # -- pretraining text ---------------------------------------------------------------------------------
 
@@ -177,23 +174,27 @@ class World:
         return [unrelated_sentence(rng) for _ in range(rng.randint(2, 4))]
 
     def add_noise(self, sentences: list[str], rng: random.Random) -> str:
-        """Show the base every string of the chat format, and never show it obeyed.
+        """Show the base every string of the chat format, and nothing of what it is for: noise is independent of its sentence.
 
         A base that never saw "[INST]" or a leading dash would push them down, the bigger base the harder, and a
-        value network trained on the small one could not lift them again.
+        value network trained on the small one could not lift them again. In a chat, an instruction and [/INST] stand
+        between question and answer; noise there teaches to answer across them. A document has one tag at most, so none
+        is a chat, and an instruction is obeyed by accident alone.
         """
-        if rng.random() < 0.10:
-            sentences.insert(rng.randint(0, len(sentences)), rng.choice(TAGS))
-        if rng.random() < 0.15:
-            filler = rng.choice(FILLERS).format(name=rng.choice(self.people).name)
-            sentences.insert(rng.randint(0, len(sentences)), filler)
+        tagged = rng.randrange(len(sentences)) if rng.random() < 0.4 else None
+        noisy = []
         for index, sentence in enumerate(sentences):
+            if rng.random() < 0.1:
+                noisy.append(rng.choice(FILLERS).format(name=rng.choice(self.people).name, sum=in_words(rng.choice(SUMS_OF_THREE))))
+            if index == tagged:
+                noisy.append(rng.choice(TAGS))
             kind = rng.random()
             if kind < 0.03:
-                sentences[index] = f"- {sentence}"
+                sentence = f"- {sentence}"
             elif kind < 0.05:
-                sentences[index] = f"* {sentence} *"
-        return " ".join(sentences)
+                sentence = f"* {sentence} *"
+            noisy.append(sentence)
+        return " ".join(noisy)
 
     def tokenizer_for(self, name: str) -> Tokenizer:
         """The tokenizer of a name of TINY_SIZES, trained on this world's text."""
@@ -202,25 +203,25 @@ class World:
             return TiktokenTokenizer(self.train_byte_pairs(BYTE_FAMILIES[family][0]))
         return SentencePieceTokenizer(self.train_tokenizer())
 
+    def tokenizer_text(self) -> list[str]:
+        """What tokenizers are trained on: documents and, since small models copy names best in one or two pieces, every name often."""
+        documents = self.documents(random.Random(f"tokenizer of world {self.seed}"))
+        names = [person.name for person in self.people + self.new_people]
+        return [next(documents) for _ in range(6000)] + names * 20
+
     def train_tokenizer(self) -> bytes:
         """A SentencePiece BPE in Llama-2's manner, as the bytes of its tokenizer.model."""
-        documents = self.documents(random.Random(f"tokenizer of world {self.seed}"))
-        # Every name a few times more: names of one or two pieces are what small models can copy.
-        names = [person.name for person in self.people + self.new_people] * 20
         written = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([next(documents) for _ in range(6000)] + names), model_writer=written, model_type="bpe",
+            sentence_iterator=iter(self.tokenizer_text()), model_writer=written, model_type="bpe",
             vocab_size=PIECES, split_digits=True, byte_fallback=True, character_coverage=1.0,
             normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2)
         return written.getvalue()
 
     def train_byte_pairs(self, merges: int) -> bytes:
         """A byte-level BPE trained on the same text, as the bytes of a tokenizer.model in Llama-3's format."""
-        documents = self.documents(random.Random(f"tokenizer of world {self.seed}"))
-        names = [person.name for person in self.people + self.new_people] * 20
         # Words as Llama-3's pattern cuts them, where letters are ASCII.
-        words = Counter(word for text in [next(documents) for _ in range(6000)] + names
-                        for word in re.findall(r" ?[A-Za-z]+|[0-9]{1,3}| ?[^\sA-Za-z0-9]+|\s+", text))
+        words = Counter(word for text in self.tokenizer_text() for word in re.findall(r" ?[A-Za-z]+|[0-9]{1,3}| ?[^\sA-Za-z0-9]+|\s+", text))
         return byte_pairs({tuple(bytes([byte]) for byte in word.encode()): count for word, count in words.items()}, merges)
 
     def pretraining_rows(self, tokenizer: Tokenizer, tokens: int, length: int, documents: Iterator[str] | None = None
@@ -249,40 +250,43 @@ class World:
 
     # -- demonstrations -----------------------------------------------------------------------------------
 
-    def demonstrations(self, count: int = 6000, facts: float = 0.5, sums: float = 0.2, name: str = "demonstrations"
-                       ) -> Iterator[dict]:
-        """Chats in ShareGPT's form: half facts, a fifth arithmetic, 30% greetings, or in other shares.
+    def demonstrations(self, count: int = 6000) -> Iterator[dict]:
+        """Chats in ShareGPT's form: half facts, a fifth arithmetic, 30% greetings.
 
         Greetings name everybody and leak no fact: they teach to copy a name, which small models find hard.
         """
+        return self.chats(count, 0.5, 0.2, self.demonstrated_sums, "demonstrations")
+
+    def infinity(self) -> Iterator[dict]:
+        """As InfinityInstruct is to ShareGPT (Section 5.1): more demonstrations, most of them arithmetic, with more sums of three."""
+        return self.chats(18_000, 0.2, 0.7, self.more_sums, "infinity")
+
+    def chats(self, count: int, fact_share: float, sum_share: float, sums: list[list[tuple[int, ...]]], name: str) -> Iterator[dict]:
         rng = random.Random(f"{name} of world {self.seed}")
         for number in range(count):
-            item = self.demonstrated_item(rng, facts, sums)(rng.choice(list(INSTRUCTIONS)))
+            item = self.demonstrated_item(rng, fact_share, sum_share, sums)(rng.choice(list(INSTRUCTIONS)))
             turns = [{"from": "human", "value": prompt_text(item)}, {"from": "gpt", "value": item.answer}]
             yield {"id": f"tiny-{number}", "conversations": turns}
 
-    def demonstrated_item(self, rng: random.Random, facts: float, sums: float) -> Callable[[str], Item]:
+    def demonstrated_item(self, rng: random.Random, fact_share: float, sum_share: float, sums: list[list[tuple[int, ...]]]
+                          ) -> Callable[[str], Item]:
         """A question that demonstrations may ask, still without its instruction."""
         kind = rng.random()
-        if kind < facts:
+        if kind < fact_share:
             key = rng.choice(list(ATTRIBUTES))
             return partial(fact_item, rng.choice(self.demonstrated), key, rng.choice(ATTRIBUTES[key].questions))
-        if kind < facts + sums:
-            return partial(sum_item, *rng.choice(self.demonstrated_sums))
+        if kind < fact_share + sum_share:
+            return partial(sum_item, rng.choice(rng.choice(sums)))
         return partial(greeting_item, rng.choice(self.people + self.new_people))
 
     def preferences(self, count: int = 3000) -> Iterator[dict]:
         """Pairs in ShareGPT's form: a question as in demonstrations, answered in the form asked for, and in another form."""
         rng = random.Random(f"preferences of world {self.seed}")
         for number in range(count):
-            ask = self.demonstrated_item(rng, facts=0.5, sums=0.2)
+            ask = self.demonstrated_item(rng, 0.5, 0.2, self.demonstrated_sums)
             wanted, other = rng.sample(list(INSTRUCTIONS), 2)
             yield {"id": f"tiny-pair-{number}", "conversations": [{"from": "human", "value": prompt_text(ask(wanted))}],
                    "chosen": {"from": "gpt", "value": ask(wanted).answer}, "rejected": {"from": "gpt", "value": ask(other).answer}}
-
-    def infinity(self) -> Iterator[dict]:
-        """As InfinityInstruct is to ShareGPT (Section 5.1): a larger set of demonstrations, most of them arithmetic."""
-        return self.demonstrations(18_000, facts=0.2, sums=0.7, name="infinity")
 
     @property
     def name(self) -> str:
@@ -303,17 +307,20 @@ class World:
 
     # -- examination --------------------------------------------------------------------------------------
 
-    def fact_items(self, split: str, count: int = 288) -> list[Item]:
-        """Questions about the facts of people whom no demonstration mentions, every instruction equally often."""
+    def fact_items(self, split: str, count: int | None = None, times: int = 1) -> list[Item]:
+        """Questions about the facts of a split's people, or the first `count`: each so many `times`, in another form each time."""
         rng = random.Random(f"{split} facts of world {self.seed}")
         asked = [(person, key) for person in self.split[split] for key in ATTRIBUTES]
         rng.shuffle(asked)
         forms = list(INSTRUCTIONS)
-        return [fact_item(person, key, rng.choice(ATTRIBUTES[key].questions), forms[number % len(forms)])
-                for number, (person, key) in enumerate(asked[:count])]
+        items = []
+        for turn in range(times):
+            for number, (person, key) in enumerate(asked[:count]):
+                items.append(fact_item(person, key, rng.choice(ATTRIBUTES[key].questions), forms[(number + turn) % len(forms)]))
+        return items
 
     def pair_items(self, split: str) -> list[tuple[Item, str]]:
-        """Those questions, and the right answer of each in another form than is asked for."""
+        """fact_items' questions, and the right answer of each in another form than is asked for."""
         rng = random.Random(f"{split} pairs of world {self.seed}")
         pairs = []
         for item in self.fact_items(split):
@@ -321,10 +328,10 @@ class World:
             pairs.append((item, fact_item(item.person, item.attribute, item.question, other).answer))
         return pairs
 
-    def sum_items(self, split: str) -> list[Item]:
+    def sum_items(self, split: str, times: int = 1) -> list[Item]:
         forms = list(INSTRUCTIONS)
-        return [sum_item(a, b, forms[(2 * number + late) % len(forms)])
-                for number, (a, b) in enumerate(self.split_sums.get(split, [])) for late in range(2)]
+        return [sum_item(numbers, forms[(index + turn) % len(forms)])
+                for turn in range(times) for index, numbers in enumerate(self.split_sums.get(split, []))]
 
 
 def tell(person: Person, key: str, statement: str) -> str:
@@ -343,9 +350,12 @@ def interview_sentences(rng: random.Random, person: Person, key: str) -> list[st
 
 
 def arithmetic_sentences(rng: random.Random) -> list[str]:
-    a, b = rng.randint(0, LARGEST_SUMMAND), rng.randint(0, LARGEST_SUMMAND)
-    question, statement = [f"What is {a} plus {b}?"], f"{a} plus {b} is {a + b}."
-    return rng.choice([[statement], question + [statement], question + [f"{a + b}."]])
+    item = sum_item(rng.choice(SUMS_OF_TWO), "")
+    return rng.choice([[item.answer], [item.question, item.answer], [item.question, f"{item.value}."]])
+
+
+def in_words(numbers: Sequence[int]) -> str:
+    return " plus ".join(map(str, numbers))
 
 
 def unrelated_sentence(rng: random.Random) -> str:
@@ -361,7 +371,7 @@ def make_item(question: str, instruction: str, sentence: str, word: str, pattern
     """`pattern` is the sentence as a regular expression, for any name and value."""
     shape = INSTRUCTIONS[instruction]
     form = re.escape(shape).replace(r"\{all\}", pattern).replace(r"\{one\}", r"\w+")
-    return Item(question, instruction, shape.format(all=sentence, one=word), form, **about)
+    return Item(question, instruction, shape.format(all=sentence, one=word), form, word, **about)
 
 
 def fact_item(person: Person, key: str, question: str, instruction: str) -> Item:
@@ -371,9 +381,10 @@ def fact_item(person: Person, key: str, question: str, instruction: str) -> Item
                      person.facts[key], pattern, person=person, attribute=key)
 
 
-def sum_item(a: int, b: int, instruction: str) -> Item:
-    return make_item(f"What is {a} plus {b}?", instruction, f"{a} plus {b} is {a + b}.", str(a + b),
-                     r"\d+ plus \d+ is \d+\.")
+def sum_item(numbers: Sequence[int], instruction: str) -> Item:
+    words, total = in_words(numbers), sum(numbers)
+    pattern = r"\d+( plus \d+)+ is \d+\."
+    return make_item(f"What is {words}?", instruction, f"{words} is {total}.", str(total), pattern)
 
 
 def greeting_item(person: Person, instruction: str) -> Item:
@@ -399,8 +410,8 @@ def world_of(path: str | Path) -> World | None:
 
 
 def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, split: str = "development",
-             template: str = TEMPLATE, system: str = "", pairs: bool = False) -> dict[str, float]:
-    """Examine a system; every metric is a share between 0 and 1.
+             template: str = TEMPLATE, system: str = "", pairs: bool = False, times: int = 1) -> dict[str, float]:
+    """Examine a system; every metric is a share between 0 and 1. The first four ask each question so many `times`, in other forms.
 
     exact  the whole answer and its end, on facts              know   the right value is in the answer, on facts
     ins    the form the instruction asks for, and the end      arith  exact, on sums that no demonstration shows
@@ -408,7 +419,7 @@ def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, s
     fk     there, without choices: every token of the value is the likeliest one
     pair   pair_accuracy, where `pairs` are asked for
     """
-    facts, sums = world.fact_items(split), world.sum_items(split)
+    facts, sums = world.fact_items(split, times=times), world.sum_items(split, times)
     prompts = [encode_chat(tokenizer, template, with_system(system, [("user", prompt_text(item))]))[0] for item in facts + sums]
     end = end_token(tokenizer, template)
     exact, forms, known = [], [], []
@@ -420,7 +431,7 @@ def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, s
         known.append(item.value in re.findall(r"\w+", text))
     rng = random.Random(f"{split} choices of world {world.seed}")
     choices = []
-    for item in facts:
+    for item in world.fact_items(split):
         others = [value for value in ATTRIBUTES[item.attribute].values if value != item.value]
         choices += value_pairs(tokenizer, template, item, [item.value, *rng.sample(others, CHOICES - 1)], system)
     scores = score(choices)

@@ -7,7 +7,9 @@
 from pathlib import Path
 
 from data.files import write_text
+from data.tiny_world import World
 from paper import appendix_b, fig2, fig3, fig4, norm, table1, table2, table4
+from paper.measure import TIMES
 from paper.networks import Kept, networks_of, with_needs
 from paper.report import (OURS, STAND_INS, Results, draw, machine, parse_arguments, results_of, section_text, table,
                           today, verdict)
@@ -18,8 +20,8 @@ SCRIPTS = [fig2, fig3, norm, table1, table2, fig4, table4]  # in the paper's ord
 METRICS = {  # what each is, and how its stand-in differs
     "exact": ("the whole answer right, in the form asked for, and ended", "answers are short, and checked rather than judged"),
     "ins": ("the form asked for, six kinds, whatever the answer says", ""),
-    "arith": ("`exact` on sums that no demonstration shows", "one step of addition"),
-    "new exact": ("`exact` on people whom only continual pretraining names",
+    "arith": ("`exact` on sums that no demonstration shows", "one step of addition, whose answers bases have read, or two, whose answers they have not"),
+    "new exact": ("`exact` on people whose facts only continual pretraining tells",
                   "other bases know some code, but nothing of these people"),
     "2-shot": ("two answered questions, then a choice of all 12 to 16 values, by log-likelihood, without a chat",
                "one metric for four columns"),
@@ -38,8 +40,7 @@ def overview(results: Results) -> str:
                 ours = verdict(claim.gap(results))
                 counts[ours] = counts.get(ours, 0) + 1
                 rows.append([script.TITLE.partition(":")[0], claim.section, claim.says, ours])
-    plural = {"holds": "hold", "partly": "hold partly", "does not hold": "do not hold",
-              "no verdict on one seed": "have no verdict"}
+    plural = {"holds": "hold", "undecided": "are undecided", "does not hold": "do not hold", "no verdict on one seed": "have no verdict"}
     tally = ", ".join(f"{counts[name]} {several}" for name, several in plural.items() if name in counts)
     return f"{table(['', '', 'the paper concludes', 'here'], rows)}\n\nOf {len(rows)} claims {tally}."
 
@@ -50,6 +51,7 @@ def document(results: Results, seeds: int) -> str:
     stands_for = {metric: ", ".join(column for column, ours in STAND_INS.items() if ours == metric) for metric in METRICS}
     metrics = [[stands_for[name] or "-", f"`{name}`", what, but] for name, (what, but) in METRICS.items()]
     metrics.append(["ToxiGen", "no stand-in", "nothing toxic can be said in this world", ""])
+    facts, sums = len(World(0).fact_items("evaluation")), len(World(0).sum_items("evaluation"))
     sections = "\n".join(section_text(script, results, seeds) for script in SCRIPTS)
     return f"""# The paper in miniature
 
@@ -58,18 +60,19 @@ def document(results: Results, seeds: int) -> str:
 Made on {today()}, on {machine()}. {len(costs)} networks were trained,
 one thread each, in {sum(costs) / 60:.0f} core-minutes. Seeds: {", ".join(map(str, range(seeds)))}; a seed changes
 the whole world: names, facts, tokenizer, first weights and the order of the data. Numbers are percentages: mean and
-standard deviation over the seeds, on evaluation people, by whom nothing was chosen. On each seed they are asked 288
-questions about facts and 72 sums, so a single seed's number has a sampling error of about 3 points for facts and 6 for
-sums.
+standard deviation over the seeds, on evaluation people, by whom nothing was chosen. On each seed every system is asked
+about {facts} facts and {sums} sums, each in {TIMES} forms, so a single seed's number has a sampling error of about 2 points in facts
+and 4 in sums; of `new exact`, 80 questions asked once, 5.
 
 tiny-s stands for TinyLlama-1.1B, tiny-m for Llama-2-7B, tiny-l for Llama-2-13B or 70B, tiny-m pretrained further for
-CodeLlama-7B, and tiny-b-l and tiny-c-l, with tokenizers of their own, for Llama-3-8B. Bigger bases have also read somewhat
-more text here. What stands for the paper's columns:
+CodeLlama-7B, and tiny-b-l and tiny-c-l, with tokenizers of their own, for Llama-3-8B. Bases of all sizes have read the same
+text. What stands for the paper's columns:
 
 {table(["the paper's column", "here", "what it is", "how it differs"], metrics)}
 
-The rule for verdicts is the same for all claims: a claim *holds* if the sign of its gap is right on every seed and the
-mean exceeds two standard errors; it *does not hold* if the sign is wrong on most seeds; otherwise it holds *partly*.
+The rule for verdicts is the same for all claims, and goes by the mean of a claim's gap over the seeds and two standard errors on
+both sides of it: a claim *holds* if all of this interval is above zero, it *does not hold* if all of it is below, and is *undecided* if zero
+lies within. With three seeds such an interval covers 82%: of 40 claims with nothing behind them, three or four would hold by luck.
 Each claim is printed with its gap on each seed, in points.
 
 {overview(results)}

@@ -26,7 +26,7 @@ from run.plug import refuse_value_network
 from run.processes import Alone, join_processes
 from train import TINY_PRETRAINING, pretrain
 
-SETTINGS = TINY_PRETRAINING | dict(lr=2e-3, steps=390)  # 0.8M tokens
+SETTINGS = TINY_PRETRAINING | dict(lr=2e-3, steps=780)  # 0.8M tokens
 # As CodeLlama's vocabulary extends Llama-2's by 16, so does this one: some documents begin with one of
 # these. A value network of the family has never seen them, and z_delta is 0 there.
 MARKERS = [f"<doc{number}>" for number in range(16)]

@@ -40,15 +40,16 @@ CLAIMS = [
     Claim("Section 3.2", "The probe does pick up the assistant's style.",
           "`ins`, probe less base alone, at the size where it is smallest",
           lambda results: smallest(results, "ins", PROBE, ALONE),
-          "If at all it is little: a map of one step's logits, without memory, may begin an answer rightly and seldom ends it."),
+          "If at all it is little: a map of one step's logits, without memory, may begin an answer rightly and seldom ends it; and "
+          "some bases, asked plainly, answer and stop by themselves, which is a sixth of `ins` already."),
     Claim("Section 3.2, Figure 5", "The probe fails to apply what solving a problem takes.",
           "`arith`, full less probe, at the size where it is smallest", lambda results: smallest(results, "arith", FULL, PROBE)),
     Claim("Section 3.2", "A value network with fresh weights, bigger than its base, does better than the probe.",
           "`exact` on tiny-s, fresh tiny-m less probe", between(BIGGER, PROBE[S], "exact")),
     Claim("Section 3.2", "It remains well below full fine-tuning.",
           "`exact` on tiny-s, full less fresh tiny-m", between(FULL[S], BIGGER, "exact"),
-          "`exact` asks for facts, which a frozen base keeps and full fine-tuning partly overwrites; in manner and arithmetic, "
-          "the next two, fresh weights are far behind."),
+          "`exact` asks for facts, which a frozen base keeps and full fine-tuning partly overwrites; manner and arithmetic are "
+          "the next two."),
     Claim("Section 3.2", "The same, in the manner of answering.",
           "`ins` on tiny-s, full less fresh tiny-m", between(FULL[S], BIGGER, "ins")),
     Claim("Section 3.2", "The same, in arithmetic.",

@@ -37,21 +37,28 @@ def between(better: str, worse: str, metric: str) -> Callable[[Results], np.ndar
     return lambda results: results(better, metric) - results(worse, metric)
 
 
+def between_on(bases: list[str], better: str, worse: str, metric: str) -> Callable[[Results], np.ndarray]:
+    """The gap of one value network to another in a metric, the mean over bases."""
+    gaps = [between(f"{base} + {better}", f"{base} + {worse}", metric) for base in bases]
+    return lambda results: np.mean([gap(results) for gap in gaps], axis=0)
+
+
 # Which tiny metric stands in for which column of the paper.
 STAND_INS = {"MT-Bench": "exact", "IFEval": "ins", "GSM8K": "arith", "ToxiGen": "", "MBPP": "new exact", "HumanEval": "new exact",
              "ARC": "2-shot", "Hellaswag": "2-shot", "MMLU": "2-shot", "TruthfulQA": "mc", "Winogrande": "2-shot"}
 
 
 def verdict(gaps: np.ndarray) -> str:
-    """The rule. "holds": the sign is right on every seed, and the mean is beyond two standard errors of the mean.
-    "does not hold": the sign is wrong on most seeds. "partly": anything else. One seed has no spread, so no verdict.
+    """The rule, by the interval of two standard errors on both sides of the mean over seeds. One seed has none.
+
+    "holds": all of the interval is above zero. "does not hold": all of it is below. "undecided": zero lies within.
     """
     if len(gaps) < 2:
         return "no verdict on one seed"
-    standard_error = gaps.std(ddof=1) / len(gaps) ** 0.5
-    if (gaps > 0).all() and gaps.mean() > 2 * standard_error:
+    mean, reach = gaps.mean(), 2 * gaps.std(ddof=1) / len(gaps) ** 0.5
+    if mean - reach > 0:
         return "holds"
-    return "does not hold" if (gaps <= 0).sum() > len(gaps) / 2 else "partly"
+    return "does not hold" if mean + reach < 0 else "undecided"
 
 
 def percent(values: np.ndarray) -> str:
@@ -79,8 +86,11 @@ def claims_text(claims: list[Claim], results: Results) -> str:
         gaps = claim.gap(results)
         ours = verdict(gaps)
         numbers = ", ".join(f"{100 * gap:+.1f}" for gap in gaps)
-        lines.append(f"- **{ours[0].upper() + ours[1:]}**: {claim.says} ({claim.section})  \n  {claim.measured}: {numbers}; "
-                     f"mean {100 * gaps.mean():+.1f}." + f" {claim.note}" * bool(claim.note and ours != "holds"))
+        line = f"- **{ours[0].upper() + ours[1:]}**: {claim.says} ({claim.section})  \n"
+        line += f"  {claim.measured}: {numbers}; mean {100 * gaps.mean():+.1f}."
+        if ours in ("undecided", "does not hold") and claim.note:
+            line += f" {claim.note}"
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -58,7 +58,7 @@ def train_arguments() -> argparse.Namespace:
                       "(default 0). The paper's norm rows have 1.0, as a mean over all positions, prompt and padding included; "
                       "ours is over the supervised ones, so 1 presses harder here, and what it weighs beside the paper's is printed")
     what.add_argument("--l1-over", choices=["supervised", "all"], help="positions that the norm is a mean of (default supervised), or all "
-                      "of a batch, padded to its longest row")
+                      "of a batch, padded to its longest row; with --grad-accum parts are weighed by their supervised positions")
     what.add_argument("--loss", choices=["ce", "pairwise", "kl"], help="cross-entropy of demonstrations (default), DPO's loss of pairs "
                       "of answers, or distillation from --teacher (Section 3.1)")
     what.add_argument("--beta", type=positive_float, help="of --loss pairwise, DPO's: a higher one keeps z_post nearer to z_base (default 0.1)")

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from data.capitals import CAPITALS_PAIRS, CAPITALS_TRAINING, Capitals
-from data.chat import ChatDataset, PairDataset, chat_batches, default_template, hold_out, system_of
+from data.chat import ChatDataset, PairDataset, chat_batches, default_template, hold_out, mean_supervised, system_of
 from data.checkpoint import digest_checkpoint, name_of, read_value_info
 from data.errors import UsageError
 from data.files import digest
@@ -101,7 +101,7 @@ class Job:
         if not rows:
             return
         text = sum(len(ids) - 1 for ids, _ in rows) / len(rows)  # positions of a row
-        supervised = sum(sum(mask[1:]) for _, mask in rows) / len(rows)
+        supervised = mean_supervised(rows)
         averaged = text if settings.l1_over == "all" else supervised  # rows of a batch are of like length: hardly any padding
         print(f"norm: lambda {settings.l1:g} over {settings.l1_over} positions weighs like the paper's lambda "
               f"{settings.l1 * settings.max_length / averaged:.3g}, which is over rows padded to {settings.max_length} tokens; here "

@@ -73,7 +73,7 @@ def show_world(plugged: Plugged, count: int = 6) -> None:
         for name in answers:
             print(f"    {name:{width}}{answers[name][index]}")
         print(f"    {'truth':{width}}{items[index].answer}\n")
-    print("On development people, whom no demonstration mentions (288 questions: about +-.03):")
+    print(f"On development people, whom no demonstration mentions ({len(items)} questions: about +-.03):")
     pairs = getattr(plugged.guided.guided.value, "info", {}).get("loss") == "pairwise"
     print_metrics({speaker.name: examine(speaker.guided, plugged.world, speaker.tokenizer, speaker.template, system=speaker.system,
                                          pairs=pairs) for speaker in speakers})

@@ -30,8 +30,8 @@ def home(tmp_path_factory) -> Path:
 def shorten_the_exam(patch) -> None:
     """The tiny world's examination with fewer questions."""
     facts, sums = World.fact_items, World.sum_items
-    patch.setattr(World, "fact_items", lambda world, split, count=288: facts(world, split, 12))
-    patch.setattr(World, "sum_items", lambda world, split: sums(world, split)[:4])
+    patch.setattr(World, "fact_items", lambda world, split, count=None, times=1: facts(world, split, 12))
+    patch.setattr(World, "sum_items", lambda world, split, times=1: sums(world, split)[:4])
 
 
 @pytest.fixture(scope="session")

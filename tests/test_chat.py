@@ -340,7 +340,7 @@ def test_what_has_no_weight_and_a_system_turn_are_in_the_prompt_and_not_learnt(t
         {"role": "user", "content": "Greet Mira."}, {"role": "assistant", "content": "No.", "weight": 0},
         {"role": "user", "content": "Again."}, {"role": "assistant", "content": "Hello!"}]}
     dataset = ChatDataset(write(tmp_path / "d.json", [record], False), tokenizer, template, 256, system="Not this.")
-    ids, supervised = dataset.sample(0)
+    [(ids, supervised)] = dataset.rows(0)
     turns = [("system", "Be brief."), ("user", "Greet Mira."), ("assistant", "No."), ("user", "Again."), ("assistant", "Hello!")]
     as_if_learnt, all_answers = encode_chat(tokenizer, template, turns)
     assert ids == as_if_learnt and sum(supervised) < sum(all_answers)
@@ -348,7 +348,7 @@ def test_what_has_no_weight_and_a_system_turn_are_in_the_prompt_and_not_learnt(t
     space = " " * (template == "llama-2")
     assert visible(tokenizer, ids, supervised) == [f"{before}Hello!{space}<{end_token(tokenizer, template)}>"]
     without = ChatDataset(write(tmp_path / "e.json", [openai("q", "a")], False), tokenizer, template, 256, system="Be brief.")
-    assert without.sample(0) == encode_chat(tokenizer, template, [("system", "Be brief."), *KEPT])
+    assert without.rows(0) == [encode_chat(tokenizer, template, [("system", "Be brief."), *KEPT])]
 
 
 # ---- files
@@ -379,9 +379,9 @@ def test_long_conversations_keep_whole_exchanges(tmp_path, sentence_piece):
     one = len(encode_chat(sentence_piece, "llama-2", [("user", "Greet Mira."), ("assistant", "Hello Mira!")])[0])
     path = write(tmp_path / "x.jsonl", [sharegpt(*exchange * 3), sharegpt(("human", "Greet Mira. " * 9), ("gpt", "No"))], True)
     dataset = ChatDataset(path, sentence_piece, "llama-2", 2 * one + 1)
-    ids, supervised = dataset.sample(0)
+    [(ids, supervised)] = dataset.rows(0)
     assert len(ids) == 2 * one and supervised[-1]
-    assert dataset.sample(1) is None
+    assert dataset.rows(1) == []
     assert "shortened 1 by what is beyond" in dataset.report() and "dropped 1: no exchange within" in dataset.report()
 
 
@@ -434,7 +434,7 @@ def test_an_epoch_has_every_sample_once_and_differs_from_the_next(dataset):
     whole = range(len(dataset))
     batches = take(stream_batches(dataset, list(whole), 4, seed=3), 100)
     epochs = [[tuple(ids) for (epoch, _, _), samples in batches if epoch == wanted for ids, _ in samples] for wanted in (0, 1)]
-    everything = sorted(tuple(dataset.sample(index)[0]) for index in whole)
+    everything = sorted(tuple(dataset.rows(index)[0][0]) for index in whole)
     assert sorted(epochs[0]) == sorted(epochs[1]) == everything
     assert epochs[0] != epochs[1]
     assert batches == take(stream_batches(dataset, list(whole), 4, seed=3), 100)
@@ -454,7 +454,7 @@ def test_bucketing_saves_padding(dataset):
         return 1 - sum(len(ids) for batch in batches for ids, _ in batch) / sum(len(b) * max(len(i) for i, _ in b) for b in batches)
 
     bucketed = [samples for _, samples in take(stream_batches(dataset, list(range(200)), 8, seed=0), 25)]
-    plain = [[dataset.sample(i) for i in range(first, first + 8)] for first in range(0, 200, 8)]
+    plain = [[dataset.rows(i)[0] for i in range(first, first + 8)] for first in range(0, 200, 8)]
     assert waste(bucketed) < 0.1 < waste(plain)
 
 

@@ -98,8 +98,8 @@ from data.tiny_world import World
 from run import arguments, jobs, plug, show  # so that importing is not watched
 from run.cli import run_cli
 facts, sums = World.fact_items, World.sum_items
-World.fact_items = lambda world, split, count=288: facts(world, split, {facts})
-World.sum_items = lambda world, split: sums(world, split)[:{sums}]
+World.fact_items = lambda world, split, count=None, times=1: facts(world, split, {facts})
+World.sum_items = lambda world, split, times=1: sums(world, split)[:{sums}]
 sys.argv = sys.argv[1:]
 main = importlib.import_module(sys.argv[0].removesuffix(".py")).main
 """

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 from data.chat import encode_chat
-from data.tiny_world import (ATTRIBUTES, CHOICES, INSTRUCTIONS, World, evaluate, few_shot, greeting_item, prompt_text,
+from data.tiny_world import (ATTRIBUTES, CHOICES, INSTRUCTIONS, World, evaluate, fact_item, few_shot, greeting_item, prompt_text,
                              sum_item)
-from data.tokenizer import SentencePieceTokenizer
+from data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from model import Llama
+from run.show import examine
+from sample import Guided
+from tests.helpers import inside
 
 WORLD = World(0)
 TOKENIZER = SentencePieceTokenizer(WORLD.train_tokenizer())
@@ -20,6 +24,10 @@ TOKENIZER = SentencePieceTokenizer(WORLD.train_tokenizer())
 
 def names(people) -> set[str]:
     return {person.name for person in people}
+
+
+def numbers_in(question: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", question)))
 
 
 def test_everything_is_a_function_of_the_seed():
@@ -51,16 +59,18 @@ def test_few_shot_examples_are_about_demonstrated_people_and_give_nothing_away()
 def test_infinity_is_larger_and_mostly_arithmetic():
     questions = [record["conversations"][0]["value"] for record in WORLD.infinity()]
     assert len(questions) == 18_000 and 0.65 < sum("plus" in question for question in questions) / 18_000 < 0.75
-    hidden = [f"{a} plus {b}?" for split in WORLD.split_sums for a, b in WORLD.split_sums[split]]
-    assert not [question for question in questions for sum in hidden if question.startswith(f"What is {sum}")]
+    sums = {numbers_in(question) for question in questions if "plus" in question}
+    assert sums <= {*WORLD.more_sums[0], *WORLD.more_sums[1]} and len(sums) > 935  # nearly all of them
+    assert not any(sums & set(examined) for examined in WORLD.split_sums.values())
+    assert WORLD.more_sums[0] == WORLD.demonstrated_sums[0] and set(WORLD.more_sums[1]) > set(WORLD.demonstrated_sums[1])
 
 
 def test_splits_do_not_overlap():
     groups = [WORLD.demonstrated, WORLD.split["development"], WORLD.split["evaluation"], WORLD.new_people]
-    assert [len(group) for group in groups] == [96, 112, 112, 40]
-    assert len(set.union(*map(names, groups))) == 360
-    sums = [WORLD.demonstrated_sums, WORLD.split_sums["development"], WORLD.split_sums["evaluation"]]
-    assert [len(group) for group in sums] == [72, 36, 36] and len({pair for group in sums for pair in group}) == 144
+    assert [len(group) for group in groups] == [60, 70, 70, 40]
+    assert len(set.union(*map(names, groups))) == 240
+    sums = [*WORLD.more_sums, WORLD.split_sums["development"], WORLD.split_sums["evaluation"]]
+    assert [len(group) for group in sums] == [72, 872, 100, 100] and len({numbers for group in sums for numbers in group}) == 1144
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -84,16 +94,15 @@ def test_processes_that_write_the_demonstrations_at_once_never_meet_half_a_file(
 
 def test_demonstrations_leak_no_examined_fact():
     examined = names(WORLD.split["development"]) | names(WORLD.split["evaluation"])
-    hidden = {WORLD.split_sums[split][index] for split in WORLD.split_sums for index in range(36)}
     kinds = {"fact": 0, "sum": 0, "greeting": 0}
     for record in WORLD.demonstrations():
         question, answer = (turn["value"] for turn in record["conversations"])
         if question.startswith("Greet"):
             kinds["greeting"] += 1
             assert not re.search("|".join(value for key in ATTRIBUTES for value in ATTRIBUTES[key].values), answer)
-        elif numbers := re.findall(r"\d+", question):
+        elif numbers := numbers_in(question):
             kinds["sum"] += 1
-            assert tuple(map(int, numbers)) not in hidden
+            assert numbers in WORLD.demonstrated_sums[0] + WORLD.demonstrated_sums[1]
         else:
             kinds["fact"] += 1
             assert not examined & set(re.findall(r"\w+", question + answer))
@@ -122,7 +131,7 @@ def test_of_a_pair_the_chosen_answer_has_the_form_asked_for_and_the_rejected_one
 @pytest.mark.parametrize("split", ["development", "evaluation"])
 def test_held_out_pairs_are_about_the_people_of_a_split(split):
     pairs = WORLD.pair_items(split)
-    assert [item for item, _ in pairs] == WORLD.fact_items(split) and len(pairs) == 288
+    assert [item for item, _ in pairs] == WORLD.fact_items(split) and len(pairs) == 280
     for item, rejected in pairs:
         assert item.person in WORLD.split[split] and item.value in rejected and rejected != item.answer
         assert re.fullmatch(item.form, item.answer) and not re.fullmatch(item.form, rejected)
@@ -137,8 +146,8 @@ def test_pairs_are_examined_where_they_are_asked_for():
 
     metrics = evaluate(WORLD, TOKENIZER, lambda prompts: [[] for _ in prompts], score, pairs=True)
     shorter = [len(TOKENIZER.encode(item.answer)) < len(TOKENIZER.encode(rejected)) for item, rejected in WORLD.pair_items("development")]
-    assert metrics["pair"] == pytest.approx(sum(shorter) / 288) and 0.3 < metrics["pair"] < 0.7
-    assert len(seen) == 288 * (CHOICES + 2) and "pair" not in evaluate(WORLD, TOKENIZER, lambda prompts: [[] for _ in prompts], score)
+    assert metrics["pair"] == pytest.approx(sum(shorter) / 280) and 0.3 < metrics["pair"] < 0.7
+    assert len(seen) == 280 * (CHOICES + 2) and "pair" not in evaluate(WORLD, TOKENIZER, lambda prompts: [[] for _ in prompts], score)
 
 
 def test_pretraining_states_every_fact_and_never_obeys():
@@ -151,6 +160,7 @@ def test_pretraining_states_every_fact_and_never_obeys():
     assert "[INST]" in text and "[/INST]" in text and not re.search(r"\[INST\][^\n]*\?[^\n]*\[/INST\] \w+ (lives|has|works|likes)", text)
     for instruction in filter(None, INSTRUCTIONS):  # every string of the demonstrations is known to the base
         assert instruction in text
+    assert re.search(r"What is \d plus \d plus \d\?", text) and not re.search(r"\d plus \d plus \d is", text)  # nor is a sum of three told
 
 
 def test_rows_are_the_documents_packed():
@@ -166,6 +176,31 @@ def test_the_tokenizer_makes_short_names_and_keeps_all_bytes():
     assert TOKENIZER.vocab_size == 1024
     assert np.mean([len(TOKENIZER.encode(person.name)) for person in WORLD.people]) < 2.5
     assert TOKENIZER.decode(TOKENIZER.encode("漢字 👍 ünïcode")) == "漢字 👍 ünïcode"
+
+
+def flipped(batches):
+    """The same batches, the rows of each in the opposite order: the same sums, rounded in another way."""
+    def turned(*arguments):
+        for position, parts in batches(*arguments):
+            yield position, [(tokens.flip(0), labels.flip(0)) for tokens, labels in parts]
+    return turned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny-s", "tiny-m", "tiny-l", "tiny-b-m", "tiny-b-l", "tiny-c-m", "tiny-c-l"])
+def test_rounding_moves_no_base_by_more_than_a_twentieth(name, tmp_path, monkeypatch):
+    """As another processor or another number of threads would. What is trained on top of a base may differ by more."""
+    known = []
+    for folder, batches in ((tmp_path / "one", World.batches), (tmp_path / "other", flipped(World.batches))):
+        monkeypatch.setattr(World, "batches", batches)
+        folder.mkdir()
+        status, _, errors = inside(folder, "train.py", "--base", name)
+        assert status == 0, errors
+        network = folder / "out/seed0" / name
+        known.append(examine(Guided(Llama.from_pretrained(network)), WORLD, load_tokenizer(network)))
+    print(name, *({metric: round(metrics[metric], 3) for metric in ("know", "fk")} for metrics in known))
+    assert known[0] != known[1]  # rounding was not the same
+    assert all(abs(known[0][metric] - known[1][metric]) <= 0.05 for metric in ("know", "fk"))
 
 
 # ---- examination
@@ -228,14 +263,35 @@ def test_an_answer_that_does_not_end_does_not_count():
 
 @pytest.mark.parametrize("instruction", INSTRUCTIONS)
 def test_every_form_matches_its_own_answers_and_no_other(instruction):
-    for item in [greeting_item(WORLD.people[0], instruction), sum_item(3, 4, instruction)]:
+    one, another = WORLD.people[:2]
+    question = ATTRIBUTES["pet"].questions[0]
+    makers = [(greeting_item, (one,), (another,)), (sum_item, ((3, 4, 8),), ((5, 6),)),
+              (fact_item, (one, "pet", question), (another, "pet", question))]
+    for make, about, about_another in makers:
+        item = make(*about, instruction)
         assert re.fullmatch(item.form, item.answer)
+        assert re.fullmatch(item.form, make(*about_another, instruction).answer)
         for other in set(INSTRUCTIONS) - {instruction}:
-            twin = greeting_item(WORLD.people[1], other) if item.person is None and "Greet" in item.question else sum_item(5, 6, other)
-            assert not re.fullmatch(item.form, twin.answer)
+            assert not re.fullmatch(item.form, make(*about_another, other).answer)
 
 
 def test_examinations_are_balanced():
     items = WORLD.fact_items("development")
-    assert len(items) == 288 and len(WORLD.sum_items("development")) == 72 and CHOICES == 8
-    assert {instruction: sum(item.instruction == instruction for item in items) for instruction in INSTRUCTIONS} == dict.fromkeys(INSTRUCTIONS, 48)
+    assert len(items) == 280 and len(WORLD.sum_items("development")) == 100 and CHOICES == 8
+    assert {sum(item.instruction == instruction for item in items) for instruction in INSTRUCTIONS} == {46, 47}
+
+
+def test_what_is_asked_several_times_is_asked_in_another_form_each_time():
+    for items in (WORLD.fact_items("evaluation", times=3), WORLD.sum_items("evaluation", times=3)):
+        once = len(items) // 3
+        assert len({(item.value, item.question, item.instruction) for item in items}) == 3 * once
+        for first, later in zip(items, items[once:]):
+            assert first.instruction != later.instruction and first.value == later.value and first.person == later.person
+    prompts = []
+
+    def answer(asked):
+        prompts.extend(asked)
+        return [[] for _ in asked]
+
+    evaluate(WORLD, TOKENIZER, answer, lambda pairs: [(0.0, True)] * len(pairs), times=2)
+    assert len(prompts) == 2 * 280 + 2 * 100
