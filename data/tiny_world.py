@@ -221,7 +221,8 @@ class World:
     def train_byte_pairs(self, merges: int) -> bytes:
         """A byte-level BPE trained on the same text, as the bytes of a tokenizer.model in Llama-3's format."""
         # Words as Llama-3's pattern cuts them, where letters are ASCII.
-        words = Counter(word for text in self.tokenizer_text() for word in re.findall(r" ?[A-Za-z]+|[0-9]{1,3}| ?[^\sA-Za-z0-9]+|\s+", text))
+        words = Counter(word for text in self.tokenizer_text()
+                        for word in re.findall(r" ?[A-Za-z]+|[0-9]{1,3}| ?[^\sA-Za-z0-9]+|\s+", text))
         return byte_pairs({tuple(bytes([byte]) for byte in word.encode()): count for word, count in words.items()}, merges)
 
     def pretraining_rows(self, tokenizer: Tokenizer, tokens: int, length: int, documents: Iterator[str] | None = None

@@ -29,12 +29,21 @@ def gain(value: str, base: str, metric: str):
     return between(f"{base} + {value}", f"{base} + {VALUE}", metric)
 
 
+def cost(value: str):
+    """What instruction following it costs on tiny-l."""
+    return between(f"{L} + {VALUE}", f"{L} + {value}", "ins")
+
+
+def farther(value: str):
+    """How much more knowledge it keeps on tiny-l than on tiny-s."""
+    return lambda results: gain(value, L, "2-shot")(results) - gain(value, S, "2-shot")(results)
+
+
 CONCLUSIONS = {  # of the paper about the norm; the gap, by the value network that was trained with it
     "more knowledge kept (`2-shot` on tiny-l)": lambda value: gain(value, L, "2-shot"),
     "more reasoning kept (`arith` on tiny-l)": lambda value: gain(value, L, "arith"),
-    "less instruction following (`ins` on tiny-l)": lambda value: between(f"{L} + {VALUE}", f"{L} + {value}", "ins"),
-    "more so on farther bases (`2-shot`, tiny-l less tiny-s)":
-        lambda value: lambda results: gain(value, L, "2-shot")(results) - gain(value, S, "2-shot")(results),
+    "less instruction following (`ins` on tiny-l)": cost,
+    "more so on farther bases (`2-shot`, tiny-l less tiny-s)": farther,
     "better generalisation (`exact` on tiny-l)": lambda value: gain(value, L, "exact"),
 }
 METRICS = ["exact", "ins", "2-shot"]
