@@ -52,7 +52,7 @@ def ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0, o
     """Eq. (4) with the norm of Section 4.2.1: CE(z_base + z_delta, labels) + l1 * mean |z_delta|.
 
     z_base (..., Vb), z_delta (..., Vv), labels (...) already shifted: row t's label is token t + 1.
-    Rows whose label is -100 count in neither term; any other label outside 0..Vb-1 is a ValueError.
+    Rows whose label is -100 count in neither term; any other label outside 0..Vb-1 is a ValueError, to the kernel a loss of NaN.
 
     Both terms are means over the supervised rows, the norm also over the vocabulary. The paper writes
     a sum, but its lambda of 1.0 (Table 5) goes with a mean. The authors average the norm over all
@@ -68,8 +68,8 @@ def ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0, o
     z_delta = z_delta.flatten(0, -2)  # (N, Vv)
     labels = labels.flatten()  # (N,)
     supervised = labels != -100
-    count = max(1, int(supervised.sum()))
-    if (labels[supervised] < 0).any() or (labels >= z_base.shape[-1]).any():
+    count = supervised.sum().clamp(min=1)  # a tensor: to ask a GPU for its number would make it wait
+    if labels.device.type == "cpu" and ((labels[supervised] < 0).any() or (labels >= z_base.shape[-1]).any()):
         raise ValueError(f"a label outside 0..{z_base.shape[-1] - 1}, the vocabulary of the base")
     if over == "all":
         ce, metrics = ivl_loss(z_base, z_delta, labels)
@@ -170,6 +170,19 @@ STATS = 7  # numbers that the way forward keeps of a row: the five metrics, top 
 if triton is not None:
 
     @triton.jit
+    def add_exp(top, total, z):
+        """log(sum(exp(z))) without overflow, for each lane of a block by itself: `top` is the largest z that it has seen, and
+        `total` sums exp(z - top). One of z - top and top - z is not positive; its exponential adds z, or shrinks the total."""
+        smaller = tl.exp(-tl.abs(z - top))
+        return tl.maximum(top, z), tl.where(z > top, total * smaller + 1.0, total + smaller)
+
+    @triton.jit
+    def add_lanes(top, total):
+        """The lanes put together: the largest z of all, and log(sum(exp(z))) less that, kept apart since it would lose digits."""
+        highest = tl.max(top, 0)
+        return highest, tl.log(tl.sum(total * tl.exp(top - highest), 0))
+
+    @triton.jit
     def forward_kernel(z_base, z_delta, labels, stats, base_stride, delta_stride, Vb, Vv,
                        BLOCK: tl.constexpr, STAGES: tl.constexpr):
         """One row's metrics, not yet divided, and what the way back needs of its softmax.
@@ -186,15 +199,16 @@ if triton is not None:
             tl.store(stats + columns, tl.zeros([BLOCK], tl.float32), mask=columns < 7)
             return
 
-        # The label's own logits. They win if nothing beats them.
-        base_label = tl.load(z_base + label).to(tl.float32)
-        post_label = base_label + tl.load(z_delta + label, mask=label < Vv, other=0.0).to(tl.float32)
+        # The label's own logits. They win if nothing beats them. A label that the base has not makes its row's loss no number.
+        known = (0 <= label) & (label < Vb)
+        base_label = tl.load(z_base + label, mask=known, other=float("nan")).to(tl.float32)
+        post_label = base_label + tl.load(z_delta + label, mask=known & (label < Vv), other=0.0).to(tl.float32)
 
-        # log(sum(exp(z))) without overflow: `top` is the largest z so far, and `total` sums exp(z - top), so it
-        # shrinks by exp(old top - new top) whenever top grows. Every lane of a block sums its own columns, and
-        # the lanes are added up at the end. -3e38 and not -inf: -inf - -inf is no number.
-        post_top, post_total, post_beaten = -3e38, tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
-        base_top, base_total, base_beaten = -3e38, tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
+        # Every lane of a block adds up its own columns; the lanes are added up at the end. -3e38 and not -inf: -inf - -inf is
+        # no number.
+        lowest, nothing = tl.full([BLOCK], -3e38, tl.float32), tl.zeros([BLOCK], tl.float32)
+        post_top, post_total, post_beaten = lowest, nothing, tl.zeros([BLOCK], tl.int32)
+        base_top, base_total, base_beaten = lowest, nothing, tl.zeros([BLOCK], tl.int32)
         size = tl.zeros([BLOCK], tl.float32)  # of |z_delta|
         for block in tl.range(0, tl.cdiv(tl.maximum(Vb, Vv), BLOCK), num_stages=STAGES):
             column = block * BLOCK + columns
@@ -203,31 +217,26 @@ if triton is not None:
             post = base + delta  # Eq. (3); -inf beyond Vb, so that exp makes it 0
             size += tl.abs(delta)
 
-            new_top = tl.maximum(post_top, tl.max(post, 0))
-            post_total = post_total * tl.exp(post_top - new_top) + tl.exp(post - new_top)
-            post_top = new_top
+            post_top, post_total = add_exp(post_top, post_total, post)
             post_beaten |= ((post > post_label) | ((post == post_label) & (column < label))).to(tl.int32)
-
-            new_top = tl.maximum(base_top, tl.max(base, 0))
-            base_total = base_total * tl.exp(base_top - new_top) + tl.exp(base - new_top)
-            base_top = new_top
+            base_top, base_total = add_exp(base_top, base_total, base)
             base_beaten |= ((base > base_label) | ((base == base_label) & (column < label))).to(tl.int32)
-        post_log = tl.log(tl.sum(post_total, 0))  # kept apart from `top`, beside which it would lose digits
+        post_top, post_log = add_lanes(post_top, post_total)
+        base_top, base_log = add_lanes(base_top, base_total)
         tl.store(stats, post_top - post_label + post_log)  # the cross-entropy, Eq. (4)
-        tl.store(stats + 1, tl.sum(size, 0))
+        tl.store(stats + 1, tl.sum(size, 0) / Vv)
         tl.store(stats + 2, 1.0 - tl.max(post_beaten, 0))
-        tl.store(stats + 3, base_top - base_label + tl.log(tl.sum(base_total, 0)))
+        tl.store(stats + 3, base_top - base_label + base_log)
         tl.store(stats + 4, 1.0 - tl.max(base_beaten, 0))
         tl.store(stats + 5, post_top)
         tl.store(stats + 6, post_log)
 
     @triton.jit
     def backward_kernel(z_base, z_delta, labels, stats, gradient, d_ce, d_norm, base_stride, delta_stride, Vb, Vv,
-                        ce_scale, norm_scale, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+                        BLOCK: tl.constexpr, STAGES: tl.constexpr):
         """One row's gradient for z_delta: softmax(z_post) less the label, and the sign of z_delta.
 
-        d_ce and d_norm point at the gradients of the two terms, each one number; ce_scale is
-        1 / (rows supervised), norm_scale 1 / (rows supervised * Vv).
+        d_ce and d_norm point at one number each: the gradients of a row's cross-entropy and of one |z_delta|.
         """
         row = tl.program_id(0).to(tl.int64)
         z_base += row * base_stride
@@ -242,8 +251,7 @@ if triton is not None:
             return
 
         post_top, post_log = tl.load(stats + row * 7 + 5), tl.load(stats + row * 7 + 6)
-        ce_scale *= tl.load(d_ce)
-        norm_scale *= tl.load(d_norm)
+        ce_scale, norm_scale = tl.load(d_ce), tl.load(d_norm)
         for block in tl.range(0, tl.cdiv(Vv, BLOCK), num_stages=STAGES):
             column = block * BLOCK + columns
             delta = tl.load(z_delta + column, mask=column < Vv, other=0.0).to(tl.float32)
@@ -256,8 +264,8 @@ if triton is not None:
 
 
 # Columns at a time; threads / 32 of a program, so that each thread has 8 columns, 16 bytes of bf16; and blocks
-# under way at once: while one is added up, the next two are already being fetched.
-BLOCK, WARPS, STAGES = 2048, 8, 3
+# under way at once: while one is added up, the next three are already being fetched. bench/sweep.py tries others.
+BLOCK, WARPS, STAGES = 1024, 4, 4
 
 
 def kernel_runs_on(z_base: Tensor, z_delta: Tensor) -> bool:
@@ -267,7 +275,7 @@ def kernel_runs_on(z_base: Tensor, z_delta: Tensor) -> bool:
             and (z_delta.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"))
 
 
-def kernel_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, count: int
+def kernel_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, count: Tensor
                 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The two terms of ivl_loss and its metrics by the kernel, of (N, Vb), (N, Vv), and (N,) with -100 allowed."""
     ce, norm, stats = KernelLoss.apply(z_base, z_delta, labels.contiguous(), count)
@@ -278,33 +286,31 @@ class KernelLoss(torch.autograd.Function):
     """Both kernels for autograd."""
 
     @staticmethod
-    def forward(ctx, z_base: Tensor, z_delta: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx, z_base: Tensor, z_delta: Tensor, labels: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if z_base.stride(1) != 1:
             z_base = z_base.contiguous()
         if z_delta.stride(1) != 1:
             z_delta = z_delta.contiguous()
         (N, Vb), Vv = z_base.shape, z_delta.shape[1]
-        stats = torch.zeros(N, STATS, device=z_delta.device)  # (N, 7)
+        stats = torch.empty(N, STATS, device=z_delta.device)  # (N, 7)
         ctx.block = min(BLOCK, triton.next_power_of_2(max(Vb, Vv, 8)))  # stats has 7 columns
         with torch.cuda.device_of(z_delta):
             forward_kernel[(N,)](z_base, z_delta, labels, stats, z_base.stride(0), z_delta.stride(0), Vb, Vv,
                                  BLOCK=ctx.block, STAGES=STAGES, num_warps=WARPS)
-        ctx.save_for_backward(z_base, z_delta, labels, stats)
-        ctx.count = count
-        metrics = stats[:, :5].sum(0) / stats.new_tensor([count, count * Vv, count, count, count])  # (5,)
+        ctx.save_for_backward(z_base, z_delta, labels, stats, count)
+        metrics = stats[:, :5].sum(0) / count  # (5,)
         ctx.mark_non_differentiable(metrics)
         return metrics[0].clone(), metrics[1].clone(), metrics
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_ce: Tensor, d_norm: Tensor, _) -> tuple[None, Tensor, None, None]:
-        z_base, z_delta, labels, stats = ctx.saved_tensors
+        z_base, z_delta, labels, stats, count = ctx.saved_tensors
         (N, Vb), Vv = z_base.shape, z_delta.shape[1]
         gradient = torch.empty(N, Vv, dtype=z_delta.dtype, device=z_delta.device)
         with torch.cuda.device_of(z_delta):
-            backward_kernel[(N,)](z_base, z_delta, labels, stats, gradient, d_ce, d_norm, z_base.stride(0),
-                                  z_delta.stride(0), Vb, Vv, 1 / ctx.count, 1 / (ctx.count * Vv),
-                                  BLOCK=ctx.block, STAGES=STAGES, num_warps=WARPS)
+            backward_kernel[(N,)](z_base, z_delta, labels, stats, gradient, d_ce / count, d_norm / (count * Vv),
+                                  z_base.stride(0), z_delta.stride(0), Vb, Vv, BLOCK=ctx.block, STAGES=STAGES, num_warps=WARPS)
         return None, gradient, None, None
 
 

@@ -69,13 +69,13 @@ def steps_for(sizes: Sizes, rehearsal: bool) -> list[Step]:
     tokens = list(map(str, sizes.tokens))
     return [
         Step("kernel", tests + (["-k", "random_rows and 7-7"] if rehearsal else []), 100, interpreted),
-        Step("twins", ["bench.twins"] + (["--tokens", "8", "--prompts", "2"] if rehearsal else []), 60),
+        Step("twins", ["bench.twins"] + (["--tokens", "8", "--prompts", "2"] if rehearsal else ["--tokens", "128", "--prompts", "4"]), 60),
         Step("loss", ["bench.loss", "--only", "logits", "--rows", rows, "--vocab", *vocabs, "--rounds", many], 140),
         Step("train", ["bench.train", "--pair", sizes.trained, sizes.trained, "--tokens", str(sizes.part), "--rounds", few], 90),
         Step("decode", [*decode, *tokens, "--pair", sizes.value, sizes.base, "--only", ALONE, VALUE, BOTH], 150),
+        Step("bigger", [*decode, *tokens, "--pair", sizes.value, sizes.bigger, "--only", BOTH], 110),
         Step("transformers", [*decode, tokens[0], "--pair", sizes.value, sizes.base,
                               "--only", ALONE, BOTH, THEIRS, THEIR_BOTH], 90),
-        Step("bigger", [*decode, *tokens, "--pair", sizes.value, sizes.bigger, "--only", BOTH], 110),
         Step("sweep", ["bench.sweep", "--rows", rows, "--vocab", *vocabs, "--rounds", few], 60, interpreted),
     ]
 

@@ -17,8 +17,8 @@ from bench.measure import Result, describe, save, table, timed, times
 from data.errors import UsageError
 from run.cli import ArgumentParser, positive_int, run_cli
 
-SETTINGS = [(1024, 4, 3), (2048, 4, 3), (2048, 8, 1), (2048, 8, 2), (2048, 8, 3), (2048, 8, 4), (4096, 8, 2), (4096, 8, 3),
-            (4096, 16, 2), (4096, 16, 3), (8192, 16, 2), (8192, 16, 3)]  # BLOCK, WARPS, STAGES
+SETTINGS = [(1024, 4, 2), (1024, 4, 3), (1024, 4, 4), (2048, 4, 3), (2048, 8, 1), (2048, 8, 2), (2048, 8, 3), (2048, 8, 4),
+            (4096, 8, 3), (4096, 16, 2), (4096, 16, 3), (8192, 16, 2)]  # BLOCK, WARPS, STAGES
 
 
 def sweep(step: Callable[[], None], rounds: int, calls: int, device: str) -> dict[tuple[int, int, int], Result]:

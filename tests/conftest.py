@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share the cores (pytest.ini), and networks here are tiny
+if "PYTEST_XDIST_WORKER" not in os.environ and not any("interpreted_kernel" in argument for argument in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests say what a CPU does, also where there is a GPU; that one file is for either
 pytest.register_assert_rewrite("tests.helpers")  # so that its assertions show their values, as those of tests do
 
 from data.tiny_world import World  # noqa: E402

@@ -136,7 +136,7 @@ def test_rows_more_than_2_to_the_31_numbers_apart():
     results = []
     for z_base, z_delta in (near, apart):
         z_delta.requires_grad_()
-        ce, norm, metrics = kernel_loss(z_base, z_delta, torch.tensor([3, -100, 7]), 2)
+        ce, norm, metrics = kernel_loss(z_base, z_delta, torch.tensor([3, -100, 7]), torch.tensor(2))
         gradient, = torch.autograd.grad(ce + 0.5 * norm, z_delta)
         assert gradient.is_contiguous() and gradient[2].any()
         results.append([ce.detach(), norm.detach(), *metrics.values(), gradient])
@@ -155,11 +155,19 @@ def test_either_term_can_be_differentiated_by_itself():
     """What autograd makes of a term that is not used is a gradient of 0 for it."""
     z_base, labels, found = logits(5, 300, torch.float32, 0), targets(5, 300), []
     z_delta = logits(5, 300, torch.float32, 1).requires_grad_()
-    ce, norm, _ = kernel_loss(z_base, z_delta, labels, 4)
+    ce, norm, _ = kernel_loss(z_base, z_delta, labels, torch.tensor(4))
     for term in (ce, norm, 2 * ce - 3 * norm):
         found.append(torch.autograd.grad(term, z_delta, retain_graph=True)[0])
     torch.testing.assert_close(2 * found[0] - 3 * found[1], found[2])
     torch.testing.assert_close(found[1], z_delta.detach().sign() * (labels != -100)[:, None] / (4 * 300))
+
+
+@pytest.mark.parametrize("label", [-5, 300, 2**40])
+def test_a_label_that_the_base_has_not(label):
+    """Memory beyond the logits is not read, and its row's loss, no number, is not mistaken for one."""
+    z_base, z_delta = [logits(2, 300, torch.float32, seed) for seed in (0, 1)]
+    ce, norm, _ = kernel_loss(z_base, z_delta, torch.tensor([label, 3]), torch.tensor(2))
+    assert ce.isnan() and norm.isfinite()
 
 
 def test_without_a_gradient_nothing_is_kept():

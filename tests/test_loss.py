@@ -5,6 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -212,7 +213,9 @@ def test_a_label_outside_the_vocabulary_is_an_error_here_too():
 
 
 def test_the_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    if np.lib.NumpyVersion(triton.__version__) < "3.7.0" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("the interpreter of this Triton does not run with this NumPy, which takes no array of one number for a number")
     output = python("-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "tests/interpreted_kernel.py", TRITON_INTERPRET="1")
     assert "skipped" not in output and "100%" in output
 
@@ -230,7 +233,7 @@ def test_the_kernels_compile_without_spilling(capability, tmp_path, monkeypatch)
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
     def compiled(kernel, signature: dict, constants: dict, divisible: bool):
-        pointers_and_sizes = [(at,) for at, name in enumerate(signature) if "scale" not in name and name not in constants]
+        pointers_and_sizes = [(at,) for at, name in enumerate(signature) if name not in constants]
         attributes = {at: [["tt.divisibility", 16]] for at in pointers_and_sizes} if divisible else {}
         signature = signature | dict.fromkeys(constants, "constexpr")
         source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, attributes)
@@ -246,8 +249,7 @@ def test_the_kernels_compile_without_spilling(capability, tmp_path, monkeypatch)
         sizes = dict(base_stride="i32", delta_stride="i32", Vb="i32", Vv="i32")
         outputs = dict(gradient=f"*{dtype}", d_ce="*fp32", d_norm="*fp32")
         forward = compiled(ivl.forward_kernel, inputs | sizes, constants, divisible)
-        backward = compiled(ivl.backward_kernel, inputs | outputs | sizes | dict(ce_scale="fp32", norm_scale="fp32"),
-                            constants, divisible)
+        backward = compiled(ivl.backward_kernel, inputs | outputs | sizes, constants, divisible)
         if divisible:
             # blocks on their way while one is added up, 16 bytes a thread
             assert "cp.async" in forward and "cp.async" in backward
