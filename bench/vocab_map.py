@@ -33,8 +33,8 @@ SIZES = {200: (64, 64), 2000: (4, 32)}  # value tokens in a text; how many such 
 EDITDISTANCE, REMEMBERING = "loop, editdistance in each cell", "loop, distances remembered"
 ONE_AT_A_TIME, ALL_AT_ONCE = "fast, one at a time", "fast, all at once"
 CONTENDERS = [EDITDISTANCE, REMEMBERING, ONE_AT_A_TIME, ALL_AT_ONCE]
-FAMILIES = {"no map": "tiny-l", "pieces, longer tokens": "tiny-b-l", "pieces, shorter tokens": "tiny-c-l",
-            "paper, longer tokens": "tiny-b-l", "paper, shorter tokens": "tiny-c-l"}
+FAMILIES = {"no map": "tiny-l", "pieces, other tokens": "tiny-b-l", "pieces, shorter tokens": "tiny-c-l",
+            "paper, other tokens": "tiny-b-l", "paper, shorter tokens": "tiny-c-l"}
 
 # ---------------------------------------------------------------------------------------------------------
 # Algorithm 1

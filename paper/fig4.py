@@ -69,7 +69,7 @@ def text(results: Results) -> str:
                         f"Base passes a token through pieces: {', '.join(passes)}.")
     return f"""![Figure 4]({PICTURE})
 
-The tokens of tiny-b bases are longer than those of the value network, the ones of tiny-c bases shorter. The value networks
+The tokens of tiny-b bases are about as long as those of the value network and cut otherwise, the ones of tiny-c bases shorter. The value networks
 from tiny-m are those of the other tables, and one of a curriculum of tiny-s and tiny-m. `paper` is Algorithm 1 with
 Eq. (5), `dtw` its counts without the normalisation, `offsets` counts of shared bytes, both with Eq. (5) too; they count in
 the demonstrations. `pieces` needs no text: it sums over the base's ways to say the value network's tokens. The paper

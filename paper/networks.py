@@ -49,10 +49,10 @@ ON_INFINITY = "--base tiny-s --value --data {home}/infinity.jsonl --steps 1500 -
 NETWORKS = {  # the longest first, so that two processes end at about the same time
     "tiny-c-l": Network("--base tiny-c-l", (), 360),
     "tiny-c-m": Network("--base tiny-c-m", (), 220),
-    "tiny-b-l": Network("--base tiny-b-l", (), 200),
+    "tiny-b-l": Network("--base tiny-b-l", (), 230),
     L: Network("--base tiny-l", (), 210),
     M: Network("--base tiny-m", (), 130),
-    "tiny-b-m": Network("--base tiny-b-m", (), 125),
+    "tiny-b-m": Network("--base tiny-b-m", (), 135),
     S: Network("--base tiny-s", (), 80),
     CONTINUED: Network("--base tiny-m", (M,), 45, CONTINUE),
     INFINITY: Network(ON_INFINITY + INFINITY, (S,), 65),

@@ -244,7 +244,7 @@ def test_cascades_are_refused_with_the_reason():
 
 
 def test_sample_with_a_foreign_base(home, tmp_path):
-    """A base of the family with longer tokens, barely trained, guided by the value network of the first family."""
+    """A base of a family with other tokens, barely trained, guided by the value network of the first family."""
     succeed(home, "train.py", "--base", "tiny-b-s", "--steps", "8", "--batch-size", "4")
     out = succeed(home, "sample.py", "--base", "tiny-b-s", "--prompt", "Greet Fufa. 漢字 👍", "--max-new-tokens", "8",
                   "--value", "out/seed0/value-residual-tiny-s")
