@@ -62,22 +62,23 @@ def ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0, o
 
     Returns the loss and {ce, l1, acc, base_ce, base_acc}, the last two being what the base alone would
     get: 0-dimensional tensors, 0 when no row is supervised. On a GPU the Triton kernel below computes
-    all of it, also under --plain: to change the formula there, take the `if` with the kernel out.
+    it, float64 aside, also under --plain: to change the formula there, take the `if` with the kernel out.
     """
     z_base = z_base.detach().flatten(0, -2)  # (N, Vb)
     z_delta = z_delta.flatten(0, -2)  # (N, Vv)
     labels = labels.flatten()  # (N,)
     supervised = labels != -100
     count = supervised.sum().clamp(min=1)  # a tensor: to ask a GPU for its number would make it wait
-    if labels.device.type == "cpu" and ((labels[supervised] < 0).any() or (labels >= z_base.shape[-1]).any()):
-        raise ValueError(f"a label outside 0..{z_base.shape[-1] - 1}, the vocabulary of the base")
     if over == "all":
         ce, metrics = ivl_loss(z_base, z_delta, labels)
         norm = at_least_float(z_delta).abs().mean()
-        return ce + l1 * norm, metrics | {"l1": norm.detach()}
+        return ce + l1 * norm if l1 else ce, metrics | {"l1": norm.detach()}
     if kernel_runs_on(z_base, z_delta):
         ce, norm, metrics = kernel_loss(z_base, z_delta, labels, count)
-        return ce + l1 * norm, metrics
+        return ce + l1 * norm if l1 else ce, metrics
+
+    if (labels[supervised] < 0).any() or (labels >= z_base.shape[-1]).any():
+        raise ValueError(f"a label outside 0..{z_base.shape[-1] - 1}, the vocabulary of the base")
 
     z_base, z_delta = at_least_float(z_base[supervised]), at_least_float(z_delta[supervised])  # N counts these rows from here
     labels = labels[supervised]
@@ -171,8 +172,8 @@ if triton is not None:
 
     @triton.jit
     def add_exp(top, total, z):
-        """log(sum(exp(z))) without overflow, for each lane of a block by itself: `top` is the largest z that it has seen, and
-        `total` sums exp(z - top). One of z - top and top - z is not positive; its exponential adds z, or shrinks the total."""
+        """(top, total) with one more z, in each lane of a block: the largest z that the lane has seen, and the sum of
+        exp(z - top), whose logarithm never overflows. If z is the new top, the total shrinks by exp(old top - z)."""
         smaller = tl.exp(-tl.abs(z - top))
         return tl.maximum(top, z), tl.where(z > top, total * smaller + 1.0, total + smaller)
 
@@ -199,14 +200,15 @@ if triton is not None:
             tl.store(stats + columns, tl.zeros([BLOCK], tl.float32), mask=columns < 7)
             return
 
-        # The label's own logits. They win if nothing beats them. A label that the base has not makes its row's loss no number.
+        # The label's own logits. They win if all others are smaller, or as large and behind. A label that the base has not makes
+        # loss and gradient of its row no number.
         known = (0 <= label) & (label < Vb)
         base_label = tl.load(z_base + label, mask=known, other=float("nan")).to(tl.float32)
         post_label = base_label + tl.load(z_delta + label, mask=known & (label < Vv), other=0.0).to(tl.float32)
 
-        # Every lane of a block adds up its own columns; the lanes are added up at the end. -3e38 and not -inf: -inf - -inf is
-        # no number.
-        lowest, nothing = tl.full([BLOCK], -3e38, tl.float32), tl.zeros([BLOCK], tl.float32)
+        # Every lane of a block adds up its own columns; the lanes are added up at the end. The lowest number and not -inf:
+        # -inf - -inf is no number.
+        lowest, nothing = tl.full([BLOCK], -3.4028234663852886e38, tl.float32), tl.zeros([BLOCK], tl.float32)
         post_top, post_total, post_beaten = lowest, nothing, tl.zeros([BLOCK], tl.int32)
         base_top, base_total, base_beaten = lowest, nothing, tl.zeros([BLOCK], tl.int32)
         size = tl.zeros([BLOCK], tl.float32)  # of |z_delta|
@@ -218,9 +220,9 @@ if triton is not None:
             size += tl.abs(delta)
 
             post_top, post_total = add_exp(post_top, post_total, post)
-            post_beaten |= ((post > post_label) | ((post == post_label) & (column < label))).to(tl.int32)
+            post_beaten |= 1 - ((post < post_label) | ((post == post_label) & (column >= label))).to(tl.int32)
             base_top, base_total = add_exp(base_top, base_total, base)
-            base_beaten |= ((base > base_label) | ((base == base_label) & (column < label))).to(tl.int32)
+            base_beaten |= 1 - ((base < base_label) | ((base == base_label) & (column >= label))).to(tl.int32)
         post_top, post_log = add_lanes(post_top, post_total)
         base_top, base_log = add_lanes(base_top, base_total)
         tl.store(stats, post_top - post_label + post_log)  # the cross-entropy, Eq. (4)
@@ -229,7 +231,7 @@ if triton is not None:
         tl.store(stats + 3, base_top - base_label + base_log)
         tl.store(stats + 4, 1.0 - tl.max(base_beaten, 0))
         tl.store(stats + 5, post_top)
-        tl.store(stats + 6, post_log)
+        tl.store(stats + 6, tl.where(known, post_log, float("nan")))
 
     @triton.jit
     def backward_kernel(z_base, z_delta, labels, stats, gradient, d_ce, d_norm, base_stride, delta_stride, Vb, Vv,

@@ -64,7 +64,7 @@ def steps_for(sizes: Sizes, rehearsal: bool) -> list[Step]:
     rows, vocabs = str(sizes.rows), list(map(str, sizes.vocabs))
     few, many = ("1", "1") if rehearsal else ("2", "5")  # rounds
     interpreted = {"TRITON_INTERPRET": "1"} if rehearsal else {}
-    tests = ["pytest", "tests/interpreted_kernel.py", "-p", "no:cacheprovider", "-n", "0" if rehearsal else "4"]
+    tests = ["pytest", "tests/interpreted_kernel.py", "-p", "no:cacheprovider", "-p", "no:benchmark", "-n", "0" if rehearsal else "4"]
     decode = ["bench.decode", "--batch", "1", "--rounds", "1", "--tokens"]
     tokens = list(map(str, sizes.tokens))
     return [
@@ -105,7 +105,8 @@ def run_step(step: Step, outcome: Outcome, limit: float, folder: Path) -> None:
 
 def without_paths(output: str) -> str:
     """A report is for others: no folder of this machine."""
-    return output.replace(f"{ROOT}{os.sep}", "").replace(sys.prefix, "PYTHON")
+    output = output.replace(f"{ROOT}{os.sep}", "").replace(sys.prefix, "PYTHON").replace(sys.base_prefix, "PYTHON")
+    return output.replace(tempfile.gettempdir(), "TMP").replace(str(Path.home()), "HOME")
 
 
 def count_tests(output: str) -> dict[str, int]:
@@ -185,7 +186,8 @@ def main():
     titles = [REHEARSAL] if rehearsal else [REHEARSAL, TITLE]  # a rehearsal does not replace what a GPU has measured
     check_output("--out", out, " and no ".join(titles), lambda start: start.startswith(tuple(map(str.encode, titles))))
     triton = f"Triton {ivl.triton.__version__}" if ivl.triton else "no Triton"
-    made = f"`python -m bench.gpu`, {datetime.date.today()}: {describe('cpu' if rehearsal else 'cuda')}, {triton}"
+    made = f"`python -m bench.gpu`, {datetime.date.today()}: {describe('cpu' if rehearsal else 'cuda')}, {triton}, " \
+           f"BLOCK, WARPS, STAGES = {ivl.BLOCK}, {ivl.WARPS}, {ivl.STAGES}"
     if rehearsal:
         head = (f"{REHEARSAL}\n\n{made}\n\nThere is no CUDA device here. Every step ran at toy sizes on the CPU, to show that it "
                 "runs: no number below says anything of a GPU, and no goal is met or missed.")

@@ -7,8 +7,8 @@ in train.py. They give the same loss, metrics and gradients, says tests/test_los
 distillation_loss for each chunk of rows, so what you change in those formulas changes here too. Pairs have no twin:
 the loss of a pair is no mean over its rows.
 
-4096 tokens of two networks with 32000 logits are 1 GB in fp32, and the plain loss makes five or more
-tensors of that size on its way. Here one chunk's logits are made, the loss is taken and differentiated,
+4096 tokens of two networks with 32000 logits are 1 GB in fp32, and the plain loss makes, without the kernel, five
+or more tensors of that size on its way. Here one chunk's logits are made, the loss is taken and differentiated,
 and they are forgotten: what remains is the gradient for the hidden states and for the head.
 """
 

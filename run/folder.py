@@ -113,7 +113,7 @@ class Run:
             return
         if not math.isfinite(metrics.get("base_ce", 0.0)):
             raise UsageError(f"step {step + 1}: the base's own cross-entropy is {metrics['base_ce']}: it has damaged weights, or ones too "
-                             f"large for {self.settings.dtype}; stopped. Another --dtype may do")
+                             f"large for {self.settings.dtype}, or a label is outside its vocabulary; stopped. Another --dtype may do")
         if step == 0:
             raise UsageError(f"step 1: the loss is {metrics['loss']}, its gradient's norm {norm}, before anything was learnt: the network "
                              f"that training starts from, {self.settings.start}, has damaged weights, or ones too large for "

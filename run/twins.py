@@ -19,7 +19,7 @@ from sample import Guided
 from train import Settings, language_loss
 from vocab_map import align_all
 
-TINY_VOCABULARY = 10_000  # tokens; the tiny world's tokenizers have at most 2600, real ones at least 32000
+TINY_VOCABULARY = 10_000  # tokens; the tiny world's tokenizers have about 1000, real ones at least 32000
 HAS_FAST = (Path(__file__).parents[1] / "fast").is_dir()
 
 

@@ -163,11 +163,26 @@ def test_either_term_can_be_differentiated_by_itself():
 
 
 @pytest.mark.parametrize("label", [-5, 300, 2**40])
-def test_a_label_that_the_base_has_not(label):
-    """Memory beyond the logits is not read, and its row's loss, no number, is not mistaken for one."""
-    z_base, z_delta = [logits(2, 300, torch.float32, seed) for seed in (0, 1)]
-    ce, norm, _ = kernel_loss(z_base, z_delta, torch.tensor([label, 3]), torch.tensor(2))
-    assert ce.isnan() and norm.isfinite()
+@pytest.mark.parametrize("Vv", [300, 310])
+def test_a_label_that_the_base_has_not(label, Vv):
+    """Memory beyond the logits is not read, and neither its row's loss nor its gradient is mistaken for a number."""
+    z_base, z_delta = logits(2, 300, torch.float32, 0), logits(2, Vv, torch.float32, 1).requires_grad_()
+    z_delta.data[1, 3] = 100.0
+    loss, metrics = ivl_loss(z_base, z_delta, torch.tensor([label, 3]), 0.1)
+    loss.backward()
+    assert loss.isnan() and metrics["l1"].isfinite() and metrics["acc"] == 0.5
+    assert z_delta.grad[0].isnan().all() and z_delta.grad[1].isfinite().all()
+
+
+def test_numbers_at_the_end_of_their_range():
+    """A row of the smallest numbers is uniform; and without lambda an infinite norm is not in the loss."""
+    smallest = torch.full((1, 40), torch.finfo(torch.float32).min)
+    loss, _ = ivl_loss(smallest, torch.zeros(1, 40), torch.tensor([3]))
+    torch.testing.assert_close(loss, torch.tensor(40.0).log())
+    masked = torch.zeros(1, 40)
+    masked[0, 7] = -float("inf")
+    loss, _ = ivl_loss(torch.zeros(1, 40), masked, torch.tensor([3]))
+    torch.testing.assert_close(loss, torch.tensor(39.0).log())
 
 
 def test_without_a_gradient_nothing_is_kept():
