@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+import ivl
 from bench import gpu
 from bench.decode import ALONE, BOTH
 from bench.goals import goals_for, judge
@@ -212,7 +213,7 @@ def test_the_whole_rehearsal(tmp_path):
     text = out.read_text()
     steps = [step.name for step in steps_for(TOY, rehearsal=True)]
     assert [name for name in steps if f"## {name}: done" in text] == steps and "failed" not in text.partition("## Steps")[2]
-    assert "2048, 8, 3 (in ivl.py)" in text and "3 passed" in text
+    assert f"{ivl.BLOCK}, {ivl.WARPS}, {ivl.STAGES} (in ivl.py)" in text and "3 passed" in text
     goals = text.partition("## Goals")[2].partition("## Steps")[0]
     assert goals.count("rehearsed") == 8 and goals.count("not measured") == 2  # captured steps and Liger take a GPU
     assert " met" not in goals and "missed" not in goals
