@@ -105,8 +105,11 @@ def run_step(step: Step, outcome: Outcome, limit: float, folder: Path) -> None:
 
 def without_paths(output: str) -> str:
     """A report is for others: no folder of this machine."""
-    output = output.replace(f"{ROOT}{os.sep}", "").replace(sys.prefix, "PYTHON").replace(sys.base_prefix, "PYTHON")
-    return output.replace(tempfile.gettempdir(), "TMP").replace(str(Path.home()), "HOME")
+    names = {f"{ROOT}{os.sep}": "", sys.prefix: "PYTHON", sys.base_prefix: "PYTHON", tempfile.gettempdir(): "TMP",
+             f"{Path.home()}{os.sep}": f"HOME{os.sep}"}  # a home of / is no part of other paths
+    for folder, name in names.items():
+        output = output.replace(folder, name)
+    return output
 
 
 def count_tests(output: str) -> dict[str, int]:
