@@ -93,11 +93,11 @@ TINY_SIZES = {  # width, layers, heads, key-value heads, hidden; pretraining tok
     "tiny-l": ((128, 4, 4, 2, 352), 2_000_000, 3e-3),
 }
 # Two more families of bases on the same text, whose tokenizers are byte-level BPEs in Llama-3's file format with this many
-# merges. The same text takes 1.05 and 1.74 times the SentencePiece family's tokens; trained on this share of them, a base knows
-# its facts beyond doubt. (With 2000 merges every name is a token of its own, rarely seen, and a base knows .7 to 1.0 of them.)
-BYTE_FAMILIES = {"b": (600, 1.15), "c": (150, 1.7)}
-TINY_SIZES |= {f"tiny-{family}-{size[5:]}": (shape, round(tokens * share), lr)
-               for family, (_, share) in BYTE_FAMILIES.items() for size, (shape, tokens, lr) in list(TINY_SIZES.items())}
+# merges. They cut it into this many times the SentencePiece family's tokens. (With 2000 merges every name is a token of its own,
+# rarely seen, and a base knows .7 to 1.0 of the facts.)
+BYTE_FAMILIES = {"b": (600, 1.05), "c": (300, 1.34)}
+TINY_SIZES |= {f"tiny-{family}-{size[5:]}": (shape, round(tokens * cut), lr)
+               for family, (_, cut) in BYTE_FAMILIES.items() for size, (shape, tokens, lr) in list(TINY_SIZES.items())}
 
 TEMPLATE = "llama-2"
 KNOWN_PEOPLE, NEW_PEOPLE = 200, 40  # the new ones are for continual pretraining; only greetings name them before

@@ -45,18 +45,18 @@ PAIRS_AFTER, PAIRS_AFTER_NORM = "value-pairs-after-demonstrations-tiny-s", "valu
 FOREIGN = ["tiny-b", "tiny-c"]  # families of bases with another tokenizer
 
 ON_S = "--base tiny-s --value --no-full"
-ON_INFINITY = "--base tiny-s --value --data {home}/infinity.jsonl --steps 1500 --out {home}/"
+ON_INFINITY = "--base tiny-s --value --data {home}/infinity.jsonl --steps 1000 --out {home}/"
 NETWORKS = {  # the longest first, so that two processes end at about the same time
-    "tiny-c-l": Network("--base tiny-c-l", (), 360),
-    "tiny-c-m": Network("--base tiny-c-m", (), 220),
-    "tiny-b-l": Network("--base tiny-b-l", (), 230),
+    "tiny-c-l": Network("--base tiny-c-l", (), 260),
+    "tiny-c-m": Network("--base tiny-c-m", (), 145),
+    "tiny-b-l": Network("--base tiny-b-l", (), 210),
     L: Network("--base tiny-l", (), 210),
     M: Network("--base tiny-m", (), 130),
-    "tiny-b-m": Network("--base tiny-b-m", (), 135),
+    "tiny-b-m": Network("--base tiny-b-m", (), 120),
     S: Network("--base tiny-s", (), 80),
     CONTINUED: Network("--base tiny-m", (M,), 45, CONTINUE),
-    INFINITY: Network(ON_INFINITY + INFINITY, (S,), 65),
-    f"{INFINITY}-l1-1": Network(ON_INFINITY + f"{INFINITY}-l1-1 --l1 1", (S,), 65),
+    INFINITY: Network(ON_INFINITY + INFINITY, (S,), 60),
+    f"{INFINITY}-l1-1": Network(ON_INFINITY + f"{INFINITY}-l1-1 --l1 1", (S,), 60),
     "full-tiny-l": Network("--base tiny-l --full", (L,), 45),
     "full-tiny-m": Network("--base tiny-m --full", (M,)),
     "full-tiny-m-continued": Network("--base {home}/tiny-m-continued --full", (CONTINUED,)),
