@@ -342,8 +342,8 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, K, T, F) of this pass behind each row's length; all of the layer's (B, K, S, F)."""
         keys, values = self.keys[layer], self.values[layer]  # (B, K, capacity, F)
-        keys.transpose(1, 2)[self.rows, self.positions] = k.transpose(1, 2)  # (B, capacity, K, F) at (B, T): (B, T, K, F)
-        values.transpose(1, 2)[self.rows, self.positions] = v.transpose(1, 2)
+        keys[self.rows, :, self.positions] = k.transpose(1, 2)  # at (B, T): (B, T, K, F)
+        values[self.rows, :, self.positions] = v.transpose(1, 2)
         return keys[:, :, :self.stored], values[:, :, :self.stored]
 
     def advance(self, T: int) -> None:

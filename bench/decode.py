@@ -28,7 +28,7 @@ from data.errors import UsageError
 from data.smollm2 import find_gguf
 from data.tiny_world import PIECES, TEMPLATE, TINY_SIZES, prompt_text, world_of
 from data.tokenizer import load_tokenizer
-from fast.graphs import CapturedGuided
+from fast.graphs import CompiledGuided
 from ivl import ProxyDelta, ValueModel
 from model import Llama, LlamaConfig
 from run.arguments import few
@@ -93,8 +93,8 @@ def decoding(name: str, value: str, base: str, batch: int, tokens: int, dtype: s
 
 
 def guided_on(device: str) -> type[Guided]:
-    """What takes the steps: on a GPU the fast way, as checkpoints are decoded there."""
-    return CapturedGuided if device == "cuda" else Guided
+    """What takes the steps: on a GPU the fastest way, sample.py's --compile."""
+    return CompiledGuided if device == "cuda" else Guided
 
 
 def transformers_decoding(name: str, value: str, base: str, prompts: list[list[int]], tokens: int) -> Callable[[], None]:

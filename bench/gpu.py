@@ -36,7 +36,7 @@ TITLE, REHEARSAL = "# What ran on a GPU", "# A rehearsal without a GPU"
 LONGEST_OUTPUT = 20_000  # characters of a step's output that the report keeps, the last ones
 
 
-ON_A_GPU = Sizes(8192, (32000, 128256), "TinyLlama", 4096, "TinyLlama", "Llama-2-7B", "Llama-2-13B", (128, 1024, 512))
+ON_A_GPU = Sizes(8192, (32000, 128256), "TinyLlama", 4096, "TinyLlama", "Llama-2-7B", "Llama-2-13B", (128, 1024))
 TOY = Sizes(4, (100,), "20M", 32, "tiny-s", "tiny-l", "tiny-l", (2, 8))
 
 # ---------------------------------------------------------------------------------------------------------
@@ -69,11 +69,11 @@ def steps_for(sizes: Sizes, rehearsal: bool) -> list[Step]:
     tokens = list(map(str, sizes.tokens))
     return [
         Step("kernel", tests + (["-k", "random_rows and 7-7"] if rehearsal else []), 100, interpreted),
-        Step("twins", ["bench.twins"] + (["--tokens", "8", "--prompts", "2"] if rehearsal else ["--tokens", "128", "--prompts", "4"]), 60),
+        Step("twins", ["bench.twins"] + (["--tokens", "8", "--prompts", "2"] if rehearsal else ["--tokens", "128", "--prompts", "4"]), 110),
+        Step("decode", [*decode, *tokens, "--pair", sizes.value, sizes.base, "--only", ALONE, VALUE, BOTH], 270),
+        Step("bigger", [*decode, tokens[0], "--pair", sizes.value, sizes.bigger, "--only", BOTH], 90),
         Step("loss", ["bench.loss", "--only", "logits", "--rows", rows, "--vocab", *vocabs, "--rounds", many], 140),
         Step("train", ["bench.train", "--pair", sizes.trained, sizes.trained, "--tokens", str(sizes.part), "--rounds", few], 90),
-        Step("decode", [*decode, *tokens, "--pair", sizes.value, sizes.base, "--only", ALONE, VALUE, BOTH], 150),
-        Step("bigger", [*decode, *tokens, "--pair", sizes.value, sizes.bigger, "--only", BOTH], 110),
         Step("transformers", [*decode, tokens[0], "--pair", sizes.value, sizes.base,
                               "--only", ALONE, BOTH, THEIRS, THEIR_BOTH], 90),
         Step("sweep", ["bench.sweep", "--rows", rows, "--vocab", *vocabs, "--rounds", few], 60, interpreted),

@@ -1,4 +1,4 @@
-"""Whether the fast ways of decoding say what the plain one says, on this device: captured steps, and speculation.
+"""Whether the fast ways of decoding say what the plain one says, on this device: captured and compiled steps, and speculation.
 
     python -m bench.twins
 
@@ -16,7 +16,7 @@ import torch
 from bench.decode import SHAPES, guided_on
 from bench.measure import describe, save, table
 from beyond.speculation import Speculative, gap_at_difference, speculate
-from fast.graphs import CapturedGuided
+from fast.graphs import CapturedGuided, CompiledGuided
 from ivl import ProxyDelta, ValueModel
 from model import Llama
 from run.cli import ArgumentParser, positive_int, run_cli
@@ -64,14 +64,18 @@ def compare_all(value: str, base: str, count: int, tokens: int, device: str, fou
     big, small = network(base, device), network(value, device)
     prompts = random_prompts(count, SHAPES[base].vocab_size)
     options = dict(max_new_tokens=tokens, stop_ids=set())
-    # captured steps, one text and several at a time
+    # captured and compiled steps, one text and several at a time
     plugs = {"no value network": None, "residual": ValueModel(small), "cascade+": ValueModel(small, {"scheme": "cascade+"}),
              "proxy tuning": ProxyDelta(small, network(value, device))}
     for name, plug in plugs.items() if device == "cuda" else ():
-        plain, captured = Guided(big, plug), CapturedGuided(big, plug)
+        plain, ways = Guided(big, plug), {"captured": CapturedGuided(big, plug)}
+        if name == "residual":  # a minute of compiling
+            ways["compiled"] = CompiledGuided(big, plug)
         for asked in (prompts[:1], prompts):
-            answers = [generate(guided, asked, **options) for guided in (plain, captured)]
-            found(f"captured steps, {name}, {len(asked)} at a time", compared(plain, asked, *answers))
+            expected = generate(plain, asked, **options)
+            for how, guided in ways.items():
+                answers = generate(guided, asked, **options)
+                found(f"{how} steps, {name}, {len(asked)} at a time", compared(plain, asked, expected, answers))
     # speculation, by the steps that checkpoints take on this device
     plain = Guided(big, plugs["residual"])
     answers = [generate(plain, [prompt], **options)[0] for prompt in prompts]
@@ -93,7 +97,7 @@ def main():
     value, base = args.pair or (("23M", "110M") if device == "cuda" else ("tiny-s", "tiny-l"))
     print(f"{describe(device)}, float32, a {value} value network on a {base} base\n")
     if device == "cpu":
-        print("captured steps: not here; a captured step is a CUDA graph, and there is no CUDA device\n")
+        print("captured and compiled steps: not here; both are CUDA graphs, and there is no CUDA device\n")
     rows = {}
 
     def found(name: str, numbers: dict) -> None:

@@ -1,23 +1,30 @@
 """A guided step as one CUDA graph: no Python, and no word between host and device, until it is done.
 
-    python sample.py --base PATH --value PATH --chat        # on a GPU, where checkpoints take it by themselves
+    python sample.py --base PATH --value PATH --chat                  # on a GPU, where checkpoints take it by themselves
+    python sample.py --base PATH --value PATH --chat --compile        # and with fewer, larger operations in it
 
 `CapturedGuided` replaces sample.Guided, and answers the same, says tests/test_decoding.py: on a CPU it
-records a step's operations and replays them on the same memory, as a CUDA graph does.
+records a step's operations and replays them on the same memory, as a CUDA graph does. `CompiledGuided`
+takes the same place.
 
 A small model's step keeps a GPU busy for less time than Python takes to ask for it. So the operations of
 a step, base and value network in one, are recorded once and then replayed. A replay reads and writes the
 same memory each time, hence three things: caches that stay where they are, a step that finds its place in
 them by `lengths` on the device alone, and as many stored positions read as the graph was made for.
+
+What is left is a layer's thirty or so operations, most of which take a GPU longer to begin than to do;
+torch.compile makes twelve of them, and searches, for 10 to 20 seconds a network, for the fastest way to each.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from model import KVCache
+from model import Block, KVCache, Llama
 from sample import Guided
 
 LONGEST_CAPTURED = 32  # tokens of a step: longer ones, whole prompts, keep a GPU busy as they are
@@ -39,7 +46,8 @@ class WindowCache(KVCache):
         device, self.stored = self.lengths.device, self.window  # S
         self.rows = torch.arange(len(self.lengths), device=device)[:, None]  # (B, 1)
         self.positions = self.lengths[:, None] + torch.arange(T, device=device)  # (B, T)
-        mask = torch.arange(self.stored, device=device) <= self.positions[:, :, None]  # (B, T, S)
+        seen = torch.arange(self.stored, device=device) <= self.positions[:, :, None]  # (B, T, S)
+        mask = torch.where(seen, 0.0, -torch.inf).to(self.keys.dtype)  # what attention adds, made once for all layers
         return self.positions, mask[:, None]
 
 
@@ -60,6 +68,8 @@ class CapturedGuided(Guided):
     z_post, z_base and z_delta of a step last until the next one.
     """
 
+    spare = 0  # positions of a cache beyond the largest window
+
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.graphs: dict[tuple, Graph | None] = {}  # by all that goes into a step but its tokens; None: seen once
@@ -74,7 +84,7 @@ class CapturedGuided(Guided):
                 cache.keys.zero_(), cache.values.zero_()  # a mask does not keep out what is no number
             return
         self.graphs = {}
-        self.caches = [WindowCache(llama, batch, capacity) for llama in self.llamas]
+        self.caches = [WindowCache(llama, batch, capacity + self.spare) for llama in self.llamas]
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
@@ -98,6 +108,15 @@ class CapturedGuided(Guided):
         self.z_base, self.z_delta = graph.z_base, graph.z_delta
         return graph.z_post
 
+    def logits(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """In a captured step base and value network run side by side, where the one reads nothing of the other."""
+        is_captured = bool(caches) and caches[0].window is not None
+        if not is_captured or self.value is None or self.value.scheme != "residual":
+            return super().logits(tokens, caches)
+        self.z_base, self.z_delta = side_by_side(lambda: self.base(tokens, caches[0]),  # (B, T, Vb), Eq. (1)
+                                                 lambda: self.value(tokens, None, caches[1:]))  # (B, T, Vv), Eq. (2)
+        return self.post(self.z_base, self.z_delta)
+
     def capture_step(self, tokens: Tensor, window: int) -> Graph:
         """A graph of the step for tokens of this shape, with caches read up to `window` positions."""
         tokens = tokens.clone()  # the graph reads this memory each time
@@ -118,9 +137,75 @@ class CapturedGuided(Guided):
         super().select(rows)
 
 
+def side_by_side(one: Callable[[], Tensor], other: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """What both return; on a GPU in two streams, so that each fills what the other leaves idle."""
+    if not torch.cuda.is_available():
+        return one(), other()
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        theirs = other()
+    ours = one()
+    main.wait_stream(side)
+    return ours, theirs
+
+
 def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """Record what `step` would do on the GPU, without doing it; return what replays it, and where its result will be."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()
     return graph.replay, result
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Fewer operations
+
+
+class CompiledGuided(CapturedGuided):
+    """CapturedGuided, with compiled layers in what it captures of single tokens."""
+
+    spare = 1  # a window is always a part of its cache: all of one would be compiled anew
+
+    def logits(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        if not caches or caches[0].window is None or tokens.shape[1] > 1:
+            return super().logits(tokens, caches)
+        with compiled_layers(self.llamas):
+            return super().logits(tokens, caches)
+
+
+# One compilation serves all layers of a network, and caches of any length. A product by a matrix of one token's row is tuned as
+# a sum over its columns; what that sum reads is computed before, and not once for every row of the matrix.
+compiled_block = torch.compile(Block.forward, dynamic=True,
+                               options={"coordinate_descent_tuning": True, "realize_opcount_threshold": 4})
+
+
+@dataclass
+class LayerCache:
+    """One layer's part of a cache, as a compiled layer takes it: a slice it would copy, write to, and copy back."""
+
+    keys: list[Tensor]  # one of (B, K, capacity, F)
+    values: list[Tensor]
+    rows: Tensor
+    positions: Tensor
+    stored: int
+
+    append = KVCache.append
+
+
+def forward_compiled(layer: Block, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache, index: int) -> Tensor:
+    own = LayerCache([cache.keys[index]], [cache.values[index]], cache.rows, cache.positions, cache.stored)
+    return compiled_block(layer, x, cos, sin, mask, own, 0)
+
+
+@contextlib.contextmanager
+def compiled_layers(llamas: list[Llama]) -> Iterator[None]:
+    """Within it, the layers of these networks run compiled."""
+    layers = [layer for llama in llamas for layer in llama.model.layers]
+    for layer in layers:
+        layer.forward = partial(forward_compiled, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

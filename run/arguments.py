@@ -25,10 +25,13 @@ def first_line(script) -> str:
     return script.__doc__.split("\n\n")[0]
 
 
-def add_twins(parser: argparse.ArgumentParser) -> None:
+def add_twins(parser: argparse.ArgumentParser, compiles: bool = False) -> None:
     group = parser.add_mutually_exclusive_group()
+    parser.set_defaults(compile=False)
     group.add_argument("--plain", action="store_true", help="run what the scripts say, also for checkpoints")
     group.add_argument("--fast", action="store_true", help="run the twins in fast/, also for tiny networks")
+    if compiles:
+        group.add_argument("--compile", action="store_true", help="that, and compile layers on a GPU: faster tokens, up to a minute later")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -147,7 +150,7 @@ def add_guidance(parser: argparse.ArgumentParser, unguided: str = "the newest un
     parser.add_argument("--vocab-map", metavar="FILE", help="a map between base and value network of different tokenizers, by "
                         "vocab_map.py (default: made on the spot, from the tokenizers alone)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and computation")
-    add_twins(parser)
+    add_twins(parser, compiles=True)
     parser.set_defaults(chat=False, web=False, prompt=None, brings_questions=False)
 
 

@@ -161,6 +161,8 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
     # the networks
     device, dtype = pick_device(args.dtype, tiny=world is not None)
     device = processes.own(device)
+    if vocab_map is not None and args.compile:
+        raise UsageError("--compile: steps through a vocabulary map are not captured, so there is nothing to compile")
     kind = choose_guided(args, world is not None, device, processes.count) if vocab_map is None else None
     system = info.get("system", "") if args.system is None else args.system
     template = alone_template = info["template"]

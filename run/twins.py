@@ -1,9 +1,9 @@
 """Which twin runs: the plain way of the scripts, or the fast one of fast/. Chosen here and nowhere else.
 
-    python train.py --fast        python sample.py --plain
+    python train.py --fast        python sample.py --plain        python sample.py --compile
 
 Tiny networks take the plain way, on any device: what a student edits is what runs. Checkpoints take the
-fast one. --plain and --fast decide otherwise. What was chosen is printed, with the reason. Where fast/
+fast one. --plain, --fast and, where decoding, --compile decide otherwise. What was chosen is printed, with the reason. Where fast/
 has been deleted, everything is plain.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data.errors import UsageError
 from data.tokenizer import Tokenizer
-from ivl import ValueModel
+from ivl import ValueModel, triton
 from model import Llama
 from sample import Guided
 from train import Settings, language_loss
@@ -27,10 +27,11 @@ def takes_fast(what: str, args, tiny: bool, hindrance: str = "") -> bool:
     """Whether the fast twin of something runs; says so. A hindrance is why it cannot, if it cannot."""
     if not HAS_FAST:
         hindrance = "there is no folder fast/"
-    if args.fast and hindrance:
-        raise UsageError(f"--fast: {hindrance}")
-    if args.plain or args.fast:
-        fast, reason = args.fast, "as asked"
+    asked = "--compile" if args.compile else "--fast" if args.fast else ""
+    if asked and hindrance:
+        raise UsageError(f"{asked}: {hindrance}")
+    if args.plain or asked:
+        fast, reason = bool(asked), "as asked"
     elif tiny:
         fast, reason = False, "as always for tiny networks; --fast changes that"
     elif hindrance:
@@ -66,10 +67,15 @@ def choose_guided(args, tiny: bool, device: str, processes: int = 1) -> type[Gui
     hindrance = "" if device.startswith("cuda") else "a captured step is a CUDA graph, and there is no CUDA device"
     if processes > 1:
         hindrance = f"a captured step is a CUDA graph of one process, and {processes} share this base"
-    if takes_fast("decoding", args, tiny, hindrance):
-        from fast.graphs import CapturedGuided
+    if not takes_fast("decoding", args, tiny, hindrance):
+        return Guided
+    from fast.graphs import CapturedGuided, CompiledGuided
+    if not args.compile:
         return CapturedGuided
-    return Guided
+    if triton is None:
+        raise UsageError("--compile: torch.compile takes Triton on a GPU, and it is not installed")
+    print("compiling: the first answer waits for it, up to a minute; where this was done before, less", flush=True)
+    return CompiledGuided
 
 
 def choose_alignment(args, base: Tokenizer, value: Tokenizer) -> Callable:

@@ -10,7 +10,7 @@ from bench import decode
 from bench.decode import (ALONE, BOTH, CONTENDERS, PROXY, SHAPES, THEIR_BOTH, THEIRS, VALUE, bytes_a_step, conclusions,
                           deepen, fitting, show_speculation, weights_of)
 from bench.measure import Result
-from fast.graphs import CapturedGuided
+from fast.graphs import CompiledGuided
 from model import Llama
 from paper import table3
 from sample import Guided
@@ -105,7 +105,7 @@ def test_flags_that_were_not_given_have_their_usual_values(monkeypatch):
 
 
 def test_on_a_gpu_steps_are_captured():
-    assert decode.guided_on("cuda") is CapturedGuided and decode.guided_on("cpu") is Guided
+    assert decode.guided_on("cuda") is CompiledGuided and decode.guided_on("cpu") is Guided
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from beyond.attribution import attribute, attribute_last
 from beyond.speculation import Speculative, expected_rounds, gap_at_difference, speculate
 from fast import graphs
-from fast.graphs import CapturedGuided
+from fast.graphs import CapturedGuided, CompiledGuided
 from ivl import ValueModel, combine
-from model import KVCache, Llama
+from model import Block, KVCache, Llama
 from sample import Guided, draw, generate, probabilities
 from tests.helpers import VALUE, ask, assert_same_or_tied, pair, plugged, random_prompts, refused, small, value_network
 
@@ -121,6 +121,39 @@ def test_a_captured_step_leaves_what_it_was_made_of(captured):
         with pytest.raises(ValueError, match="of 8 positions is full"):  # not written beyond its memory
             for token in range(4):
                 guided.step(torch.tensor([[token]]))
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_is_eager(backend, captured, monkeypatch):
+    """A step of one token with compiled layers, not recorded: of a compiled kernel the recorder sees no operations.
+
+    Without Inductor it is what torch.compile records of a layer, and how often it does.
+    """
+    made = []
+
+    def counting(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    options = dict(backend=counting) if backend == "eager" else {}
+    monkeypatch.setattr(graphs, "compiled_block", torch.compile(Block.forward, dynamic=True, **options))
+    eager = pair(vocab_size=53)
+    guided = CompiledGuided(eager.base, eager.value)
+
+    def step(tokens: torch.Tensor) -> torch.Tensor:
+        for cache in guided.caches:
+            cache.window = graphs.window_for(cache.used + 1)
+        z_post = guided.logits(tokens, guided.caches)
+        for cache in guided.caches:
+            cache.window = None
+        return z_post
+
+    guided.step = torch.inference_mode()(step)
+    for prompts in random_prompts(4)[:1], random_prompts(8):
+        expected = generate(eager, prompts, max_new_tokens=24, stop_ids=set())
+        assert_same_or_tied(eager, prompts, generate(guided, prompts, max_new_tokens=24, stop_ids=set()), expected)
+    assert all("forward" not in vars(layer) for llama in guided.llamas for layer in llama.model.layers)
+    assert backend == "inductor" or len(made) == 2  # of one row, and of several: for all layers of both networks, and all windows
 
 
 # ---- speculation
