@@ -36,7 +36,7 @@ def combine(z_base: Tensor, z_delta: Tensor, alpha: float = 1.0) -> Tensor:
     """Eq. (3): stop_gradient(z_base) + alpha * z_delta, for (..., Vb) and (..., Vv) -> (..., Vb).
 
     alpha is ours: 1 in the paper, 0 is the base alone. Where one vocabulary extends the other, z_delta
-    is 0 on the tokens that it lacks, and what it has beyond Vb is dropped. (So much for the loss; while
+    is 0 on the tokens that it lacks, and what it has beyond Vb is dropped. (This is what the loss takes; while
     decoding, such tokens are never said, since one of the networks could not read them: Guided.post.)
     """
     Vb, Vv = z_base.shape[-1], z_delta.shape[-1]
@@ -52,46 +52,47 @@ def ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0, o
     """Eq. (4) with the norm of Section 4.2.1: CE(z_base + z_delta, labels) + l1 * mean |z_delta|.
 
     z_base (..., Vb), z_delta (..., Vv), labels (...) already shifted: row t's label is token t + 1.
-    Rows whose label is -100 count in neither term; any other label outside 0..Vb-1 is a ValueError, to the kernel a loss of NaN.
+    Rows whose label is -100 do not count (in the norm they do if `over` is "all"); any other label outside 0..Vb-1 is a ValueError, to the kernel a loss of NaN.
 
     Both terms are means over the supervised rows, the norm also over the vocabulary. The paper writes
     a sum, but its lambda of 1.0 (Table 5) goes with a mean. The authors average the norm over all
     positions, prompt and padding included; we over the supervised ones, where the value network is used,
-    unless `over` is "all": then over every row that is given, a batch's own padding among them. (Theirs is up to
-    4096 tokens and would only be computed to be averaged; run/jobs.py prints what lambda weighs beside theirs.)
+    unless `over` is "all": then over every row that is given, a batch's own padding among them. (Their padding goes up
+    to 4096 tokens; z_delta would be computed there for this mean alone. run/jobs.py prints what lambda weighs beside theirs.)
 
     Returns the loss and {ce, l1, acc, base_ce, base_acc}, the last two being what the base alone would
     get: 0-dimensional tensors, 0 when no row is supervised. On a GPU the Triton kernel below computes
-    it, float64 aside, also under --plain: to change the formula there, take the `if` with the kernel out.
+    it, float64 aside, also under --plain: to change the formula there, `combine` in it included, set loss_terms to plain_loss.
     """
     z_base = z_base.detach().flatten(0, -2)  # (N, Vb)
     z_delta = z_delta.flatten(0, -2)  # (N, Vv)
     labels = labels.flatten()  # (N,)
-    supervised = labels != -100
-    count = supervised.sum().clamp(min=1)  # a tensor: to ask a GPU for its number would make it wait
+    count = (labels != -100).sum().clamp(min=1)  # a tensor: to ask a GPU for its number would make it wait
+    loss_terms = kernel_loss if kernel_runs_on(z_base, z_delta) else plain_loss
+    ce, norm, metrics = loss_terms(z_base, z_delta, labels, count)
     if over == "all":
-        ce, metrics = ivl_loss(z_base, z_delta, labels)
         norm = at_least_float(z_delta).abs().mean()
-        return ce + l1 * norm if l1 else ce, metrics | {"l1": norm.detach()}
-    if kernel_runs_on(z_base, z_delta):
-        ce, norm, metrics = kernel_loss(z_base, z_delta, labels, count)
-        return ce + l1 * norm if l1 else ce, metrics
+        metrics["l1"] = norm.detach()
+    return ce + l1 * norm if l1 else ce, metrics  # without lambda the norm needs no gradient
 
-    if (labels[supervised] < 0).any() or (labels >= z_base.shape[-1]).any():
-        raise ValueError(f"a label outside 0..{z_base.shape[-1] - 1}, the vocabulary of the base")
 
+def plain_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, count: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The two terms of ivl_loss and its metrics, of (N, Vb), (N, Vv), and (N,) with -100 allowed; `count` of the labels are not."""
+    supervised = labels != -100
     z_base, z_delta = at_least_float(z_base[supervised]), at_least_float(z_delta[supervised])  # N counts these rows from here
     labels = labels[supervised]
+    if ((labels < 0) | (labels >= z_base.shape[-1])).any():
+        raise ValueError(f"a label outside 0..{z_base.shape[-1] - 1}, the vocabulary of the base")
+
     z_post = combine(z_base, z_delta)  # (N, Vb), Eq. (3)
     ce = F.cross_entropy(z_post, labels, reduction="sum") / count  # Eq. (4)
     norm = z_delta.abs().mean(-1).sum() / count  # Section 4.2.1
-    loss = ce + l1 * norm if l1 else ce  # without lambda the norm needs no gradient
     # What to print. Of equal logits max takes the first, as argmax does, and is faster on a CPU.
     metrics = {"ce": ce.detach(), "l1": norm.detach(),
                "acc": (z_post.max(-1).indices == labels).sum() / count,
                "base_ce": F.cross_entropy(z_base, labels, reduction="sum") / count,
                "base_acc": (z_base.max(-1).indices == labels).sum() / count}
-    return loss, metrics
+    return ce, norm, metrics
 
 
 def pairwise_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, beta: float = 0.1) -> tuple[Tensor, dict[str, Tensor]]:
@@ -179,7 +180,7 @@ if triton is not None:
 
     @triton.jit
     def add_lanes(top, total):
-        """The lanes put together: the largest z of all, and log(sum(exp(z))) less that, kept apart since it would lose digits."""
+        """The lanes put together: the largest z of all, and log(sum(exp(z))) less that. Not added up: the logarithm would lose its digits."""
         highest = tl.max(top, 0)
         return highest, tl.log(tl.sum(total * tl.exp(top - highest), 0))
 
@@ -220,6 +221,7 @@ if triton is not None:
             size += tl.abs(delta)
 
             post_top, post_total = add_exp(post_top, post_total, post)
+            # "not less" and not "greater": what is no number beats the label, and then acc is 0
             post_beaten |= 1 - ((post < post_label) | ((post == post_label) & (column >= label))).to(tl.int32)
             base_top, base_total = add_exp(base_top, base_total, base)
             base_beaten |= 1 - ((base < base_label) | ((base == base_label) & (column >= label))).to(tl.int32)
@@ -372,7 +374,7 @@ class ValueModel(nn.Module):
         table = self.network.model.embed_tokens.weight  # (Vv, D)
         known = min(len(table), base_logits.shape[-1])
         p_base = F.softmax(base_logits.detach()[..., :known].float(), dim=-1)  # (..., known)
-        embeds = p_base.to(table.dtype) @ table[:known]  # (..., D)
+        embeds = (p_base.to(table.dtype) @ table[:known]).to(table.dtype)  # (..., D); autocast would leave it in bf16, and all layers
         if self.scheme == "cascade+":
             embeds = embeds + self.network.model.embed_tokens(tokens)
         return embeds
@@ -453,7 +455,7 @@ class Probe(nn.Module):
 class ProxyDelta(nn.Module):
     """Proxy tuning (Section 2, Table 4): z_delta = z_expert - z_anti_expert, of a small model tuned and untuned.
 
-    Nothing is trained for it, and it costs one more forward pass a token than a value network.
+    It takes a small model that was post-trained already, and it costs one more forward pass a token than a value network.
     It has what decoding uses of a ValueModel.
     """
 

@@ -8,7 +8,7 @@ what we save is read by transformers, vLLM and lm-eval as it is.
 Shapes stand at the end of the lines that change them, in one alphabet for the whole repository (the F
 with a dot is torch.nn.functional): B batch, T time (positions of this call), S positions in the cache,
 D model width, H query heads, K key-value heads, F head width, V vocabulary (Vb the base's, Vv the value
-network's), N rows of a loss, P entries of a vocabulary map.
+network's, Vt a teacher's), N rows of a loss, P pairs (of answers, or of tokens in a vocabulary map).
 """
 
 import json
@@ -142,9 +142,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "KVCache | None",
                 layer: int) -> Tensor:
-        """x (B, T, D) -> (B, T, D), turned by cos and sin (1 or B, 1, T, F).
+        """x (B, T, D) -> (B, T, D); queries and keys are turned by cos and sin (1 or B, 1, T, F).
 
-        mask (B, 1, T, S) says which keys each token may see; None: plain causal.
+        mask (B, 1, T, S) says which keys each token may see; None: causal, or of a single token all that is stored.
         """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, F)
@@ -326,18 +326,25 @@ class KVCache:
 
     def begin(self, T: int) -> tuple[Tensor, Tensor | None]:
         """Before a pass over T tokens: their positions (B, T), and which keys each may see (B, 1, T, S)."""
-        self.stored = self.used + T  # S
-        if self.stored > self.capacity:
+        if self.used + T > self.capacity:
             raise ValueError(f"KV cache of {self.capacity} positions is full")
-        device = self.lengths.device
-        self.rows = torch.arange(len(self.lengths), device=device)[:, None]  # (B, 1)
-        self.positions = self.lengths[:, None] + torch.arange(T, device=device)  # (B, T)
+        self.place(T, self.used + T)
         if self.used == 0 or (self.level and T == 1):
             # No mask: of an empty cache plain causal is right, since padding comes last; with rows of one length a
             # single token sees all that is stored.
             return self.positions, None
-        mask = torch.arange(self.stored, device=device) <= self.positions[:, :, None]  # (B, T, S)
-        return self.positions, mask[:, None]
+        return self.positions, self.seen()[:, None]
+
+    def place(self, T: int, stored: int) -> None:
+        """Where in the cache T tokens go, and how many positions are read of it: S."""
+        device = self.lengths.device
+        self.stored = stored
+        self.rows = torch.arange(len(self.lengths), device=device)[:, None]  # (B, 1)
+        self.positions = self.lengths[:, None] + torch.arange(T, device=device)  # (B, T)
+
+    def seen(self) -> Tensor:
+        """Which of the stored keys each of the placed tokens may see: (B, T, S)."""
+        return torch.arange(self.stored, device=self.lengths.device) <= self.positions[:, :, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, K, T, F) of this pass behind each row's length; all of the layer's (B, K, S, F)."""

@@ -128,7 +128,7 @@ class MappedGuided(Guided):
         self.readable = min(value.vocab_size, vocab_map.value_tokenizer.vocab_size)
         self.never = torch.tensor(vocab_map.unsayable(), dtype=torch.long, device=base.device)
         self.texts: list[list[int]] = []  # each row's value tokens so far
-        self.passes = self.steps = 0  # base tokens read behind prompts; value tokens asked for
+        self.base_tokens_read = self.value_tokens_asked = 0  # behind prompts
 
     @torch.inference_mode()
     def start(self, prompts: list[list[int]], max_new_tokens: int) -> Tensor:
@@ -137,7 +137,7 @@ class MappedGuided(Guided):
 
     def begin(self, prompts: list[list[int]]) -> None:
         """Let the base read whole prompts."""
-        self.passes = self.steps = 0
+        self.base_tokens_read = self.value_tokens_asked = 0
         self.is_new = True  # the next step's token is a prompt's last, which the base has read
         self.texts = [list(prompt) for prompt in prompts]
         self.base_tokens: list[list[int]] = [[] for _ in prompts]  # of each row, what is in the base's cache
@@ -157,7 +157,7 @@ class MappedGuided(Guided):
         if not self.is_new:
             self.push(tokens[:, 0].tolist())
         self.is_new = False
-        self.steps += len(tokens)
+        self.value_tokens_asked += len(tokens)
         self.z_delta = self.value(tokens, None, self.caches).float()  # (B, 1, Vv)
         z_base = self.base_logits(self.alpha * self.z_delta[:, 0])  # (B, Vv)
         self.z_base = z_base.index_fill(1, self.never, -torch.inf)[:, None]  # (B, 1, Vv)
@@ -167,7 +167,7 @@ class MappedGuided(Guided):
         """Take the value token that each row goes on with."""
         for text, token in zip(self.texts, tokens):
             text.append(token)
-        self.passes += self.read_texts()
+        self.base_tokens_read += self.read_texts()
 
     def base_logits(self, z_delta: Tensor) -> Tensor:
         """What the base says of the next value token: (B, Vv). Here without a look at z_delta; Hypotheses looks."""
@@ -225,7 +225,7 @@ def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     if temperature == 0:
         return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     logits = logits.float() - logits.max(-1, keepdim=True).values.float()  # so that no temperature overflows
-    p = F.softmax(logits / max(temperature, 1e-30), dim=-1)  # (B, V); smaller numbers are 0 in float32
+    p = F.softmax(logits / max(temperature, 1e-30), dim=-1)  # (B, V); divided by what float32 rounds to 0, the largest would be 0 / 0
     if top_p < 1:
         largest, tokens = p.sort(-1, descending=True)
         before = largest.cumsum(-1, dtype=torch.float64) - largest  # so exact that processes that decode together agree

@@ -105,7 +105,7 @@ def language_loss(network: Llama, base: None, tokens: Tensor, labels: Tensor) ->
     """
     z = network(tokens)  # (B, T, V)
     total = F.cross_entropy(at_least_float(z).flatten(0, 1), labels.flatten(), reduction="sum")
-    loss = total / max(1, int((labels != -100).sum()))
+    loss = total / (labels != -100).sum().clamp(min=1)
     return loss, {"ce": loss.detach()}
 
 
@@ -145,9 +145,9 @@ class OneProcess:
 def fit(network: Llama | ValueModel, loss: Callable, bases: list[Llama], batches: Callable, run) -> nn.Module:
     """Train a network for settings.steps steps: a value network on frozen bases, or an ordinary model without.
 
-    batches(position, count) yields, from a position on (None: the start), the position behind each step
-    and the step's parts. `run` is where it lives (run/folder.py, Run): settings, processes, checkpoints.
-    Returns the Objective.
+    batches(position, parts) begins at a position in the data (None: the start), and yields for each step the position
+    behind it, where a stopped run goes on, and a list of so many parts. `run` is where it lives (run/folder.py, Run):
+    settings, processes, checkpoints. Returns the Objective.
     """
     settings, processes = run.settings, run.processes
     objective = processes.share_out(Objective(network, loss), settings.dtype)
@@ -198,19 +198,19 @@ def accumulate_gradient(objective: nn.Module, base: Llama | None, parts: list[Pa
                         ) -> dict[str, float]:
     """Leave in .grad the gradient of the mean over all that a step's loss counts, however it is split in parts.
 
-    `count` says how much that is of a part's labels: supervised tokens, or pairs. Returns the means of the metrics,
-    and of the loss.
+    `count` says how much that is of a part's labels: supervised tokens, or pairs. (A norm over "all" positions is split
+    otherwise: of each part it weighs as much as its supervised tokens.) Returns the means of the metrics, and of the loss.
     """
     total = sum(count(labels) for _, labels in parts)
-    sums: dict[str, float] = defaultdict(float)
+    sums: dict[str, Tensor] = defaultdict(float)
     for tokens, labels in processes.mine(parts):
         share = count(labels) / total
         loss, metrics = compute_loss(objective, base, tokens, labels, dtype)
         # Several processes end with the mean of their gradients, where the sum is meant.
         (loss * share * processes.count).backward()
         for name, value in (metrics | {"loss": loss}).items():
-            sums[name] += value.item() * share
-    return processes.sum(sums)
+            sums[name] += value.detach().double() * share
+    return processes.sum({name: total.item() for name, total in sums.items()})  # once a step: a GPU waits for each answer
 
 
 def compute_loss(objective: nn.Module, base: Llama | None, tokens: Tensor, labels: Tensor, dtype: str
@@ -278,8 +278,8 @@ def train_value(job) -> None:
 def measure(job, objective: nn.Module | None, base: Llama | None) -> dict[str, float | None]:
     """A base alone (no objective), what was trained alone (no base), or a base guided by what was trained.
 
-    By the examination, if the data comes with one, which generates with the job's network itself, else by the
-    cross-entropy of held-out conversations.
+    With an exam: by what job.network says, if there is an objective, which is not called. Without: by the objective's
+    cross-entropy on held-out conversations.
     """
     if not job.exam:
         if objective is None:

@@ -132,7 +132,7 @@ def count_pairs(texts: list[str], base: Tokenizer, value: Tokenizer, how: str, a
 def share_bytes(base: Tokenizer, base_ids: list[int], value: Tokenizer, value_ids: list[int]) -> list[tuple[int, int]]:
     """Pairs of indices of tokens that cover a byte together; the two BOS make a pair, too.
 
-    None where the two do not spell the same bytes, since a tokenizer has changed the text (merged spaces, say).
+    Empty where the two do not spell the same bytes, since a tokenizer has changed the text (merged spaces, say).
     """
     owners, texts = [], []
     for tokenizer, ids in ((base, base_ids), (value, value_ids)):
@@ -140,7 +140,10 @@ def share_bytes(base: Tokenizer, base_ids: list[int], value: Tokenizer, value_id
         owner = [index for index, id in enumerate(ids) for _ in tokenizer.token_bytes(id)]  # of each byte, its token
         owners.append(owner[front:])
         texts.append(b"".join(map(tokenizer.token_bytes, ids))[front:])
-    return [(0, 0), *dict.fromkeys(zip(*owners))] if texts[0] == texts[1] else []
+    if texts[0] != texts[1]:
+        return []
+    both_begin = base_ids[:1] == [base.bos_id] and value_ids[:1] == [value.bos_id]  # some tokenizers have no BOS
+    return [(0, 0)] * both_begin + list(dict.fromkeys(zip(*owners)))
 
 
 def normalise(pairs: np.ndarray, counts: np.ndarray, Vb: int, Vv: int) -> np.ndarray:
@@ -197,7 +200,7 @@ class Speller:
             raise UsageError(f"a tokenizer without a token for the byte {min(self.missing)}; it cannot spell every text")
 
     def __call__(self, piece: bytes) -> list[int]:
-        """None where it has no token for a byte of the piece."""
+        """The tokens of a piece; none where it has no token for one of the bytes."""
         if self.missing & set(piece):
             return []
         if not self.tokenizer.byte_level:
@@ -303,7 +306,7 @@ class VocabMap:
         return torch.tensor(found, dtype=torch.long).view(-1, 2).T
 
     def unsayable(self) -> list[int]:
-        """Special value tokens, which no base has, but for those that end and begin."""
+        """Special value tokens for which by_hand knows none of the base's."""
         value = self.value_tokenizer
         known = by_hand(value, self.base_tokenizer)
         return [id for id in range(value.vocab_size) if not value.token_bytes(id) and id not in known]
@@ -313,12 +316,14 @@ class VocabMap:
         special = by_hand(self.value_tokenizer, self.base_tokenizer)
         tokens: list[int] = []
         behind: list[int] = []  # value tokens since the last special one
-        for id in ids:
+        for at, id in enumerate(ids):
             if self.value_tokenizer.token_bytes(id):
                 behind.append(id)
                 continue
             tokens += self.encode_again(behind)[0]
-            if id in special:
+            if at == 0 and id == self.value_tokenizer.bos_id:  # with some tokenizers it is the token that ends a text, too
+                tokens += [] if self.base_tokenizer.bos_id is None else [self.base_tokenizer.bos_id]
+            elif id in special:
                 tokens.append(special[id])
             behind = []
         more, withheld = self.encode_again(behind)

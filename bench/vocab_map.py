@@ -2,7 +2,7 @@
 
     python -m bench.vocab_map --base-tokenizer A --value-tokenizer B --texts FILE    # on real tokenizers and texts
     python -m bench.vocab_map                                                        # on those of the tiny world
-    python -m bench.vocab_map --decode out/seed0       # decoding, with what `python -m paper.fig4 --seeds 1` trained there
+    python -m bench.vocab_map --decode out/seed0       # decoding, with networks that `python -m paper --seeds 1` makes
 
 Four contenders: the loop with each cell's distance by the editdistance package, as the authors have it (where it is
 installed), the loop as it is, which remembers each pair's distance, and fast/alignment.py, one text at a time and all at once.
@@ -180,14 +180,14 @@ def main():
     print(f"{describe('cpu')}\n")
     if args.decode:
         if missing := [name for name in [*FAMILIES.values(), "value-residual-tiny-m"] if not (args.decode / name).is_dir()]:
-            raise UsageError(f"{args.decode / missing[0]}: not there; `python -m paper.fig4 --seeds 1` makes it")
+            raise UsageError(f"{args.decode / missing[0]}: not there; `python -m paper --seeds 1` makes it")
         tokens = 16
         for batch in (1, 32):
             passes = {}
             for name in FAMILIES:
                 guided, prompts = decoding(name, args.decode, batch)
                 generate(guided, prompts, max_new_tokens=tokens, stop_ids=set())
-                passes[name] = guided.passes / guided.steps if isinstance(guided, MappedGuided) else 1.0
+                passes[name] = guided.base_tokens_read / guided.value_tokens_asked if isinstance(guided, MappedGuided) else 1.0
             step = functools.partial(functools.partial, decode, home=args.decode, batch=batch, tokens=tokens)
             results = compare({name: step(name) for name in FAMILIES}, "cpu", args.rounds, 4)
             print(f"Decoding {tokens} tokens of {batch} answers at a time, one thread\n\n"

@@ -264,7 +264,7 @@ class Hypotheses(MappedGuided):
         self.tables = Tables(vocab_map, base, value.vocab_size)
 
     def begin(self, prompts: list[list[int]]) -> None:
-        self.passes = self.steps = 0
+        self.base_tokens_read = self.value_tokens_asked = 0
         self.is_new = True
         self.texts = [Text(self.tables, self.map, prompt) for prompt in prompts]
         empty = KVCache(self.base, 1, 0)
@@ -278,10 +278,10 @@ class Hypotheses(MappedGuided):
         return torch.stack(together(wanted, self.read_counted))
 
     def push(self, tokens: list[int]) -> None:
-        self.passes += sum(together([text.push(token) for text, token in zip(self.texts, tokens)], self.read_base))
+        self.base_tokens_read += sum(together([text.push(token) for text, token in zip(self.texts, tokens)], self.read_base))
 
     def read_counted(self, wishes: list[Wish]) -> list[Context]:
-        self.passes += len(wishes)  # of one token each
+        self.base_tokens_read += len(wishes)  # of one token each
         return self.read_base(wishes)
 
     def read_base(self, wishes: list[Wish]) -> list[Context]:

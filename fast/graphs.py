@@ -12,14 +12,14 @@ a step, base and value network in one, are recorded once and then replayed. A re
 same memory each time, hence three things: caches that stay where they are, a step that finds its place in
 them by `lengths` on the device alone, and as many stored positions read as the graph was made for.
 
-What is left is a layer's thirty or so operations, most of which take a GPU longer to begin than to do;
-torch.compile makes twelve of them, and searches, for 10 to 20 seconds a network, for the fastest way to each.
+What is left is a layer's thirty or so operations, most of which take a GPU longer to begin than to do.
+torch.compile joins them to a dozen, and takes 10 to 20 seconds a network to tune each.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,11 +43,8 @@ class WindowCache(KVCache):
     def begin(self, T: int) -> tuple[Tensor, Tensor | None]:
         if self.window is None:
             return super().begin(T)
-        device, self.stored = self.lengths.device, self.window  # S
-        self.rows = torch.arange(len(self.lengths), device=device)[:, None]  # (B, 1)
-        self.positions = self.lengths[:, None] + torch.arange(T, device=device)  # (B, T)
-        seen = torch.arange(self.stored, device=device) <= self.positions[:, :, None]  # (B, T, S)
-        mask = torch.where(seen, 0.0, -torch.inf).to(self.keys.dtype)  # what attention adds, made once for all layers
+        self.place(T, self.window)
+        mask = torch.where(self.seen(), 0.0, -torch.inf).to(self.keys.dtype)  # what attention adds, made once for all layers
         return self.positions, mask[:, None]
 
 
@@ -80,8 +77,8 @@ class CapturedGuided(Guided):
         if self.caches and self.caches[0].capacity >= capacity and len(self.caches[0].lengths) == batch:
             for cache in self.caches:
                 cache.crop(0)
-                cache.look()
-                cache.keys.zero_(), cache.values.zero_()  # a mask does not keep out what is no number
+                cache.keys.zero_()  # an old nan or inf would pass the mask: 0 * nan is nan
+                cache.values.zero_()
             return
         self.graphs = {}
         self.caches = [WindowCache(llama, batch, capacity + self.spare) for llama in self.llamas]
@@ -91,10 +88,10 @@ class CapturedGuided(Guided):
         B, T = tokens.shape
         if not self.caches or T > LONGEST_CAPTURED:
             return super().step(tokens)
-        used, capacity = self.caches[0].used, self.caches[0].capacity
+        used, capacity = self.caches[0].used, self.caches[0].capacity - self.spare
         if used + T > capacity:
             raise ValueError(f"KV cache of {capacity} positions is full")
-        key = B, T, min(window_for(used + T), capacity), self.alpha, self.readable
+        key = B, T, window_for(used + T), self.alpha, self.readable
         if key not in self.graphs:  # a shape that comes once is not worth it
             self.graphs[key] = None
             return super().step(tokens)
@@ -123,13 +120,16 @@ class CapturedGuided(Guided):
         T = tokens.shape[1]
         for cache in self.caches:
             cache.window = window
-        self.logits(tokens, self.caches)  # once in earnest, so that what the GPU needs for it is loaded
-        for cache in self.caches:
-            cache.advance(-T)
-        replay, z_post = capture(lambda: self.logits(tokens, self.caches))
-        for cache in self.caches:  # capturing has told the host of a step that did not happen
-            cache.used -= T
-            cache.window = None
+        try:
+            self.logits(tokens, self.caches)  # a warm-up: what a GPU loads or compiles for it cannot be captured
+            for cache in self.caches:
+                cache.advance(-T)  # take it back
+            replay, z_post = capture(lambda: self.logits(tokens, self.caches))
+            for cache in self.caches:  # capturing has told the host of a step that did not happen
+                cache.used -= T
+        finally:
+            for cache in self.caches:
+                cache.window = None
         return Graph(tokens, self.z_base, self.z_delta, z_post, replay)
 
     def select(self, rows: Tensor) -> None:
@@ -163,7 +163,7 @@ def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 
 class CompiledGuided(CapturedGuided):
-    """CapturedGuided, with compiled layers in what it captures of single tokens."""
+    """CapturedGuided, whose captured steps of one token run compiled layers."""
 
     spare = 1  # a window is always a part of its cache: all of one would be compiled anew
 
@@ -174,18 +174,25 @@ class CompiledGuided(CapturedGuided):
             return super().logits(tokens, caches)
 
 
-# One compilation serves all layers of a network, and caches of any length. A product by a matrix of one token's row is tuned as
-# a sum over its columns; what that sum reads is computed before, and not once for every row of the matrix.
-compiled_block = torch.compile(Block.forward, dynamic=True,
-                               options={"coordinate_descent_tuning": True, "realize_opcount_threshold": 4})
+@functools.cache
+def compiled_block() -> Callable:
+    """Block.forward, compiled when it is called: once for all layers of a network, and for caches of any length.
+
+    By the first option products of a matrix and a vector become sums, which Inductor tunes; by the second that vector is
+    computed before them, and not anew for every row of the matrix.
+    """
+    return torch.compile(Block.forward, dynamic=True, options={"coordinate_descent_tuning": True, "realize_opcount_threshold": 4})
 
 
 @dataclass
 class LayerCache:
-    """One layer's part of a cache, as a compiled layer takes it: a slice it would copy, write to, and copy back."""
+    """One layer's part of a cache, sliced outside the compiled layer, which would copy a slice, write to it, and copy it back.
 
-    keys: list[Tensor]  # one of (B, K, capacity, F)
-    values: list[Tensor]
+    A list of one tensor, so that KVCache.append serves with layer 0.
+    """
+
+    keys: list[Tensor]  # one tensor (B, K, capacity, F)
+    values: list[Tensor]  # one
     rows: Tensor
     positions: Tensor
     stored: int
@@ -195,7 +202,7 @@ class LayerCache:
 
 def forward_compiled(layer: Block, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache, index: int) -> Tensor:
     own = LayerCache([cache.keys[index]], [cache.values[index]], cache.rows, cache.positions, cache.stored)
-    return compiled_block(layer, x, cos, sin, mask, own, 0)
+    return compiled_block()(layer, x, cos, sin, mask, own, 0)
 
 
 @contextlib.contextmanager
@@ -203,7 +210,7 @@ def compiled_layers(llamas: list[Llama]) -> Iterator[None]:
     """Within it, the layers of these networks run compiled."""
     layers = [layer for llama in llamas for layer in llama.model.layers]
     for layer in layers:
-        layer.forward = partial(forward_compiled, layer)
+        layer.forward = functools.partial(forward_compiled, layer)
     try:
         yield
     finally:

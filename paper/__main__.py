@@ -60,13 +60,14 @@ def document(results: Results, seeds: int) -> str:
 Made on {today()}, on {machine()}. {len(costs)} networks were trained,
 one thread each, in {sum(costs) / 60:.0f} core-minutes. Seeds: {", ".join(map(str, range(seeds)))}; a seed changes
 the whole world: names, facts, tokenizer, first weights and the order of the data. Numbers are percentages: mean and
-standard deviation over the seeds, on evaluation people, by whom nothing was chosen. On each seed every system is asked
-about {facts} facts and {sums} sums, each in {TIMES} forms, so a single seed's number has a sampling error of about 2 points in facts
-and 4 in sums; of `new exact`, 80 questions asked once, 5.
+standard deviation over the seeds, on evaluation people, by whom nothing was chosen. On each seed a system answers {facts} questions
+about facts and {sums} about sums, each in {TIMES} forms (through a vocabulary map in one), so that a single seed's `exact`, `know` and `ins` have a
+sampling error of at most about 2 points and `arith` one of 4 (through a map 3 and 5). `mc`, `fk` and `2-shot` ask once: 3; `new exact` and
+`new 2-shot` ask 80 questions once: 6.
 
 tiny-s stands for TinyLlama-1.1B, tiny-m for Llama-2-7B, tiny-l for Llama-2-13B or 70B, tiny-m pretrained further for
-CodeLlama-7B, and tiny-b-l and tiny-c-l, with tokenizers of their own, for Llama-3-8B. Bases of all sizes have read the same
-text. What stands for the paper's columns:
+CodeLlama-7B, and tiny-b-l and tiny-c-l, with tokenizers of their own, for Llama-3-8B. Bases of all sizes and tokenizers
+have read the same text. What stands for the paper's columns:
 
 {table(["the paper's column", "here", "what it is", "how it differs"], metrics)}
 

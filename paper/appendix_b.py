@@ -53,8 +53,8 @@ def section(seeds: int) -> str:
 
 How many of a text's value tokens come out of its base tokens through a map: the intersection of both multisets over the
 number of value tokens, in percent. Counted in one half of the demonstrations, held out on the other. `paper`, `dtw`,
-`offsets` and `first piece` give one value token for each base token, `pieces` all of its bytes' tokens. Value tokens that
-are longer than the base's no token's bytes can give: in decoding they come by spelled paths, which this measure does not see.
+`offsets` and `first piece` give one value token for each base token, `pieces` all of its bytes' tokens. No base token's bytes
+give a value token that is longer than it; decoding spells such tokens out, base token by base token, which this measure does not see.
 The paper reports 42 for Llama-3 / Llama-2 and its own training texts, and does not say how it counts.
 
 {overlap_table(found)}

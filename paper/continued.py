@@ -3,8 +3,8 @@
     python -m paper.continued --base tiny-m                # makes out/seed0/tiny-m-continued
     python sample.py --base out/seed0/tiny-m-continued     # a value network plugged into it
 
-Half of the text is about new people, whom no other base has read of, and the vocabulary grows by 16
-tokens. A value network of the family, which has seen neither, is plugged in as it is.
+A third of the text is about new people, whom no other base has read of, a third about the old ones, the rest sums and
+unrelated sentences; the vocabulary grows by 16 tokens. A value network of the family, which has seen neither, is plugged in as it is.
 """
 
 import argparse
@@ -36,9 +36,9 @@ MARKERS = [f"<doc{number}>" for number in range(16)]
 
 
 def continued_documents(world: World, rng: random.Random) -> Iterator[str]:
-    """Endless documents: half of them on new people, a tenth with a marker in front.
+    """Endless documents: half of them drawn for new people, a tenth with a marker in front.
 
-    The other half is more of the old text, without which the old people would be forgotten.
+    The other half is more of the old text, without which the old people would be forgotten. In both a third tells of nobody.
     """
     for document in world.documents(rng):
         if rng.random() < 0.5:

@@ -72,7 +72,8 @@ def text(results: Results) -> str:
 The tokens of tiny-b bases are about as long as those of the value network and cut otherwise, the ones of tiny-c bases shorter. The value networks
 from tiny-m are those of the other tables, and one of a curriculum of tiny-s and tiny-m. `paper` is Algorithm 1 with
 Eq. (5), `dtw` its counts without the normalisation, `offsets` counts of shared bytes, both with Eq. (5) too; they count in
-the demonstrations. `pieces` needs no text: it sums over the base's ways to say the value network's tokens. The paper
+the demonstrations. `pieces` needs no text: it sums over the base's ways to say the value network's tokens. Through a map each
+question is asked in one form, else in two, so their difference on a seed has a sampling error of some 3 points. The paper
 only draws Figure 4. Its authors' public notebooks have the numbers (MT-Bench, on Llama-3-8B): full fine-tuning 7.23, the curriculum through the
 map 3.85, a value network of Llama-3.2-1B 4.79, and with the norm 5.16.
 

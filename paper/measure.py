@@ -40,9 +40,9 @@ def load(system: str, kept: Kept, device: str) -> tuple[Guided, Tokenizer]:
 
 
 def measure(system: str, kept: Kept, device: str) -> dict[str, float]:
-    """data/tiny_world.py's metrics, 2-shot choices, and these and `exact` on people whose facts only continual pretraining tells.
+    """data/tiny_world.py's metrics and `2-shot`; `new exact` and `new 2-shot` on people of whom only continual pretraining tells.
 
-    Through a vocabulary map, the first alone, and how many passes of the base a token took.
+    Through a vocabulary map the tiny world's metrics alone, each question asked once, and the base's passes a token.
     """
     guided, tokenizer = load(system, kept, device)
     world = world_of(kept.home / networks_of(system)[0])
@@ -51,7 +51,7 @@ def measure(system: str, kept: Kept, device: str) -> dict[str, float]:
     def answer(prompts):
         answers = generate(guided, prompts, max_new_tokens=48, stop_ids={tokenizer.eos_id})
         if is_mapped:
-            base_passes.append(guided.passes / guided.steps)
+            base_passes.append(guided.base_tokens_read / guided.value_tokens_asked)
         return answers
 
     def likelihood(pairs):

@@ -96,8 +96,9 @@ def claims_text(claims: list[Claim], results: Results) -> str:
 
 def section_text(script: ModuleType, results: Results, seeds: int) -> str:
     name = script.__name__.rpartition(".")[2] if script.__name__ != "__main__" else Path(script.__file__).stem
+    head = "What we claim" if all(claim.section == OURS for claim in script.CLAIMS) else "What the paper concludes"
     return (f"## {script.TITLE}\n\n`python -m paper.{name} --seeds {seeds}`\n\n{script.text(results).strip()}\n\n"
-            f"What the paper concludes, and whether it shows here:\n\n{claims_text(script.CLAIMS, results)}\n")
+            f"{head}, and whether it shows here:\n\n{claims_text(script.CLAIMS, results)}\n")
 
 
 def draw(script: ModuleType, results: Results, folder: Path) -> None:

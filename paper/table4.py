@@ -14,7 +14,7 @@ VALUED, PROXY = ({base: f"{base} + {plug}" for base in (M, L)} for plug in (VALU
 SYSTEMS = [*VALUED.values(), *PROXY.values()]
 PAPER = {"MT-Bench": (4.62, 4.65), "ARC": (42.7, 40), "Hellaswag": (55, 50.4), "MMLU": (43.2, 44.4), "TruthfulQA": (31.1, 33.4),
          "Winogrande": (66.2, 66.7)}
-COMPARABLE = 0.05  # how much worse may still be called comparable: about the sampling error of `exact` over three seeds, twice
+COMPARABLE = 0.05  # how much worse may still be called comparable: two standard errors of a difference, over three seeds, of questions asked once
 CLAIMS = [
     Claim("Appendix D", "A value network is comparable to proxy tuning.",
           f"`exact` on tiny-m, ours less proxy tuning, plus {100 * COMPARABLE:g}",

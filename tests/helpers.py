@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data.tokenizer import BYTE_OF, JsonTokenizer, TiktokenTokenizer
 from ivl import Probe, ProxyDelta, ValueModel
 from model import Llama, LlamaConfig
 from run.cli import run_cli
@@ -147,6 +148,17 @@ def byte_pairs(*merges: bytes) -> bytes:
     """A small tokenizer.model in Llama-3's format: all bytes, then these merges."""
     tokens = [bytes([byte]) for byte in range(256)] + list(merges)
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+
+
+def json_byte_pairs(config: dict) -> JsonTokenizer:
+    """All bytes and "he", "ll", "hell" as a byte-level tokenizer.json, and 256 special tokens from 259 on; config says which begin and end."""
+    lines, character = TiktokenTokenizer(byte_pairs(b"he", b"ll", b"hell")), {byte: name for name, byte in BYTE_OF.items()}
+    pieces = ["".join(character[byte] for byte in lines.token_bytes(id)) for id in range(259)]
+    raw = {"version": "1.0", "added_tokens": [{"id": 259 + n, "content": f"<|{n}|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+                                               "normalized": False} for n in range(256)],
+           "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}, "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+           "model": {"type": "BPE", "vocab": {piece: id for id, piece in enumerate(pieces)}, "merges": ["h e", "l l", "he ll"]}}
+    return JsonTokenizer(json.dumps(raw).encode(), config)
 
 
 # ---- networks

@@ -123,6 +123,22 @@ def test_a_captured_step_leaves_what_it_was_made_of(captured):
                 guided.step(torch.tensor([[token]]))
 
 
+def test_a_capture_that_is_stopped_leaves_nothing_behind(captured, monkeypatch):
+    """Ctrl-C during a minute of compiling, say."""
+    eager, prompt = pair(), random_prompts(8)[3]
+    guided, options = captured(eager.base, eager.value), dict(max_new_tokens=20, stop_ids=set())
+
+    def stopped(step):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "capture", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            generate(guided, [prompt], **options)
+    assert all(cache.window is None for cache in guided.caches)
+    assert generate(guided, [prompt], **options) == generate(eager, [prompt], **options)
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_is_eager(backend, captured, monkeypatch):
     """A step of one token with compiled layers, not recorded: of a compiled kernel the recorder sees no operations.
@@ -135,8 +151,9 @@ def test_compiled_is_eager(backend, captured, monkeypatch):
         made.append(graph)
         return graph.forward
 
-    options = dict(backend=counting) if backend == "eager" else {}
-    monkeypatch.setattr(graphs, "compiled_block", torch.compile(Block.forward, dynamic=True, **options))
+    if backend == "eager":
+        compiled = torch.compile(Block.forward, dynamic=True, backend=counting)
+        monkeypatch.setattr(graphs, "compiled_block", lambda: compiled)
     eager = pair(vocab_size=53)
     guided = CompiledGuided(eager.base, eager.value)
 

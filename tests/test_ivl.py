@@ -128,6 +128,14 @@ def test_training_reaches_every_parameter_of_the_value_network_and_none_of_the_b
         torch.testing.assert_close(by_hand, by_method)
 
 
+@pytest.mark.parametrize("scheme", ["cascade", "cascade+"])
+def test_in_bfloat16_what_a_cascade_reads_stays_float32(scheme):
+    """As an embedding under autocast does, so that all schemes add up their layers alike."""
+    value = value_network(scheme)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert value.embeds(torch.randint(50, (2, 9)), torch.randn(2, 9, 50)).dtype == torch.float32
+
+
 @torch.no_grad()
 def test_a_cascade_reads_what_the_base_predicts_and_cascade_plus_the_token_too():
     value, tokens, predicted = value_network("cascade"), torch.randint(50, (2, 7)), torch.randint(50, (2, 7))

@@ -12,7 +12,7 @@ from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer
 from ivl import ValueModel
 from model import Llama
 from sample import Guided, MappedGuided, generate, score
-from tests.helpers import byte_pairs, inside, refused, run, small, succeed
+from tests.helpers import byte_pairs, inside, json_byte_pairs, refused, run, small, succeed
 from vocab_map import HOWS, VocabMap, build
 
 # Few tokens, so that brute force is possible: the base's are sometimes longer than the value network's, sometimes shorter.
@@ -225,6 +225,14 @@ def test_the_end_of_a_turn_is_the_bases_end_of_a_turn():
         assert vocab.in_base_tokens(prompt) == (expected, [])
         assert expected[1 + len(base.encode("abc"))] in (base.end_of_turn_id, base.eos_id)
     assert build(LONG, SHORT).in_base_tokens([SHORT.end_of_turn_id])[0] == [LONG.end_of_turn_id]
+
+
+def test_a_token_that_begins_and_ends_texts_is_read_as_either():
+    """As in base models of SmolLM2, whose one special token does both."""
+    value = json_byte_pairs({"bos_id": 259, "eos_id": 259})
+    for base, begin in ((SHORT, [SHORT.bos_id]), (json_byte_pairs({"eos_id": 260}), [])):
+        ids = [259, *value.encode("abc"), 259]
+        assert build(base, value).in_base_tokens(ids) == ([*begin, *base.encode("abc"), base.eos_id], [])
 
 
 def test_scores_through_a_map_are_those_of_single_steps():

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from data.chat import encode_chat
-from data.tiny_world import (ATTRIBUTES, CHOICES, INSTRUCTIONS, World, evaluate, fact_item, few_shot, greeting_item, prompt_text,
-                             sum_item)
+from data.tiny_world import (ATTRIBUTES, BYTE_FAMILIES, CHOICES, INSTRUCTIONS, TINY_SIZES, World, evaluate, fact_item, few_shot,
+                             greeting_item, prompt_text, sum_item)
 from data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from model import Llama
 from run.show import examine
@@ -63,6 +63,16 @@ def test_infinity_is_larger_and_mostly_arithmetic():
     assert sums <= {*WORLD.more_sums[0], *WORLD.more_sums[1]} and len(sums) > 935  # nearly all of them
     assert not any(sums & set(examined) for examined in WORLD.split_sums.values())
     assert WORLD.more_sums[0] == WORLD.demonstrated_sums[0] and set(WORLD.more_sums[1]) > set(WORLD.demonstrated_sums[1])
+
+
+@pytest.mark.parametrize("family", BYTE_FAMILIES)
+def test_all_families_read_the_same_text(family):
+    """Pretraining takes so many times the tokens as their tokenizer cuts the text into."""
+    documents = WORLD.documents(random.Random(0))
+    texts = [next(documents) for _ in range(2000)]
+    ours, theirs = (sum(len(ids) + 2 for ids in tokenizer.encode_batch(texts)) for tokenizer in (TOKENIZER, WORLD.tokenizer_for(f"tiny-{family}-s")))
+    assert theirs / ours == pytest.approx(BYTE_FAMILIES[family][1], abs=0.02)
+    assert TINY_SIZES[f"tiny-{family}-l"][1] == round(BYTE_FAMILIES[family][1] * TINY_SIZES["tiny-l"][1])
 
 
 def test_splits_do_not_overlap():

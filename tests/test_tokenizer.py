@@ -8,9 +8,8 @@ import sentencepiece
 
 from data.errors import UsageError
 from data.tiny_world import World
-from data.tokenizer import (BYTE_OF, JsonTokenizer, SentencePieceTokenizer, StreamDecoder, TiktokenTokenizer, is_same_family,
-                            load_tokenizer)
-from tests.helpers import REAL, SHARED, byte_pairs, needs_real
+from data.tokenizer import SentencePieceTokenizer, StreamDecoder, TiktokenTokenizer, is_same_family, load_tokenizer
+from tests.helpers import REAL, SHARED, byte_pairs, json_byte_pairs, needs_real
 from tests.make_golden import GOLDEN
 
 
@@ -234,15 +233,7 @@ def test_two_files_in_a_folder(tmp_path, capsys):
 
 def test_the_same_vocabulary_in_both_forms_is_one_family():
     """A byte-level vocabulary as tiktoken's lines and as tokenizer.json."""
-    merges = [b"he", b"ll", b"hell"]
-    lines = TiktokenTokenizer(byte_pairs(*merges))
-    character = {byte: name for name, byte in BYTE_OF.items()}
-    pieces = ["".join(character[byte] for byte in lines.token_bytes(id)) for id in range(259)]
-    raw = {"version": "1.0", "added_tokens": [{"id": 259 + n, "content": f"<|{n}|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-                                               "normalized": False} for n in range(256)],
-           "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}, "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-           "model": {"type": "BPE", "vocab": {piece: id for id, piece in enumerate(pieces)}, "merges": ["h e", "l l", "he ll"]}}
-    other = JsonTokenizer(json.dumps(raw).encode(), {"eos_id": 260})
+    lines, other = TiktokenTokenizer(byte_pairs(b"he", b"ll", b"hell")), json_byte_pairs({"eos_id": 260})
     assert is_same_family(lines, other) and other.encode("hello") == lines.encode("hello")
     assert other.fingerprint(515) == lines.fingerprint(515)
 

@@ -12,7 +12,7 @@ from fast.alignment import align_all
 from data.errors import UsageError
 from data.tiny_world import World
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
-from tests.helpers import REAL, SHARED, byte_pairs, inside, needs_real, python
+from tests.helpers import REAL, SHARED, byte_pairs, inside, json_byte_pairs, needs_real, python
 from tests.make_golden import GOLDEN, HARD_STRINGS
 from vocab_map import (HOWS, Speller, VocabMap, align_by_loop, build, count_pairs, levenshtein, normalise, overlap, piece_cost, share_bytes,
                        spell_out, strongest, without_mark)
@@ -149,6 +149,15 @@ def test_tokens_that_share_a_byte(pair):
         spans.append(list(zip([0, *ends], ends)))
     expected = {(i, j) for i, (a, z) in enumerate(spans[0]) for j, (c, y) in enumerate(spans[1]) if max(a, c) < min(z, y)}
     assert set(path[1:]) == expected and len(path) == len(set(path))
+
+
+def test_beginnings_make_a_pair_where_both_tokenizers_have_one():
+    begins, plain = json_byte_pairs({"bos_id": 259, "eos_id": 260}), json_byte_pairs({"eos_id": 260})
+    for base, value, both in ((begins, begins, True), (begins, plain, False), (plain, begins, False), (plain, plain, False)):
+        b, v = base.encode("ab", bos=True), value.encode("ab", bos=True)
+        counted = [(b[i], v[j]) for i, j in share_bytes(base, b, value, v)]
+        assert counted == [(259, 259)] * both + [(97, 97), (98, 98)]
+        assert share_bytes(base, [], value, []) == []
 
 
 # ---- the data-free map
