@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,7 +196,7 @@ def jobs_for(systems: Iterable[str], seed: int) -> list[Job]:
             world = World(seed)
             job.prepare = lambda: world.write_demonstrations(kept.home / "infinity.jsonl", world.infinity())
         jobs.append(job)
-    for base in dict.fromkeys(parts_of(system)[0] for system in missing):
+    for base, _ in Counter(parts_of(system)[0] for system in missing).most_common():  # the longest first
         here = [system for system in missing if parts_of(system)[0] == base]
         needs = {network for system in here for network in networks_of(system) if network in todo}
         jobs.append(Job(f"measuring {base}", seed, [sys.executable, "-m", "paper.measure", "--seed", str(seed), *here],
