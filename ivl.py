@@ -52,7 +52,8 @@ def ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0, o
     """Eq. (4) with the norm of Section 4.2.1: CE(z_base + z_delta, labels) + l1 * mean |z_delta|.
 
     z_base (..., Vb), z_delta (..., Vv), labels (...) already shifted: row t's label is token t + 1.
-    Rows whose label is -100 do not count (in the norm they do if `over` is "all"); any other label outside 0..Vb-1 is a ValueError, to the kernel a loss of NaN.
+    Rows whose label is -100 do not count (in the norm they do if `over` is "all"); any other label outside 0..Vb-1 is a
+    ValueError, to the kernel a loss of NaN.
 
     Both terms are means over the supervised rows, the norm also over the vocabulary. The paper writes
     a sum, but its lambda of 1.0 (Table 5) goes with a mean. The authors average the norm over all

@@ -142,8 +142,10 @@ def share_bytes(base: Tokenizer, base_ids: list[int], value: Tokenizer, value_id
         texts.append(b"".join(map(tokenizer.token_bytes, ids))[front:])
     if texts[0] != texts[1]:
         return []
-    both_begin = base_ids[:1] == [base.bos_id] and value_ids[:1] == [value.bos_id]  # some tokenizers have no BOS
-    return [(0, 0)] * both_begin + list(dict.fromkeys(zip(*owners)))
+    pairs = list(dict.fromkeys(zip(*owners)))
+    if base_ids[:1] == [base.bos_id] and value_ids[:1] == [value.bos_id]:  # some tokenizers have no BOS
+        pairs.insert(0, (0, 0))
+    return pairs
 
 
 def normalise(pairs: np.ndarray, counts: np.ndarray, Vb: int, Vv: int) -> np.ndarray:
@@ -322,7 +324,7 @@ class VocabMap:
                 continue
             tokens += self.encode_again(behind)[0]
             if at == 0 and id == self.value_tokenizer.bos_id:  # with some tokenizers it is the token that ends a text, too
-                tokens += [] if self.base_tokenizer.bos_id is None else [self.base_tokenizer.bos_id]
+                tokens += self.base_tokenizer.encode("", bos=True)
             elif id in special:
                 tokens.append(special[id])
             behind = []

@@ -5,8 +5,9 @@
     python -m bench.decode --speculate out/seed0     # tiny-s drafts for tiny-l: as trained, and as costly as a big base
 
 Shapes are the true ones of TinyLlama and Llama-2-7B and 13B on a GPU, in bfloat16; on a CPU, with one thread, those of tiny-s
-and tiny-l, and at 128 tokens a pair of 23M and 110M parameters. On a GPU our steps are those of `sample.py --compile`. Weights are random. Every contender writes as many
-tokens as asked for, greedily; transformers guides by a second model in a LogitsProcessor, with a cache of its own.
+and tiny-l, and at 128 tokens a pair of 23M and 110M parameters. On a GPU our steps are those of
+`sample.py --compile`. Weights are random. Every contender writes as many tokens as asked for, greedily; transformers guides by a
+second model in a LogitsProcessor, with a cache of its own.
 """
 
 import argparse

@@ -22,7 +22,7 @@ class Sizes:
     value: str  # while decoding: the value network,
     base: str  # a base,
     bigger: str  # and a bigger one
-    tokens: tuple[int, ...]  # new ones; the first ones first, in case the time is up
+    tokens: tuple[int, ...]  # new ones, of which the first number is measured first
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,8 @@ def training_peak(numbers: dict, sizes: Sizes) -> float:
 
 
 def decoded(numbers: dict, sizes: Sizes) -> dict[int, dict]:
-    """What was measured of the pair, by the number of tokens: of the fewest and the most at least, or KeyError."""
-    names = {count: f"{sizes.value} on {sizes.base}, {count} tokens, batch 1" for count in sizes.tokens}
-    needed = (min(sizes.tokens), max(sizes.tokens))
-    return {count: numbers["decode"][name] for count, name in names.items() if name in numbers["decode"] or count in needed}
+    """What was measured of the pair, by the number of tokens; KeyError if that of one number is not there."""
+    return {count: numbers["decode"][f"{sizes.value} on {sizes.base}, {count} tokens, batch 1"] for count in sizes.tokens}
 
 
 def times_the_base(numbers: dict, sizes: Sizes) -> float:

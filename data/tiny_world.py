@@ -94,7 +94,7 @@ TINY_SIZES = {  # width, layers, heads, key-value heads, hidden; pretraining tok
 }
 # Two more families of bases on the same text, whose tokenizers are byte-level BPEs in Llama-3's file format with this many
 # merges. They cut it into this many times the SentencePiece family's tokens. (With 2000 merges every name is a token of its own,
-# rarely seen, and a base knows .7 to 1.0 of the facts.)
+# rarely seen and badly learnt.)
 BYTE_FAMILIES = {"b": (600, 1.05), "c": (300, 1.34)}
 TINY_SIZES |= {f"tiny-{family}-{size[5:]}": (shape, round(tokens * cut), lr)
                for family, (_, cut) in BYTE_FAMILIES.items() for size, (shape, tokens, lr) in list(TINY_SIZES.items())}

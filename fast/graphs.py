@@ -13,7 +13,7 @@ same memory each time, hence three things: caches that stay where they are, a st
 them by `lengths` on the device alone, and as many stored positions read as the graph was made for.
 
 What is left is a layer's thirty or so operations, most of which take a GPU longer to begin than to do.
-torch.compile joins them to a dozen, and takes 10 to 20 seconds a network to tune each.
+torch.compile joins them to a dozen, and takes a while to tune each, the first time on a machine.
 """
 
 import contextlib
@@ -105,13 +105,13 @@ class CapturedGuided(Guided):
         self.z_base, self.z_delta = graph.z_base, graph.z_delta
         return graph.z_post
 
-    def logits(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """In a captured step base and value network run side by side, where the one reads nothing of the other."""
-        is_captured = bool(caches) and caches[0].window is not None
-        if not is_captured or self.value is None or self.value.scheme != "residual":
-            return super().logits(tokens, caches)
-        self.z_base, self.z_delta = side_by_side(lambda: self.base(tokens, caches[0]),  # (B, T, Vb), Eq. (1)
-                                                 lambda: self.value(tokens, None, caches[1:]))  # (B, T, Vv), Eq. (2)
+    def logits_to_capture(self, tokens: Tensor) -> Tensor:
+        """logits, of base and value network side by side where the one reads nothing of the other."""
+        if self.value is None or self.value.scheme != "residual":
+            return self.logits(tokens, self.caches)
+        base_cache, *value_caches = self.caches
+        self.z_base, self.z_delta = side_by_side(lambda: self.base(tokens, base_cache),  # (B, T, Vb), Eq. (1)
+                                                 lambda: self.value(tokens, None, value_caches))  # (B, T, Vv), Eq. (2)
         return self.post(self.z_base, self.z_delta)
 
     def capture_step(self, tokens: Tensor, window: int) -> Graph:
@@ -121,10 +121,10 @@ class CapturedGuided(Guided):
         for cache in self.caches:
             cache.window = window
         try:
-            self.logits(tokens, self.caches)  # a warm-up: what a GPU loads or compiles for it cannot be captured
+            self.logits_to_capture(tokens)  # a warm-up: what a GPU loads or compiles for it cannot be captured
             for cache in self.caches:
                 cache.advance(-T)  # take it back
-            replay, z_post = capture(lambda: self.logits(tokens, self.caches))
+            replay, z_post = capture(lambda: self.logits_to_capture(tokens))
             for cache in self.caches:  # capturing has told the host of a step that did not happen
                 cache.used -= T
         finally:
@@ -167,11 +167,11 @@ class CompiledGuided(CapturedGuided):
 
     spare = 1  # a window is always a part of its cache: all of one would be compiled anew
 
-    def logits(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        if not caches or caches[0].window is None or tokens.shape[1] > 1:
-            return super().logits(tokens, caches)
+    def logits_to_capture(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[1] > 1:
+            return super().logits_to_capture(tokens)
         with compiled_layers(self.llamas):
-            return super().logits(tokens, caches)
+            return super().logits_to_capture(tokens)
 
 
 @functools.cache

@@ -37,7 +37,8 @@ class Network:
 
 VALUE, S, M, L = "value-residual-tiny-s", "tiny-s", "tiny-m", "tiny-l"
 CONTINUED, INFINITY, CURRICULUM = "tiny-m-continued", "value-infinity-tiny-s", f"{VALUE}-on-tiny-s-tiny-m"
-NORMS = [0.04, 0.1, 0.3, 1.0]  # lambda; 1.0 is Table 5's, and the "norm" of every table; 0.04 weighs beside a supervised position what the paper's 1.0 does
+# lambda; 1.0 is Table 5's, and the "norm" of every table; 0.04 weighs beside a supervised position what the paper's 1.0 does
+NORMS = [0.04, 0.1, 0.3, 1.0]
 NORM = f"{VALUE}-l1-1"
 ON_M = "value-residual-tiny-m"
 CURRICULUM_M = f"{ON_M}-on-tiny-s-tiny-m"

@@ -1,6 +1,7 @@
 """sample.py: captured steps, speculation and attribution."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from beyond.attribution import attribute, attribute_last
 from beyond.speculation import Speculative, expected_rounds, gap_at_difference, speculate
+from data.errors import UsageError
 from fast import graphs
 from fast.graphs import CapturedGuided, CompiledGuided
 from ivl import ValueModel, combine
 from model import Block, KVCache, Llama
+from run import twins
 from sample import Guided, draw, generate, probabilities
 from tests.helpers import VALUE, ask, assert_same_or_tied, pair, plugged, random_prompts, refused, small, value_network
 
@@ -123,6 +126,17 @@ def test_a_captured_step_leaves_what_it_was_made_of(captured):
                 guided.step(torch.tensor([[token]]))
 
 
+def test_on_a_gpu_checkpoints_are_captured_and_compiled_if_asked_for(monkeypatch):
+    args = SimpleNamespace(plain=False, fast=False, compile=False)
+    assert twins.choose_guided(args, tiny=False, device="cuda") is CapturedGuided
+    args.compile = True
+    monkeypatch.setattr(twins, "triton", "is there")
+    assert twins.choose_guided(args, tiny=True, device="cuda") is CompiledGuided
+    monkeypatch.setattr(twins, "triton", None)
+    with pytest.raises(UsageError, match="takes Triton"):
+        twins.choose_guided(args, tiny=False, device="cuda")
+
+
 def test_a_capture_that_is_stopped_leaves_nothing_behind(captured, monkeypatch):
     """Ctrl-C during a minute of compiling, say."""
     eager, prompt = pair(), random_prompts(8)[3]
@@ -160,7 +174,7 @@ def test_compiled_is_eager(backend, captured, monkeypatch):
     def step(tokens: torch.Tensor) -> torch.Tensor:
         for cache in guided.caches:
             cache.window = graphs.window_for(cache.used + 1)
-        z_post = guided.logits(tokens, guided.caches)
+        z_post = guided.logits_to_capture(tokens)
         for cache in guided.caches:
             cache.window = None
         return z_post

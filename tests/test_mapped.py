@@ -264,5 +264,6 @@ def test_sample_with_a_foreign_base(home, tmp_path):
     assert same.returncode == 0 and same.stdout.splitlines()[-2:] == out.splitlines()[-2:]
     (tmp_path / "half").write_bytes((tmp_path / "map").read_bytes()[:1000])
     assert "damaged" in refused(home, *command, tmp_path / "half")
+    assert "nothing to compile" in refused(home, "sample.py", "--base", "tiny-b-s", "--value", "out/seed0/value-residual-tiny-s", "--compile")
     assert "another tokenizer of the base" in refused(home, "sample.py", "--value", "out/seed0/value-residual-tiny-s", "--vocab-map", tmp_path / "map")
     assert "cannot be trained together" in refused(home, "train.py", "--base", "tiny-b-s", "--value", "tiny-s", "--no-full")
