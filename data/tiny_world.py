@@ -5,8 +5,8 @@
     python -m data.tiny_world --seed 0 --preferences pairs.jsonl        # the same question answered as asked for, and not
 
 People live in cities, have jobs, pets and favourite colours. Pretraining text states these facts, and never
-shows a chat. Demonstrations show how to answer in a chat, about 30% of the people. The examination asks about
-the others: their facts stand only in pretraining text, the manner of answering only in demonstrations, so a
+shows a chat. Demonstrations show how to answer in a chat, about 60 of the 400 people. The examination asks about
+others: their facts stand only in pretraining text, the manner of answering only in demonstrations, so a
 right answer takes both. Development people are for every choice we make, evaluation people for paper/ alone.
 
 Everything is a function of the seed: names, facts, splits, text and tokenizer.
@@ -87,10 +87,12 @@ UNRELATED = {
     "place": "in the morning,at night,after the rain,near the sea,in winter,before noon".split(","),
 }
 
-TINY_SIZES = {  # width, layers, heads, key-value heads, hidden; pretraining tokens and learning rate
+# Width, layers, heads, key-value heads, hidden; pretraining tokens and learning rate. As in real families, bigger bases have
+# read more, so size alone is not what makes them know more.
+TINY_SIZES = {
     "tiny-s": ((64, 3, 4, 2, 176), 2_000_000, 4e-3),
-    "tiny-m": ((96, 3, 4, 2, 256), 2_000_000, 4e-3),
-    "tiny-l": ((128, 4, 4, 2, 352), 2_000_000, 3e-3),
+    "tiny-m": ((96, 3, 4, 2, 256), 2_500_000, 4e-3),
+    "tiny-l": ((128, 4, 4, 2, 352), 3_000_000, 3e-3),
 }
 # Two more families of bases on the same text, whose tokenizers are byte-level BPEs in Llama-3's file format with this many
 # merges. They cut it into this many times the SentencePiece family's tokens. (With 2000 merges every name is a token of its own,
@@ -100,8 +102,9 @@ TINY_SIZES |= {f"tiny-{family}-{size[5:]}": (shape, round(tokens * cut), lr)
                for family, (_, cut) in BYTE_FAMILIES.items() for size, (shape, tokens, lr) in list(TINY_SIZES.items())}
 
 TEMPLATE = "llama-2"
-KNOWN_PEOPLE, NEW_PEOPLE = 200, 40  # the new ones are for continual pretraining; only greetings name them before
-DEMONSTRATED = 0.3  # of the known people
+KNOWN_PEOPLE, NEW_PEOPLE = 400, 40  # the new ones are for continual pretraining; only greetings name them before
+DEMONSTRATED, WELL_KNOWN = 60, 150  # people in demonstrations, out of so many whom pretraining text tells of most often
+EXAMINED = 70  # development people, and as many evaluation people
 SUMS_OF_TWO = list(itertools.product(range(12), repeat=2))  # whose answers are in pretraining text
 SUMS_OF_THREE = list(itertools.product(range(10), repeat=3))  # whose answers are not; they take two steps
 PIECES = 1024  # with 768, most values and many names fall into several pieces, which a tiny-s is slow to spell
@@ -138,14 +141,15 @@ class World:
         people = [Person(name, {key: rng.choice(attribute.values) for key, attribute in ATTRIBUTES.items()})
                   for name in names]
         self.people, self.new_people = people[:KNOWN_PEOPLE], people[KNOWN_PEOPLE:]
-        # Some people are talked about more than others, roughly as in Zipf's law.
+        # Some people are told of more than others, roughly as in Zipf's law. The rarest facts are told often enough for a big
+        # base and not for a small one, so bases of different sizes know different shares of them.
         self.popularity = [(rank + 8) ** -0.8 for rank in range(KNOWN_PEOPLE)]
-        shuffled = rng.sample(self.people, KNOWN_PEOPLE)
-        demonstrated = int(DEMONSTRATED * KNOWN_PEOPLE)
-        half = (KNOWN_PEOPLE - demonstrated) // 2
-        self.demonstrated = shuffled[:demonstrated]
-        self.split = {"development": shuffled[demonstrated:demonstrated + half],
-                      "evaluation": shuffled[demonstrated + half:],
+        # Demonstrations are about people told of often: a network that is shown facts its base does not know learns to invent.
+        well_known = rng.sample(self.people[:WELL_KNOWN], WELL_KNOWN)
+        self.demonstrated = well_known[:DEMONSTRATED]
+        others = rng.sample(well_known[DEMONSTRATED:] + self.people[WELL_KNOWN:], KNOWN_PEOPLE - DEMONSTRATED)
+        self.split = {"development": others[:EXAMINED],
+                      "evaluation": others[EXAMINED:2 * EXAMINED],
                       "new development": self.new_people[:NEW_PEOPLE // 2],
                       "new evaluation": self.new_people[NEW_PEOPLE // 2:]}
         twos, threes = (rng.sample(sums, len(sums)) for sums in (SUMS_OF_TWO, SUMS_OF_THREE))

@@ -15,57 +15,56 @@ TITLE = "Figure 4: another vocabulary"
 PICTURE = "fig4.png"
 VALUES = {"plain": ON_M, "norm": f"{ON_M}-l1-1", "curriculum": CURRICULUM_M}  # all from tiny-m
 METRICS = ["exact", "know", "ins", "arith", "mc", "fk"]
-ALONE, FULL, SAME = ({family: each.format(family) for family in FOREIGN}
-                     for each in ("{0}-l", "full-{0}-l", "{0}-l + value-residual-{0}-m"))
+FULL = {base: f"full-{base}" for base in FOREIGN}
+SAME = {base: f"{base} + value-residual-{base[:-1]}m" for base in FOREIGN}
 COMPARED = [("plain", "dtw"), ("plain", "offsets"), *((name, how) for how in ("paper", "pieces") for name in VALUES)]
-MAPPED = {(family, name, how): f"{family}-l + {VALUES[name]} via {how}" for family in FOREIGN for name, how in COMPARED}
-SYSTEMS = [*ALONE.values(), *FULL.values(), *SAME.values(), *MAPPED.values()]
+MAPPED = {(base, name, how): f"{base} + {VALUES[name]} via {how}" for base in FOREIGN for name, how in COMPARED}
+SYSTEMS = [*FOREIGN, *FULL.values(), *SAME.values(), *MAPPED.values()]
 ALL_OF_IT = 0.95  # of what the same-vocabulary value network reaches
 
 
 def mapped(results: Results, name: str, how: str, metric: str = "exact") -> np.ndarray:
-    """On each seed, the mean over both families."""
-    return np.mean([results(MAPPED[family, name, how], metric) for family in FOREIGN], axis=0)
+    """On each seed, the mean over both bases."""
+    return np.mean([results(MAPPED[base, name, how], metric) for base in FOREIGN], axis=0)
 
 
 def mean(results: Results, systems: dict[str, str], metric: str = "exact") -> np.ndarray:
     return np.mean([results(system, metric) for system in systems.values()], axis=0)
 
 
-def no_loss(family: str, metric: str) -> Claim:
-    return Claim(OURS, f"Through the data-free map a foreign value network keeps its effect on {family}-l, in `{metric}`.",
+def no_loss(base: str, metric: str) -> Claim:
+    return Claim(OURS, f"Through the data-free map a foreign value network keeps its effect on {base}, in `{metric}`.",
                  f"`{metric}`, foreign through pieces less {ALL_OF_IT:g} of the same-vocabulary value network's",
-                 lambda results: results(MAPPED[family, "plain", "pieces"], metric) - ALL_OF_IT * results(SAME[family], metric))
+                 lambda results: results(MAPPED[base, "plain", "pieces"], metric) - ALL_OF_IT * results(SAME[base], metric))
 
 
 CLAIMS = [
     Claim("Section 6", "Through the paper's map, the value network taught by a curriculum does better than any other.",
-          "`exact`, mean over both families, curriculum less the better of plain and norm",
+          "`exact`, mean over both bases, curriculum less the better of plain and norm",
           lambda results: mapped(results, "curriculum", "paper") - np.maximum(
               mapped(results, "plain", "paper"), mapped(results, "norm", "paper")),
           "Our curriculum is of two small bases, the paper's of three up to 13B."),
     Claim("Section 6", "With it the transferred model has grasped basic conversational abilities.",
-          "`ins`, mean over both families, curriculum through the paper's map less half of the same-vocabulary value network's",
+          "`ins`, mean over both bases, curriculum through the paper's map less half of the same-vocabulary value network's",
           lambda results: mapped(results, "curriculum", "paper", "ins") - 0.5 * mean(results, SAME, "ins"),
           "About half of the forms come out, which is where the line was drawn."),
     Claim("Section 6", "It underperforms a value network of the base's own vocabulary.",
-          "`exact`, mean over both families, same vocabulary less curriculum through the paper's map",
+          "`exact`, mean over both bases, same vocabulary less curriculum through the paper's map",
           lambda results: mean(results, SAME) - mapped(results, "curriculum", "paper")),
     Claim("Section 6", "It underperforms full fine-tuning.",
-          "`exact`, mean over both families, full less curriculum through the paper's map",
+          "`exact`, mean over both bases, full less curriculum through the paper's map",
           lambda results: mean(results, FULL) - mapped(results, "curriculum", "paper")),
-    *(no_loss(family, metric) for family in FOREIGN for metric in ("exact", "ins")),
+    *(no_loss(base, metric) for base in FOREIGN for metric in ("exact", "ins")),
 ]
 
 
 def text(results: Results) -> str:
     sections = []
-    for family in FOREIGN:
-        rows = {f"{family}-l alone": ALONE[family], "full fine-tuning": FULL[family],
-                f"value network from {family}-m": SAME[family]}
-        rows |= {f"value network from tiny-m, {name}, via {how}": MAPPED[family, name, how] for name, how in COMPARED}
-        passes = [f"{name} {results(MAPPED[family, name, 'pieces'], 'base passes').mean():.2f}" for name in VALUES]
-        sections.append(f"{metric_table(results, f'on {family}-l', rows, METRICS)}\n\n"
+    for base in FOREIGN:
+        rows = {f"{base} alone": base, "full fine-tuning": FULL[base], f"value network from {base[:-1]}m": SAME[base]}
+        rows |= {f"value network from tiny-m, {name}, via {how}": MAPPED[base, name, how] for name, how in COMPARED}
+        passes = [f"{name} {results(MAPPED[base, name, 'pieces'], 'base passes').mean():.2f}" for name in VALUES]
+        sections.append(f"{metric_table(results, f'on {base}', rows, METRICS)}\n\n"
                         f"Base passes a token through pieces: {', '.join(passes)}.")
     return f"""![Figure 4]({PICTURE})
 
@@ -82,14 +81,14 @@ map 3.85, a value network of Llama-3.2-1B 4.79, and with the norm 5.16.
 
 def draw(pyplot, results: Results):
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True)
-    for axis, family in zip(axes, FOREIGN):
-        bars = {"full": (FULL[family], "tab:blue"), "same\nvocabulary": (SAME[family], "tab:green")}
-        bars |= {f"{how}\n{name}": (MAPPED[family, name, how], "purple" if how == "pieces" else "tab:grey")
+    for axis, base in zip(axes, FOREIGN):
+        bars = {"full": (FULL[base], "tab:blue"), "same\nvocabulary": (SAME[base], "tab:green")}
+        bars |= {f"{how}\n{name}": (MAPPED[base, name, how], "purple" if how == "pieces" else "tab:grey")
                  for how in ("pieces", "paper") for name in VALUES}
         for place, (system, colour) in enumerate(bars.values()):
             values = results(system, "exact")
             axis.bar(place, values.mean(), 0.7, color=colour, yerr=values.std(ddof=1) if len(values) > 1 else 0)
-        axis.set(xticks=range(len(bars)), title=f"exact on {family}-l, evaluation people")
+        axis.set(xticks=range(len(bars)), title=f"exact on {base}, evaluation people")
         axis.set_xticklabels(bars, fontsize=7)
     return figure
 

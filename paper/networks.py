@@ -38,23 +38,22 @@ class Network:
 VALUE, S, M, L = "value-residual-tiny-s", "tiny-s", "tiny-m", "tiny-l"
 CONTINUED, INFINITY, CURRICULUM = "tiny-m-continued", "value-infinity-tiny-s", f"{VALUE}-on-tiny-s-tiny-m"
 # lambda; 1.0 is Table 5's, and the "norm" of every table; 0.04 weighs beside a supervised position what the paper's 1.0 does
-NORMS = [0.04, 0.1, 0.3, 1.0]
+NORMS = [0.04, 0.3, 1.0]
 NORM = f"{VALUE}-l1-1"
 ON_M = "value-residual-tiny-m"
 CURRICULUM_M = f"{ON_M}-on-tiny-s-tiny-m"
 DISTILLED, PAIRS = "value-distilled-tiny-s", "value-pairs-tiny-s"  # by the losses of paper/losses.py
 PAIRS_AFTER, PAIRS_AFTER_NORM = "value-pairs-after-demonstrations-tiny-s", "value-pairs-after-norm-tiny-s"
-FOREIGN = ["tiny-b", "tiny-c"]  # families of bases with another tokenizer
+FOREIGN = ["tiny-b-l", "tiny-c-m"]  # bases with other tokenizers; the value network of their own is made on the -m of the family
 
 ON_S = "--base tiny-s --value --no-full"
 ON_INFINITY = "--base tiny-s --value --data {home}/infinity.jsonl --steps 1000 --out {home}/"
 NETWORKS = {  # bases first, since the others wait for them
-    "tiny-c-l": Network("--base tiny-c-l", (), 280),
-    "tiny-c-m": Network("--base tiny-c-m", (), 145),
-    "tiny-b-l": Network("--base tiny-b-l", (), 210),
-    L: Network("--base tiny-l", (), 210),
-    M: Network("--base tiny-m", (), 130),
-    "tiny-b-m": Network("--base tiny-b-m", (), 120),
+    "tiny-b-l": Network("--base tiny-b-l", (), 315),
+    L: Network("--base tiny-l", (), 300),
+    "tiny-c-m": Network("--base tiny-c-m", (), 200),
+    M: Network("--base tiny-m", (), 150),
+    "tiny-b-m": Network("--base tiny-b-m", (), 155),
     S: Network("--base tiny-s", (), 80),
     CONTINUED: Network("--base tiny-m", (M,), 45, CONTINUE),
     INFINITY: Network(ON_INFINITY + INFINITY, (S,), 70),
@@ -74,8 +73,8 @@ NETWORKS = {  # bases first, since the others wait for them
     "value-residual-scratch-tiny-m-on-tiny-s": Network("--base tiny-s --value scratch:tiny-m --no-full", (S,), 30),
     "value-cascade-tiny-s": Network(f"{ON_S} --scheme cascade", (S,)),
     "value-cascade+-tiny-s": Network(f"{ON_S} --scheme cascade+", (S,)),
-    **{f"full-{family}-l": Network(f"--base {family}-l --full", (f"{family}-l",), 45) for family in FOREIGN},
-    **{f"value-residual-{family}-m": Network(f"--base {family}-m --value --no-full", (f"{family}-m",), 35) for family in FOREIGN},
+    **{f"full-{base}": Network(f"--base {base} --full", (base,), 45) for base in FOREIGN},
+    **{f"value-residual-{base[:-1]}m": Network(f"--base {base[:-1]}m --value --no-full", (f"{base[:-1]}m",), 35) for base in FOREIGN},
     DISTILLED: Network(f"{ON_S} --loss kl --teacher {{home}}/full-tiny-l --out {{home}}/{DISTILLED}", (S, "full-tiny-l"), 50),
     PAIRS: Network(f"--base tiny-s --value --loss pairwise --out {{home}}/{PAIRS}", (S,), 30),
     PAIRS_AFTER: Network(f"--base tiny-s --value {{home}}/{VALUE} --loss pairwise --out {{home}}/{PAIRS_AFTER}", (VALUE,), 15),
