@@ -47,8 +47,9 @@ def combine(z_base: Tensor, z_delta: Tensor, alpha: float = 1.0) -> Tensor:
     return z_base.detach() + alpha * z_delta
 
 
-def ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0, over: str = "supervised"
-             ) -> tuple[Tensor, dict[str, Tensor]]:
+def ivl_loss(
+    z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0, over: str = "supervised"
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. (4) with the norm of Section 4.2.1: CE(z_base + z_delta, labels) + l1 * mean |z_delta|.
 
     z_base (..., Vb), z_delta (..., Vv), labels (...) already shifted: row t's label is token t + 1.
@@ -68,7 +69,9 @@ def ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0, o
     z_base = z_base.detach().flatten(0, -2)  # (N, Vb)
     z_delta = z_delta.flatten(0, -2)  # (N, Vv)
     labels = labels.flatten()  # (N,)
-    count = (labels != -100).sum().clamp(min=1)  # a tensor: to ask a GPU for its number would make it wait
+    count = (
+        (labels != -100).sum().clamp(min=1)
+    )  # a tensor: to ask a GPU for its number would make it wait
     loss_terms = kernel_loss if kernel_runs_on(z_base, z_delta) else plain_loss
     ce, norm, metrics = loss_terms(z_base, z_delta, labels, count)
     if over == "all":
@@ -77,10 +80,15 @@ def ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0, o
     return ce + l1 * norm if l1 else ce, metrics  # without lambda the norm needs no gradient
 
 
-def plain_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, count: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def plain_loss(
+    z_base: Tensor, z_delta: Tensor, labels: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The two terms of ivl_loss and its metrics, of (N, Vb), (N, Vv), and (N,) with -100 allowed; `count` of the labels are not."""
     supervised = labels != -100
-    z_base, z_delta = at_least_float(z_base[supervised]), at_least_float(z_delta[supervised])  # N counts these rows from here
+    z_base, z_delta = (
+        at_least_float(z_base[supervised]),
+        at_least_float(z_delta[supervised]),
+    )  # N counts these rows from here
     labels = labels[supervised]
     if ((labels < 0) | (labels >= z_base.shape[-1])).any():
         raise ValueError(f"a label outside 0..{z_base.shape[-1] - 1}, the vocabulary of the base")
@@ -89,14 +97,19 @@ def plain_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, count: Tensor) -
     ce = F.cross_entropy(z_post, labels, reduction="sum") / count  # Eq. (4)
     norm = z_delta.abs().mean(-1).sum() / count  # Section 4.2.1
     # What to print. Of equal logits max takes the first, as argmax does, and is faster on a CPU.
-    metrics = {"ce": ce.detach(), "l1": norm.detach(),
-               "acc": (z_post.max(-1).indices == labels).sum() / count,
-               "base_ce": F.cross_entropy(z_base, labels, reduction="sum") / count,
-               "base_acc": (z_base.max(-1).indices == labels).sum() / count}
+    metrics = {
+        "ce": ce.detach(),
+        "l1": norm.detach(),
+        "acc": (z_post.max(-1).indices == labels).sum() / count,
+        "base_ce": F.cross_entropy(z_base, labels, reduction="sum") / count,
+        "base_acc": (z_base.max(-1).indices == labels).sum() / count,
+    }
     return ce, norm, metrics
 
 
-def pairwise_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, beta: float = 0.1) -> tuple[Tensor, dict[str, Tensor]]:
+def pairwise_loss(
+    z_base: Tensor, z_delta: Tensor, labels: Tensor, beta: float = 0.1
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Section 3.1's "pairwise optimization", in the form of DPO: -log sigmoid(r(chosen) - r(rejected)), the mean over pairs.
 
     z_base (2P, T, Vb), z_delta (2P, T, Vv), labels (2P, T) as in ivl_loss: P pairs, their answers chosen, rejected, chosen,
@@ -112,7 +125,10 @@ def pairwise_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, beta: float =
     average. A pair whose chosen answer has no label is left out: such pairs only pad the parts of several processes.
     """
     supervised = labels != -100  # (2P, T), N of them
-    z_base, z_delta = at_least_float(z_base.detach()[supervised]), at_least_float(z_delta[supervised])
+    z_base, z_delta = (
+        at_least_float(z_base.detach()[supervised]),
+        at_least_float(z_delta[supervised]),
+    )
     z_post = combine(z_base, z_delta)  # (N, Vb), Eq. (3)
     # log p_post - log p_base of each token; a cross-entropy is -log p
     log_ratio = F.cross_entropy(z_base, labels[supervised], reduction="none")  # (N,)
@@ -126,8 +142,9 @@ def pairwise_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, beta: float =
     return -F.logsigmoid(margin).sum() / count, metrics
 
 
-def distillation_loss(z_base: Tensor, z_delta: Tensor, z_teacher: Tensor, labels: Tensor, temperature: float = 1.0
-                      ) -> tuple[Tensor, dict[str, Tensor]]:
+def distillation_loss(
+    z_base: Tensor, z_delta: Tensor, z_teacher: Tensor, labels: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Section 3.1's "KL-based teacher-student distillation": KL(p_teacher || p_post), the mean over the supervised rows.
 
     z_base (..., Vb), z_delta (..., Vv), z_teacher (..., Vt); labels (...) only say which rows count, those that are not -100.
@@ -139,11 +156,15 @@ def distillation_loss(z_base: Tensor, z_delta: Tensor, z_teacher: Tensor, labels
     """
     supervised = labels.flatten() != -100
     count = max(1, int(supervised.sum()))
-    z_base, z_delta, z_teacher = [at_least_float(z.flatten(0, -2)[supervised]) for z in (z_base, z_delta, z_teacher)]
+    z_base, z_delta, z_teacher = [
+        at_least_float(z.flatten(0, -2)[supervised]) for z in (z_base, z_delta, z_teacher)
+    ]
     z_post = combine(z_base, z_delta)  # (N, Vb), Eq. (3)
     both = min(z_post.shape[-1], z_teacher.shape[-1])
     logits = (z_post, z_base.detach(), z_teacher.detach())
-    log_post, log_base, log_teacher = [F.log_softmax(z[:, :both] / temperature, -1) for z in logits]  # (N, V)
+    log_post, log_base, log_teacher = [
+        F.log_softmax(z[:, :both] / temperature, -1) for z in logits
+    ]  # (N, V)
     p_teacher = log_teacher.exp()
     kl = (p_teacher * (log_teacher - log_post)).sum() / count
     base_kl = (p_teacher * (log_teacher - log_base)).sum() / count
@@ -186,13 +207,25 @@ if triton is not None:
         return highest, tl.log(tl.sum(total * tl.exp(top - highest), 0))
 
     @triton.jit
-    def forward_kernel(z_base, z_delta, labels, stats, base_stride, delta_stride, Vb, Vv,
-                       BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    def forward_kernel(
+        z_base,
+        z_delta,
+        labels,
+        stats,
+        base_stride,
+        delta_stride,
+        Vb,
+        Vv,
+        BLOCK: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):
         """One row's metrics, not yet divided, and what the way back needs of its softmax.
 
         The first four are pointers; a stride is how many numbers there are from one row to the next.
         """
-        row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 soon: 16745 rows of 128256 logits
+        row = tl.program_id(0).to(
+            tl.int64
+        )  # row * stride passes 2^31 soon: 16745 rows of 128256 logits
         z_base += row * base_stride
         z_delta += row * delta_stride
         stats += row * 7
@@ -206,26 +239,37 @@ if triton is not None:
         # loss and gradient of its row no number.
         known = (0 <= label) & (label < Vb)
         base_label = tl.load(z_base + label, mask=known, other=float("nan")).to(tl.float32)
-        post_label = base_label + tl.load(z_delta + label, mask=known & (label < Vv), other=0.0).to(tl.float32)
+        post_label = base_label + tl.load(z_delta + label, mask=known & (label < Vv), other=0.0).to(
+            tl.float32
+        )
 
         # Every lane of a block adds up its own columns; the lanes are added up at the end. The lowest number and not -inf:
         # -inf - -inf is no number.
-        lowest, nothing = tl.full([BLOCK], -3.4028234663852886e38, tl.float32), tl.zeros([BLOCK], tl.float32)
+        lowest, nothing = (
+            tl.full([BLOCK], -3.4028234663852886e38, tl.float32),
+            tl.zeros([BLOCK], tl.float32),
+        )
         post_top, post_total, post_beaten = lowest, nothing, tl.zeros([BLOCK], tl.int32)
         base_top, base_total, base_beaten = lowest, nothing, tl.zeros([BLOCK], tl.int32)
         size = tl.zeros([BLOCK], tl.float32)  # of |z_delta|
         for block in tl.range(0, tl.cdiv(tl.maximum(Vb, Vv), BLOCK), num_stages=STAGES):
             column = block * BLOCK + columns
-            delta = tl.load(z_delta + column, mask=column < Vv, other=0.0).to(tl.float32)  # 0 beyond Vv, Eq. (3)
+            delta = tl.load(z_delta + column, mask=column < Vv, other=0.0).to(
+                tl.float32
+            )  # 0 beyond Vv, Eq. (3)
             base = tl.load(z_base + column, mask=column < Vb, other=-float("inf")).to(tl.float32)
             post = base + delta  # Eq. (3); -inf beyond Vb, so that exp makes it 0
             size += tl.abs(delta)
 
             post_top, post_total = add_exp(post_top, post_total, post)
             # "not less" and not "greater": what is no number beats the label, and then acc is 0
-            post_beaten |= 1 - ((post < post_label) | ((post == post_label) & (column >= label))).to(tl.int32)
+            post_beaten |= 1 - (
+                (post < post_label) | ((post == post_label) & (column >= label))
+            ).to(tl.int32)
             base_top, base_total = add_exp(base_top, base_total, base)
-            base_beaten |= 1 - ((base < base_label) | ((base == base_label) & (column >= label))).to(tl.int32)
+            base_beaten |= 1 - (
+                (base < base_label) | ((base == base_label) & (column >= label))
+            ).to(tl.int32)
         post_top, post_log = add_lanes(post_top, post_total)
         base_top, base_log = add_lanes(base_top, base_total)
         tl.store(stats, post_top - post_label + post_log)  # the cross-entropy, Eq. (4)
@@ -237,8 +281,21 @@ if triton is not None:
         tl.store(stats + 6, tl.where(known, post_log, float("nan")))
 
     @triton.jit
-    def backward_kernel(z_base, z_delta, labels, stats, gradient, d_ce, d_norm, base_stride, delta_stride, Vb, Vv,
-                        BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    def backward_kernel(
+        z_base,
+        z_delta,
+        labels,
+        stats,
+        gradient,
+        d_ce,
+        d_norm,
+        base_stride,
+        delta_stride,
+        Vb,
+        Vv,
+        BLOCK: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):
         """One row's gradient for z_delta: softmax(z_post) less the label, and the sign of z_delta.
 
         d_ce and d_norm point at one number each: the gradients of a row's cross-entropy and of one |z_delta|.
@@ -276,12 +333,16 @@ BLOCK, WARPS, STAGES = 1024, 4, 4
 def kernel_runs_on(z_base: Tensor, z_delta: Tensor) -> bool:
     """On CUDA tensors, and on CPU tensors where the process was started with TRITON_INTERPRET=1."""
     dtypes = {z_delta.dtype, z_base.dtype}
-    return (triton is not None and dtypes <= {torch.float32, torch.bfloat16, torch.float16}
-            and (z_delta.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"))
+    return (
+        triton is not None
+        and dtypes <= {torch.float32, torch.bfloat16, torch.float16}
+        and (z_delta.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    )
 
 
-def kernel_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, count: Tensor
-                ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def kernel_loss(
+    z_base: Tensor, z_delta: Tensor, labels: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The two terms of ivl_loss and its metrics by the kernel, of (N, Vb), (N, Vv), and (N,) with -100 allowed."""
     ce, norm, stats = KernelLoss.apply(z_base, z_delta, labels.contiguous(), count)
     return ce, norm, dict(zip(["ce", "l1", "acc", "base_ce", "base_acc"], stats))
@@ -291,7 +352,9 @@ class KernelLoss(torch.autograd.Function):
     """Both kernels for autograd."""
 
     @staticmethod
-    def forward(ctx, z_base: Tensor, z_delta: Tensor, labels: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx, z_base: Tensor, z_delta: Tensor, labels: Tensor, count: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if z_base.stride(1) != 1:
             z_base = z_base.contiguous()
         if z_delta.stride(1) != 1:
@@ -300,8 +363,19 @@ class KernelLoss(torch.autograd.Function):
         stats = torch.empty(N, STATS, device=z_delta.device)  # (N, 7)
         ctx.block = min(BLOCK, triton.next_power_of_2(max(Vb, Vv, 8)))  # stats has 7 columns
         with torch.cuda.device_of(z_delta):
-            forward_kernel[(N,)](z_base, z_delta, labels, stats, z_base.stride(0), z_delta.stride(0), Vb, Vv,
-                                 BLOCK=ctx.block, STAGES=STAGES, num_warps=WARPS)
+            forward_kernel[(N,)](
+                z_base,
+                z_delta,
+                labels,
+                stats,
+                z_base.stride(0),
+                z_delta.stride(0),
+                Vb,
+                Vv,
+                BLOCK=ctx.block,
+                STAGES=STAGES,
+                num_warps=WARPS,
+            )
         ctx.save_for_backward(z_base, z_delta, labels, stats, count)
         metrics = stats[:, :5].sum(0) / count  # (5,)
         ctx.mark_non_differentiable(metrics)
@@ -314,8 +388,22 @@ class KernelLoss(torch.autograd.Function):
         (N, Vb), Vv = z_base.shape, z_delta.shape[1]
         gradient = torch.empty(N, Vv, dtype=z_delta.dtype, device=z_delta.device)
         with torch.cuda.device_of(z_delta):
-            backward_kernel[(N,)](z_base, z_delta, labels, stats, gradient, d_ce / count, d_norm / (count * Vv),
-                                  z_base.stride(0), z_delta.stride(0), Vb, Vv, BLOCK=ctx.block, STAGES=STAGES, num_warps=WARPS)
+            backward_kernel[(N,)](
+                z_base,
+                z_delta,
+                labels,
+                stats,
+                gradient,
+                d_ce / count,
+                d_norm / (count * Vv),
+                z_base.stride(0),
+                z_delta.stride(0),
+                Vb,
+                Vv,
+                BLOCK=ctx.block,
+                STAGES=STAGES,
+                num_warps=WARPS,
+            )
         return None, gradient, None, None
 
 
@@ -352,8 +440,9 @@ class ValueModel(nn.Module):
     def device(self) -> torch.device:
         return self.network.device
 
-    def forward(self, tokens: Tensor, base_logits: Tensor | None = None,
-                caches: list[KVCache] | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, base_logits: Tensor | None = None, caches: list[KVCache] | None = None
+    ) -> Tensor:
         """Eq. (2): tokens (B, T), and the base's logits (B, T, Vb) unless residual -> z_delta (B, T, Vv).
 
         `caches` holds a KVCache for each of `llamas`.
@@ -375,34 +464,44 @@ class ValueModel(nn.Module):
         table = self.network.model.embed_tokens.weight  # (Vv, D)
         known = min(len(table), base_logits.shape[-1])
         p_base = F.softmax(base_logits.detach()[..., :known].float(), dim=-1)  # (..., known)
-        embeds = (p_base.to(table.dtype) @ table[:known]).to(table.dtype)  # (..., D); autocast would leave it in bf16, and all layers
+        embeds = (p_base.to(table.dtype) @ table[:known]).to(
+            table.dtype
+        )  # (..., D); autocast would leave it in bf16, and all layers
         if self.scheme == "cascade+":
             embeds = embeds + self.network.model.embed_tokens(tokens)
         return embeds
 
-    def loss(self, base: Llama, tokens: Tensor, labels: Tensor, l1: float = 0.0, over: str = "supervised"
-             ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, base: Llama, tokens: Tensor, labels: Tensor, l1: float = 0.0, over: str = "supervised"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """What ivl_loss returns, of tokens (B, T) and labels (B, T) on a frozen base."""
         with torch.no_grad():
             z_base = base(tokens)  # (B, T, Vb), Eq. (1)
         z_delta = self(tokens, z_base)  # (B, T, Vv), Eq. (2)
         return ivl_loss(z_base, z_delta, labels, l1, over)  # Eq. (4)
 
-    def pair_loss(self, base: Llama, tokens: Tensor, labels: Tensor, beta: float = 0.1) -> tuple[Tensor, dict[str, Tensor]]:
+    def pair_loss(
+        self, base: Llama, tokens: Tensor, labels: Tensor, beta: float = 0.1
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """What pairwise_loss returns, of tokens (2P, T) and labels (2P, T), rows chosen, rejected, chosen, ..."""
         with torch.no_grad():
-            z_base = base(tokens)  # (2P, T, Vb): the reference, also where training goes on from a value network
+            z_base = base(
+                tokens
+            )  # (2P, T, Vb): the reference, also where training goes on from a value network
         return pairwise_loss(z_base, self(tokens, z_base), labels, beta)
 
-    def teacher_loss(self, base: Llama, tokens: Tensor, labels: Tensor, teacher: Llama, temperature: float = 1.0
-                     ) -> tuple[Tensor, dict[str, Tensor]]:
+    def teacher_loss(
+        self, base: Llama, tokens: Tensor, labels: Tensor, teacher: Llama, temperature: float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """What distillation_loss returns, of tokens (B, T) and labels (B, T), with any teacher of the vocabulary."""
         with torch.no_grad():
             z_base, z_teacher = base(tokens), teacher(tokens)  # (B, T, Vb), (B, T, Vt)
         return distillation_loss(z_base, self(tokens, z_base), z_teacher, labels, temperature)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> "ValueModel":
+    def from_pretrained(
+        cls, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
+    ) -> "ValueModel":
         """Load a folder that save_pretrained wrote; raises UsageError when it is no value network."""
         info = read_value_info(path, SCHEMES)
         if info["scheme"] != "probe":
@@ -419,7 +518,10 @@ class ValueModel(nn.Module):
         if self.llamas:
             self.network.save_pretrained(path)
         else:
-            tensors = {name: tensor.detach().contiguous() for name, tensor in self.network.state_dict().items()}
+            tensors = {
+                name: tensor.detach().contiguous()
+                for name, tensor in self.network.state_dict().items()
+            }
             save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
         (path / "ivl.json").write_text(json.dumps(self.info, indent=2) + "\n")
 
@@ -444,8 +546,10 @@ class Probe(nn.Module):
     def forward(self, base_logits: Tensor) -> Tensor:
         """base_logits (..., Vb) -> z_delta (..., Vv). Base columns beyond Vv are not read; ValueError if Vb < Vv."""
         if base_logits.shape[-1] < self.vocab_size:
-            raise ValueError(f"a probe of {self.vocab_size} logits on a base of {base_logits.shape[-1]}")
-        x = base_logits[..., :self.vocab_size].detach()
+            raise ValueError(
+                f"a probe of {self.vocab_size} logits on a base of {base_logits.shape[-1]}"
+            )
+        x = base_logits[..., : self.vocab_size].detach()
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
     @property
@@ -466,16 +570,19 @@ class ProxyDelta(nn.Module):
         super().__init__()
         self.expert, self.anti_expert = expert, anti_expert
         self.llamas = [expert, anti_expert]
-        self.vocab_size = min(llama.config.vocab_size for llama in self.llamas)  # Vv: what both know
+        self.vocab_size = min(
+            llama.config.vocab_size for llama in self.llamas
+        )  # Vv: what both know
 
     @property
     def device(self) -> torch.device:
         return self.expert.device
 
-    def forward(self, tokens: Tensor, base_logits: Tensor | None = None,
-                caches: list[KVCache] | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, base_logits: Tensor | None = None, caches: list[KVCache] | None = None
+    ) -> Tensor:
         """tokens (B, T) -> z_delta (B, T, Vv)."""
         expert_cache, anti_cache = caches or (None, None)
-        z_expert = self.expert(tokens, expert_cache)[..., :self.vocab_size]
-        z_anti_expert = self.anti_expert(tokens, anti_cache)[..., :self.vocab_size]
+        z_expert = self.expert(tokens, expert_cache)[..., : self.vocab_size]
+        z_anti_expert = self.anti_expert(tokens, anti_cache)[..., : self.vocab_size]
         return z_expert - z_anti_expert

@@ -67,13 +67,20 @@ class LlamaConfig:
         if "type" in rope:  # transformers 4.30
             rope["rope_type"] = rope.pop("type")
         # dynamic is as default up to max_position_embeddings, and nothing here goes beyond.
-        fields["rope_scaling"] = rope if rope.get("rope_type", "default") not in ("default", "dynamic") else None
+        fields["rope_scaling"] = (
+            rope if rope.get("rope_type", "default") not in ("default", "dynamic") else None
+        )
         return cls(**fields)
 
     def to_dict(self) -> dict:
         """The dict that save_pretrained writes: the spelling of transformers 4, which transformers 5 reads too."""
-        fixed = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-                 "attention_bias": False, "mlp_bias": False}
+        fixed = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+        }
         return fixed | asdict(self)
 
 
@@ -140,8 +147,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: "KVCache | None",
-                layer: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: "KVCache | None",
+        layer: int,
+    ) -> Tensor:
         """x (B, T, D) -> (B, T, D); queries and keys are turned by cos and sin (1 or B, 1, T, F).
 
         mask (B, 1, T, S) says which keys each token may see; None: causal, or of a single token all that is stored.
@@ -154,8 +168,14 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, K, S, F)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           enable_gqa=self.heads != self.kv_heads)  # (B, H, T, F)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
+            enable_gqa=self.heads != self.kv_heads,
+        )  # (B, H, T, F)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
 
@@ -196,8 +216,12 @@ class Trunk(nn.Module):
         # True saves memory in training: layers forget what they computed, and compute it again for gradients.
         self.gradient_checkpointing = False
 
-    def forward(self, tokens: Tensor | None = None, cache: "KVCache | None" = None,
-                embeds: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        cache: "KVCache | None" = None,
+        embeds: Tensor | None = None,
+    ) -> Tensor:
         """tokens (B, T), or embeds (B, T, D) in their place -> hidden states (B, T, D)."""
         x = self.embed_tokens(tokens) if embeds is None else embeds  # (B, T, D)
         T = x.shape[1]
@@ -206,10 +230,14 @@ class Trunk(nn.Module):
         else:
             positions, mask = cache.begin(T)  # (B, T), (B, 1, T, S)
         self.frequencies = self.frequencies.to(x.device)
-        cos, sin = cos_and_sin(positions[:, None], self.frequencies)  # (1 or B, 1, T, F), the same for all heads
+        cos, sin = cos_and_sin(
+            positions[:, None], self.frequencies
+        )  # (1 or B, 1, T, F), the same for all heads
         for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, cache, index, use_reentrant=False)  # (B, T, D)
+                x = checkpoint(
+                    layer, x, cos, sin, mask, cache, index, use_reentrant=False
+                )  # (B, T, D)
             else:
                 x = layer(x, cos, sin, mask, cache, index)  # (B, T, D)
         if cache is not None:
@@ -237,8 +265,12 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor | None = None, cache: "KVCache | None" = None,
-                embeds: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        cache: "KVCache | None" = None,
+        embeds: Tensor | None = None,
+    ) -> Tensor:
         """tokens (B, T) of token ids, or embeds (B, T, D) -> logits (B, T, V): Eq. (1), of a base.
 
         With a cache the tokens continue each row at its own length, and the cache grows by T.
@@ -258,13 +290,17 @@ class Llama(nn.Module):
         return self.lm_head.weight.device
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> "Llama":
+    def from_pretrained(
+        cls, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
+    ) -> "Llama":
         """Load config.json and safetensors from a folder; the weights keep their dtype unless one is given.
 
         Raises UsageError, naming the file or tensor, when anything is absent, left over or misshapen.
         """
         config = read_config(path)
-        with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
+        with torch.device(
+            "meta"
+        ):  # no memory and no random numbers for weights about to be replaced
             llama = cls(config)
         load_weights(llama, Path(path), config.tie_word_embeddings, dtype, device)
         llama.tie()
@@ -282,7 +318,9 @@ class Llama(nn.Module):
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_weights(network: nn.Module, path: Path, tied: bool, dtype: torch.dtype | None, device: str) -> None:
+def load_weights(
+    network: nn.Module, path: Path, tied: bool, dtype: torch.dtype | None, device: str
+) -> None:
     """Give a network, made on the meta device, exactly the weights in a folder's safetensors."""
     tensors = {}
     for file in check_weights(path, tied, dtype):
@@ -313,8 +351,16 @@ class KVCache:
 
     def __init__(self, llama: Llama, batch: int, capacity: int):
         config = llama.config
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=llama.dtype, device=llama.device)  # (layers, B, K, capacity, F)
+        shape = (
+            config.num_hidden_layers,
+            batch,
+            config.num_key_value_heads,
+            capacity,
+            config.head_dim,
+        )
+        self.keys = torch.zeros(
+            shape, dtype=llama.dtype, device=llama.device
+        )  # (layers, B, K, capacity, F)
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=llama.device)  # (B,)
         # What the host knows without asking the device: the longest row's length, and whether all are as long.
@@ -351,7 +397,7 @@ class KVCache:
         keys, values = self.keys[layer], self.values[layer]  # (B, K, capacity, F)
         keys[self.rows, :, self.positions] = k.transpose(1, 2)  # at (B, T): (B, T, K, F)
         values[self.rows, :, self.positions] = v.transpose(1, 2)
-        return keys[:, :, :self.stored], values[:, :, :self.stored]
+        return keys[:, :, : self.stored], values[:, :, : self.stored]
 
     def advance(self, T: int) -> None:
         self.lengths += T
@@ -367,7 +413,11 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep the rows named by `rows (B',)`, in that order; a row named twice is forked."""
-        self.keys, self.values, self.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
+        self.keys, self.values, self.lengths = (
+            self.keys[:, rows],
+            self.values[:, rows],
+            self.lengths[rows],
+        )
         self.look()
 
     def look(self) -> None:

@@ -31,8 +31,13 @@ class Guided:
     After a step, z_base (B, T, Vb) and z_delta (B, T, Vv) are what z_post was made of.
     """
 
-    def __init__(self, base: Llama, value: ValueModel | ProxyDelta | None = None, alpha: float = 1.0,
-                 readable: int | None = None):
+    def __init__(
+        self,
+        base: Llama,
+        value: ValueModel | ProxyDelta | None = None,
+        alpha: float = 1.0,
+        readable: int | None = None,
+    ):
         self.base, self.value, self.alpha = base, value, alpha
         self.llamas = [base] if value is None else [base, *value.llamas]
         # Tokens from `readable` on are never said: some network cannot read them, or the tokenizer has no text for them.
@@ -69,7 +74,9 @@ class Guided:
     def step(self, tokens: Tensor) -> Tensor:
         """Continue each row by tokens (B, T) -> z_post (B, T, Vb). The first step may be a whole prompt."""
         if not self.caches:
-            self.allocate(len(tokens), min(llama.config.max_position_embeddings for llama in self.llamas))
+            self.allocate(
+                len(tokens), min(llama.config.max_position_embeddings for llama in self.llamas)
+            )
         return self.logits(tokens, self.caches)
 
     def logits(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
@@ -84,7 +91,9 @@ class Guided:
     def post(self, z_base: Tensor, z_delta: Tensor | None) -> Tensor:
         """z_post (..., Vb), with -inf for what is never said."""
         z_post = z_base if z_delta is None else combine(z_base, z_delta, self.alpha)  # Eq. (3)
-        return F.pad(z_post[..., :self.readable], (0, z_post.shape[-1] - self.readable), value=-torch.inf)
+        return F.pad(
+            z_post[..., : self.readable], (0, z_post.shape[-1] - self.readable), value=-torch.inf
+        )
 
     def select(self, rows: Tensor) -> None:
         """Keep the rows named by `rows` (B',), in that order; a row named twice is forked."""
@@ -96,7 +105,7 @@ def pad(rows: list[list[int]]) -> Tensor:
     """Rows of tokens as (B, T), padded on the right with 0."""
     padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for row, tokens in zip(padded, rows):
-        row[:len(tokens)] = torch.tensor(tokens)
+        row[: len(tokens)] = torch.tensor(tokens)
     return padded
 
 
@@ -105,8 +114,10 @@ def refuse_nan(guided: Guided, logits: Tensor) -> None:
     if logits.max(-1).values.isfinite().all():
         return
     named = "base" if not guided.z_base.max(-1).values.isfinite().all() else "value network"
-    raise UsageError(f"the {named}'s logits are no numbers (nan or inf) in {str(guided.base.dtype).removeprefix('torch.')}: it has "
-                     "damaged weights, or ones too large for this dtype; --dtype float32 may do")
+    raise UsageError(
+        f"the {named}'s logits are no numbers (nan or inf) in {str(guided.base.dtype).removeprefix('torch.')}: it has "
+        "damaged weights, or ones too large for this dtype; --dtype float32 may do"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -122,9 +133,14 @@ class MappedGuided(Guided):
 
     def __init__(self, base: Llama, value: ValueModel, vocab_map: VocabMap, alpha: float = 1.0):
         if value.scheme != "residual":
-            raise ValueError(f"scheme {value.scheme} reads the base's logits over its own vocabulary, and here are others")
+            raise ValueError(
+                f"scheme {value.scheme} reads the base's logits over its own vocabulary, and here are others"
+            )
         super().__init__(base, value, alpha)
-        self.map, self.llamas = vocab_map, value.llamas  # the base has a cache of its own, in its own tokens
+        self.map, self.llamas = (
+            vocab_map,
+            value.llamas,
+        )  # the base has a cache of its own, in its own tokens
         self.readable = min(value.vocab_size, vocab_map.value_tokenizer.vocab_size)
         self.never = torch.tensor(vocab_map.unsayable(), dtype=torch.long, device=base.device)
         self.texts: list[list[int]] = []  # each row's value tokens so far
@@ -140,7 +156,9 @@ class MappedGuided(Guided):
         self.base_tokens_read = self.value_tokens_asked = 0
         self.is_new = True  # the next step's token is a prompt's last, which the base has read
         self.texts = [list(prompt) for prompt in prompts]
-        self.base_tokens: list[list[int]] = [[] for _ in prompts]  # of each row, what is in the base's cache
+        self.base_tokens: list[list[int]] = [
+            [] for _ in prompts
+        ]  # of each row, what is in the base's cache
         self.base_cache = KVCache(self.base, len(prompts), 0)
         self.read_texts()
 
@@ -149,7 +167,9 @@ class MappedGuided(Guided):
         """tokens (B, T) -> z_post (B, T, Vv); after it z_base, too, is over the value network's vocabulary."""
         if not self.caches:
             self.begin(tokens[:, :1].tolist())
-            self.allocate(len(tokens), min(llama.config.max_position_embeddings for llama in self.llamas))
+            self.allocate(
+                len(tokens), min(llama.config.max_position_embeddings for llama in self.llamas)
+            )
         return torch.cat([self.one_step(column) for column in tokens.split(1, dim=1)], dim=1)
 
     def one_step(self, tokens: Tensor) -> Tensor:
@@ -192,8 +212,12 @@ class MappedGuided(Guided):
         self.base_cache.crop(torch.tensor(kept, device=self.base.device))
         new = [tokens[same:] for tokens, same in zip(rows, kept)]
         hidden = self.base.model(pad(new).to(self.base.device), self.base_cache)  # (B, T, D)
-        self.base_cache.crop(torch.tensor([len(tokens) for tokens in rows], device=self.base.device))
-        last = torch.stack([hidden[row, len(tokens) - 1] for row, tokens in enumerate(new)])  # (B, D)
+        self.base_cache.crop(
+            torch.tensor([len(tokens) for tokens in rows], device=self.base.device)
+        )
+        last = torch.stack(
+            [hidden[row, len(tokens) - 1] for row, tokens in enumerate(new)]
+        )  # (B, D)
         self.z_next = self.base.lm_head(last).float()  # (B, Vb), behind each row's text
         self.base_tokens = rows
         return sum(map(len, new))
@@ -223,13 +247,23 @@ def pick(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> Ten
 def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     """How likely each token is to be picked: (B, V) from logits (B, V); all of it on the arg-max at temperature 0."""
     if temperature == 0:
-        return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits.float() - logits.max(-1, keepdim=True).values.float()  # so that no temperature overflows
-    p = F.softmax(logits / max(temperature, 1e-30), dim=-1)  # (B, V); divided by what float32 rounds to 0, the largest would be 0 / 0
+        return torch.zeros_like(logits, dtype=torch.float32).scatter_(
+            -1, logits.argmax(-1, keepdim=True), 1.0
+        )
+    logits = (
+        logits.float() - logits.max(-1, keepdim=True).values.float()
+    )  # so that no temperature overflows
+    p = F.softmax(
+        logits / max(temperature, 1e-30), dim=-1
+    )  # (B, V); divided by what float32 rounds to 0, the largest would be 0 / 0
     if top_p < 1:
         largest, tokens = p.sort(-1, descending=True)
-        before = largest.cumsum(-1, dtype=torch.float64) - largest  # so exact that processes that decode together agree
-        largest = largest.masked_fill(before >= top_p, 0)  # a token stays if those before it do not reach top_p
+        before = (
+            largest.cumsum(-1, dtype=torch.float64) - largest
+        )  # so exact that processes that decode together agree
+        largest = largest.masked_fill(
+            before >= top_p, 0
+        )  # a token stays if those before it do not reach top_p
         p = p.scatter(-1, tokens, largest)
         p = p / p.sum(-1, keepdim=True)
     return p
@@ -254,9 +288,17 @@ def uniform(seed: int, number: int, *shape: int) -> Tensor:
 
 
 @torch.inference_mode()
-def generate(guided: Guided, prompts: list[list[int]], *, max_new_tokens: int, stop_ids: set[int],
-             temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-             on_token: Callable[[int, int], bool | None] | None = None) -> list[list[int]]:
+def generate(
+    guided: Guided,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: set[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_token: Callable[[int, int], bool | None] | None = None,
+) -> list[list[int]]:
     """Continue token prompts; return only the new tokens of each, a stop token included where one came.
 
     temperature 0 is greedy. Each prompt has a random stream of its own, by its place in the list, so a
@@ -297,7 +339,9 @@ def check_prompts(prompts: list[list[int]]) -> None:
 
 
 @torch.inference_mode()
-def score(guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: int = 256) -> list[tuple[float, bool]]:
+def score(
+    guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: int = 256
+) -> list[tuple[float, bool]]:
     """For each (context, continuation): its log-likelihood in nats, and whether greedy decoding would say it.
 
     A context that comes several times in a batch, as in multiple choice, is computed once.
@@ -306,22 +350,26 @@ def score(guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: 
         raise ValueError("score needs at least one token in each context and in each continuation")
     results = []
     for first in range(0, len(pairs), batch_size):
-        batch = pairs[first:first + batch_size]
+        batch = pairs[first : first + batch_size]
         # each context once, then a row for each pair
         contexts = list(dict.fromkeys(tuple(context) for context, _ in batch))
         longest = max(len(continuation) for _, continuation in batch)
         last = guided.start([list(context) for context in contexts], longest)  # (contexts, 1)
-        rows = torch.tensor([contexts.index(tuple(context)) for context, _ in batch], device=last.device)  # (B,)
+        rows = torch.tensor(
+            [contexts.index(tuple(context)) for context, _ in batch], device=last.device
+        )  # (B,)
         guided.select(rows)
         # all continuations in one step, less their last tokens, which predict nothing
-        behind = pad([[0, *continuation[:-1]] for _, continuation in batch]).to(last.device)  # (B, longest)
+        behind = pad([[0, *continuation[:-1]] for _, continuation in batch]).to(
+            last.device
+        )  # (B, longest)
         behind[:, :1] = last[rows]
         logits = guided.step(behind)  # (B, longest, V)
         refuse_nan(guided, logits)
         log_p = F.log_softmax(logits.float(), dim=-1)
         for row, (_, continuation) in enumerate(batch):
             wanted = torch.tensor(continuation, device=last.device)[:, None]
-            here = log_p[row, :len(continuation)]
+            here = log_p[row, : len(continuation)]
             is_greedy = bool((here.argmax(-1) == wanted[:, 0]).all())
             results.append((here.gather(-1, wanted).sum().item(), is_greedy))
     return results
@@ -334,7 +382,15 @@ def main():
     from run.arguments import sample_arguments  # here and not at the top: run/ imports this file
     from run.plug import plug_in
     from run.processes import join_decoders
-    from run.show import show_answers, show_chat, show_explained, show_playground, show_speculation, show_world
+    from run.show import (
+        show_answers,
+        show_chat,
+        show_explained,
+        show_playground,
+        show_speculation,
+        show_world,
+    )
+
     args = sample_arguments()
     with join_decoders() as processes:
         plugged = plug_in(args, processes)
@@ -354,4 +410,5 @@ def main():
 
 if __name__ == "__main__":
     from run.cli import run_cli
+
     run_cli(main)

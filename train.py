@@ -73,7 +73,9 @@ TINY = dict(floor=0.1, betas=(0.9, 0.98), grad_accum=1)
 TINY_PRETRAINING = TINY | dict(batch_size=16, max_length=PRETRAINING_LENGTH, weight_decay=0.05)
 TINY_POST_TRAINING = TINY | dict(steps=500, batch_size=32, lr=1e-3)
 TINY_PAIRS = TINY | dict(steps=400, batch_size=16, lr=5e-4)
-TINY_PAIRS_LATER = TINY_PAIRS | dict(steps=200, lr=1e-4)  # of a value network: as much as above would undo what it knows
+TINY_PAIRS_LATER = TINY_PAIRS | dict(
+    steps=200, lr=1e-4
+)  # of a value network: as much as above would undo what it knows
 PROBE_WIDTH = 256  # 0.8M weights on 1024 logits, 25M on 32000
 
 
@@ -98,7 +100,9 @@ def learning_rate(settings: Settings, step: int) -> float:
 # The loop
 
 
-def language_loss(network: Llama, base: None, tokens: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def language_loss(
+    network: Llama, base: None, tokens: Tensor, labels: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Ordinary training of a network by itself: the mean cross-entropy of tokens (B, T) over supervised labels (B, T).
 
     base is there because ValueModel.loss stands in the same place where a value network is trained.
@@ -116,7 +120,9 @@ class Objective(nn.Module):
         super().__init__()
         self.network, self.loss = network, loss
 
-    def forward(self, base: Llama | None, tokens: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, base: Llama | None, tokens: Tensor, labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return self.loss(self.network, base, tokens, labels)
 
 
@@ -142,7 +148,9 @@ class OneProcess:
         return tensor.detach()
 
 
-def fit(network: Llama | ValueModel, loss: Callable, bases: list[Llama], batches: Callable, run) -> nn.Module:
+def fit(
+    network: Llama | ValueModel, loss: Callable, bases: list[Llama], batches: Callable, run
+) -> nn.Module:
     """Train a network for settings.steps steps: a value network on frozen bases, or an ordinary model without.
 
     batches(position, parts) begins at a position in the data (None: the start), and yields for each step the position
@@ -153,7 +161,9 @@ def fit(network: Llama | ValueModel, loss: Callable, bases: list[Llama], batches
     objective = processes.share_out(Objective(network, loss), settings.dtype)
     count = count_pairs if settings.loss == "pairwise" else count_supervised
     optimizer = make_optimizer(network, settings)
-    first, stream = run.begin(network, optimizer, batches)  # at step 0, or where a stopped run goes on
+    first, stream = run.begin(
+        network, optimizer, batches
+    )  # at step 0, or where a stopped run goes on
     for step, (position, parts) in zip(range(first, settings.steps), stream):
         # the learning rate of this step
         for group in optimizer.param_groups:
@@ -180,7 +190,10 @@ def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.AdamW:
     """AdamW; the weights of norms, which are vectors, do not decay."""
     matrices = [parameter for parameter in network.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in network.parameters() if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, betas=settings.betas, fused=True)
 
 
@@ -193,9 +206,14 @@ def count_pairs(labels: Tensor) -> int:
     return int((labels[::2] != -100).any(1).sum())
 
 
-def accumulate_gradient(objective: nn.Module, base: Llama | None, parts: list[Part], dtype: str,
-                        processes: OneProcess = OneProcess(), count: Callable = count_supervised
-                        ) -> dict[str, float]:
+def accumulate_gradient(
+    objective: nn.Module,
+    base: Llama | None,
+    parts: list[Part],
+    dtype: str,
+    processes: OneProcess = OneProcess(),
+    count: Callable = count_supervised,
+) -> dict[str, float]:
     """Leave in .grad the gradient of the mean over all that a step's loss counts, however it is split in parts.
 
     `count` says how much that is of a part's labels: supervised tokens, or pairs. (A norm over "all" positions is split
@@ -210,11 +228,14 @@ def accumulate_gradient(objective: nn.Module, base: Llama | None, parts: list[Pa
         (loss * share * processes.count).backward()
         for name, value in (metrics | {"loss": loss}).items():
             sums[name] += value.detach().double() * share
-    return processes.sum({name: total.item() for name, total in sums.items()})  # once a step: a GPU waits for each answer
+    return processes.sum(
+        {name: total.item() for name, total in sums.items()}
+    )  # once a step: a GPU waits for each answer
 
 
-def compute_loss(objective: nn.Module, base: Llama | None, tokens: Tensor, labels: Tensor, dtype: str
-                 ) -> tuple[Tensor, dict[str, Tensor]]:
+def compute_loss(
+    objective: nn.Module, base: Llama | None, tokens: Tensor, labels: Tensor, dtype: str
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The Objective of tokens (B, T) and labels (B, T), moved to the device and computed in dtype."""
     device = next(objective.parameters()).device
     with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
@@ -222,8 +243,9 @@ def compute_loss(objective: nn.Module, base: Llama | None, tokens: Tensor, label
 
 
 @torch.no_grad()
-def held_out_ce(objective: nn.Module, base: Llama | None, dataset: ChatDataset, indices: list[int], dtype: str
-                ) -> float | None:
+def held_out_ce(
+    objective: nn.Module, base: Llama | None, dataset: ChatDataset, indices: list[int], dtype: str
+) -> float | None:
     """Mean cross-entropy in nats over the supervised tokens of some conversations; None when none of them fits."""
     total, count = 0.0, 0
     for index in indices:
@@ -265,7 +287,11 @@ def train_value(job) -> None:
     objective = fit(network, job.loss, [bases[path] for path in job.bases], job.batches, job.run)
     # how the first base does by itself, fine-tuned in full, and guided; then a curriculum's later bases
     base = bases.pop(job.bases[0])
-    metrics = {"base": measure(job, None, base)} | job.full_metrics | {"base+value": measure(job, objective, base)}
+    metrics = (
+        {"base": measure(job, None, base)}
+        | job.full_metrics
+        | {"base+value": measure(job, objective, base)}
+    )
     if job.shows_alone:  # as a fine-tuned model would stand, without a base
         metrics["value alone"] = job.examine(Guided(job.processes.undivided(job.network)))
     for path, base in bases.items():
@@ -295,6 +321,7 @@ def main():
     from run.arguments import train_arguments  # here and not at the top: run/ imports this file
     from run.jobs import jobs_for
     from run.processes import join_processes
+
     args = train_arguments()
     with join_processes(args) as processes:
         for job in jobs_for(args, processes):
@@ -308,4 +335,5 @@ def main():
 
 if __name__ == "__main__":
     from run.cli import run_cli
+
     run_cli(main)

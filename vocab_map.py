@@ -39,6 +39,7 @@ HOWS = ("pieces", "paper", "dtw", "offsets")
 # the two sequences of pieces, 8 to 11 count which tokens stand aligned, in a matrix C, 12 normalises C.
 # Pieces are compared as bytes, without the space in front.
 
+
 def without_mark(tokenizer: Tokenizer) -> list[bytes]:
     """Line 5: the bytes of every token without the space that marks the beginning of a word; b"" for special tokens."""
     return [tokenizer.token_bytes(id).removeprefix(b" ") for id in range(tokenizer.vocab_size)]
@@ -71,7 +72,9 @@ def align_by_loop(base: list[bytes], value: list[bytes]) -> list[tuple[int, int]
     total[0, 0] = 0.0
     for i, value_piece in enumerate(value, 1):
         for j, base_piece in enumerate(base, 1):
-            total[i, j] = piece_cost(value_piece, base_piece) + min(total[i - 1, j - 1], total[i - 1, j], total[i, j - 1])
+            total[i, j] = piece_cost(value_piece, base_piece) + min(
+                total[i - 1, j - 1], total[i - 1, j], total[i, j - 1]
+            )
     i, j = len(value), len(base)
     path = []
     while (i, j) != (1, 1):
@@ -91,8 +94,9 @@ def align_all(base: list[list[bytes]], value: list[list[bytes]]) -> list[list[tu
     return [align_by_loop(*pieces) for pieces in zip(base, value)]
 
 
-def count_pairs(texts: list[str], base: Tokenizer, value: Tokenizer, how: str, align: Callable = align_all
-                ) -> tuple[np.ndarray, np.ndarray]:
+def count_pairs(
+    texts: list[str], base: Tokenizer, value: Tokenizer, how: str, align: Callable = align_all
+) -> tuple[np.ndarray, np.ndarray]:
     """Lines 1 to 11: the pairs (P, 2) of a base token's id and a value token's that stand aligned, and how often (P,).
 
     By dynamic time warping or, with how "offsets", wherever the two tokens share a byte of the text.
@@ -102,7 +106,7 @@ def count_pairs(texts: list[str], base: Tokenizer, value: Tokenizer, how: str, a
     started, reported, left_out = time.monotonic(), 0.0, 0
     for first in range(0, len(texts), 256):
         # lines 3 and 4: tokenise twice
-        some = texts[first:first + 256]
+        some = texts[first : first + 256]
         base_ids = [base.encode(text, bos=True) for text in some]
         value_ids = [value.encode(text, bos=True) for text in some]
         # lines 5 to 7: the path of each text
@@ -110,8 +114,10 @@ def count_pairs(texts: list[str], base: Tokenizer, value: Tokenizer, how: str, a
             paths = [share_bytes(base, b, value, v) for b, v in zip(base_ids, value_ids)]
             left_out += sum(not path for path in paths)
         else:
-            paths = align([[base_pieces[id] for id in ids] for ids in base_ids],
-                          [[value_pieces[id] for id in ids] for ids in value_ids])
+            paths = align(
+                [[base_pieces[id] for id in ids] for ids in base_ids],
+                [[value_pieces[id] for id in ids] for ids in value_ids],
+            )
         # lines 8 to 10: count the pairs on it
         for b, v, path in zip(base_ids, value_ids, paths):
             counts.update((b[at_base], v[at_value]) for at_base, at_value in path)
@@ -120,16 +126,27 @@ def count_pairs(texts: list[str], base: Tokenizer, value: Tokenizer, how: str, a
         if elapsed - reported > 2 or done == len(texts):
             reported = elapsed
             left = elapsed / done * (len(texts) - done)
-            print(f"aligned {done} of {len(texts)} texts, {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"aligned {done} of {len(texts)} texts, {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
     if left_out:
-        print(f"left out {left_out} of {len(texts)} texts, whose bytes a tokenizer changes", file=sys.stderr)
+        print(
+            f"left out {left_out} of {len(texts)} texts, whose bytes a tokenizer changes",
+            file=sys.stderr,
+        )
     if not counts:
-        raise UsageError("a tokenizer changes the bytes of every text, so there is nothing to count; --how paper or dtw can")
+        raise UsageError(
+            "a tokenizer changes the bytes of every text, so there is nothing to count; --how paper or dtw can"
+        )
     pairs = sorted(counts)
     return np.array(pairs), np.array([counts[pair] for pair in pairs], dtype=float)
 
 
-def share_bytes(base: Tokenizer, base_ids: list[int], value: Tokenizer, value_ids: list[int]) -> list[tuple[int, int]]:
+def share_bytes(
+    base: Tokenizer, base_ids: list[int], value: Tokenizer, value_ids: list[int]
+) -> list[tuple[int, int]]:
     """Pairs of indices of tokens that cover a byte together; the two BOS make a pair, too.
 
     Empty where the two do not spell the same bytes, since a tokenizer has changed the text (merged spaces, say).
@@ -137,13 +154,17 @@ def share_bytes(base: Tokenizer, base_ids: list[int], value: Tokenizer, value_id
     owners, texts = [], []
     for tokenizer, ids in ((base, base_ids), (value, value_ids)):
         front = int(tokenizer.space_in_front)  # the space that it put in front is not the text's
-        owner = [index for index, id in enumerate(ids) for _ in tokenizer.token_bytes(id)]  # of each byte, its token
+        owner = [
+            index for index, id in enumerate(ids) for _ in tokenizer.token_bytes(id)
+        ]  # of each byte, its token
         owners.append(owner[front:])
         texts.append(b"".join(map(tokenizer.token_bytes, ids))[front:])
     if texts[0] != texts[1]:
         return []
     pairs = list(dict.fromkeys(zip(*owners)))
-    if base_ids[:1] == [base.bos_id] and value_ids[:1] == [value.bos_id]:  # some tokenizers have no BOS
+    if base_ids[:1] == [base.bos_id] and value_ids[:1] == [
+        value.bos_id
+    ]:  # some tokenizers have no BOS
         pairs.insert(0, (0, 0))
     return pairs
 
@@ -188,18 +209,26 @@ class Speller:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.rank: dict[bytes, tuple[float, int]] = {}  # of a token's bytes: how early it is merged, and its id
-        self.single: dict[int, int] = {}  # tokens of one byte, for bytes that are part of no longer token
+        self.rank: dict[
+            bytes, tuple[float, int]
+        ] = {}  # of a token's bytes: how early it is merged, and its id
+        self.single: dict[
+            int, int
+        ] = {}  # tokens of one byte, for bytes that are part of no longer token
         for id in range(tokenizer.vocab_size):
             token, rank = tokenizer.token_bytes(id), tokenizer.merge_rank(id)
             if tokenizer.is_byte(id):
                 self.single[token[0]] = id
             if rank is not None:
                 self.rank[token] = rank, id
-        self.missing = set(range(256)) - self.single.keys()  # SmolLM2 lacks some control characters, say
+        self.missing = (
+            set(range(256)) - self.single.keys()
+        )  # SmolLM2 lacks some control characters, say
         printable = self.missing & set(range(32, 127))
         if printable:
-            raise UsageError(f"a tokenizer without a token for the byte {min(self.missing)}; it cannot spell every text")
+            raise UsageError(
+                f"a tokenizer without a token for the byte {min(self.missing)}; it cannot spell every text"
+            )
 
     def __call__(self, piece: bytes) -> list[int]:
         """The tokens of a piece; none where it has no token for one of the bytes."""
@@ -222,10 +251,12 @@ class Speller:
             if best == np.inf:
                 break
             at = ranks.index(best)
-            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
         ids = []
         for part in parts:
-            ids += [self.rank[part][1]] if part in self.rank else [self.single[byte] for byte in part]
+            ids += (
+                [self.rank[part][1]] if part in self.rank else [self.single[byte] for byte in part]
+            )
         return ids
 
 
@@ -239,7 +270,9 @@ def spell_out(source: Tokenizer, target: Tokenizer) -> list[tuple[int, ...]]:
     for id in range(source.vocab_size):
         piece = source.token_bytes(id)
         if not source.byte_level and source.is_byte(id) and piece[0] in speller.single:
-            spelled.append((speller.single[piece[0]],))  # a byte remains a byte, though there may be a piece of it, too
+            spelled.append(
+                (speller.single[piece[0]],)
+            )  # a byte remains a byte, though there may be a piece of it, too
         elif not piece or id == source.unknown_id:
             spelled.append(())
         else:
@@ -251,11 +284,17 @@ def spell_out(source: Tokenizer, target: Tokenizer) -> list[tuple[int, ...]]:
 
 def by_hand(source: Tokenizer, target: Tokenizer) -> dict[int, int]:
     """Tokens without bytes that mean the same in both tokenizers."""
-    pairs = {source.bos_id: target.bos_id, source.end_of_turn_id: target.end_of_turn_id, source.eos_id: target.eos_id}
+    pairs = {
+        source.bos_id: target.bos_id,
+        source.end_of_turn_id: target.end_of_turn_id,
+        source.eos_id: target.eos_id,
+    }
     return {id: other for id, other in pairs.items() if None not in (id, other)}
 
 
-def overlap(texts: list[str], base: Tokenizer, value: Tokenizer, spelled: list[tuple[int, ...]]) -> float:
+def overlap(
+    texts: list[str], base: Tokenizer, value: Tokenizer, spelled: list[tuple[int, ...]]
+) -> float:
     """How much of a text's value tokens its base tokens give through a map, as a mean over texts.
 
     Both are multisets: the size of their intersection over the number of value tokens. BOS counts on
@@ -311,7 +350,9 @@ class VocabMap:
         """Special value tokens for which by_hand knows none of the base's."""
         value = self.value_tokenizer
         known = by_hand(value, self.base_tokenizer)
-        return [id for id in range(value.vocab_size) if not value.token_bytes(id) and id not in known]
+        return [
+            id for id in range(value.vocab_size) if not value.token_bytes(id) and id not in known
+        ]
 
     def in_base_tokens(self, ids: list[int]) -> tuple[list[int], list[int]]:
         """The base's own tokens of a text in value tokens, and the last value tokens where they are half a character."""
@@ -323,7 +364,9 @@ class VocabMap:
                 behind.append(id)
                 continue
             tokens += self.encode_again(behind)[0]
-            if at == 0 and id == self.value_tokenizer.bos_id:  # with some tokenizers it is the token that ends a text, too
+            if (
+                at == 0 and id == self.value_tokenizer.bos_id
+            ):  # with some tokenizers it is the token that ends a text, too
                 tokens += self.base_tokenizer.encode("", bos=True)
             elif id in special:
                 tokens.append(special[id])
@@ -341,14 +384,18 @@ class VocabMap:
         while half > 0:
             whole -= 1
             half -= len(self.value_tokenizer.token_bytes(ids[whole]))
-        text = self.value_tokenizer.decode(ids[:whole])  # without the space that its tokenizer puts in front
+        text = self.value_tokenizer.decode(
+            ids[:whole]
+        )  # without the space that its tokenizer puts in front
         return self.base_tokenizer.encode(text) if text else [], ids[whole:]
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that load reads, in its place all at once."""
         tensors = {"weight": torch.from_numpy(self.weight.astype(np.float32))}
         for name, lists in (("pieces", self.pieces), ("paths", self.paths)):
-            tensors[f"{name}.tokens"] = torch.tensor([token for each in lists for token in each], dtype=torch.int32)
+            tensors[f"{name}.tokens"] = torch.tensor(
+                [token for each in lists for token in each], dtype=torch.int32
+            )
             tensors[f"{name}.lengths"] = torch.tensor(list(map(len, lists)), dtype=torch.int32)
         about = {"how": self.how, "base": json.dumps(self.base), "value": json.dumps(self.value)}
         with replacing(path) as temporary:
@@ -359,23 +406,45 @@ class VocabMap:
         """Raises UsageError for a file that is none, or is damaged, or was made for other tokenizers."""
         try:
             with safe_open(check_regular(path), framework="pt") as file:
-                about, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-            found = cls(about["how"], json.loads(about["base"]), json.loads(about["value"]),
-                        unpack(tensors, "pieces"), tensors["weight"].numpy(), unpack(tensors, "paths"), base, value)
+                about, tensors = (
+                    file.metadata() or {},
+                    {name: file.get_tensor(name) for name in file.keys()},
+                )
+            found = cls(
+                about["how"],
+                json.loads(about["base"]),
+                json.loads(about["value"]),
+                unpack(tensors, "pieces"),
+                tensors["weight"].numpy(),
+                unpack(tensors, "paths"),
+                base,
+                value,
+            )
         except UsageError:
             raise
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise UsageError(f"{path}: no vocabulary map, or a damaged one ({error})") from None
-        for side, recorded, tokenizer in (("base", found.base, base), ("value network", found.value, value)):
+        for side, recorded, tokenizer in (
+            ("base", found.base, base),
+            ("value network", found.value, value),
+        ):
             if recorded != describe_tokenizer(tokenizer):
-                raise UsageError(f"{path}: made for another tokenizer of the {side}; vocab_map.py makes one for this pair")
-        fits = (found.how in HOWS and len(found.pieces) == len(found.weight) == base.vocab_size
-                and np.isfinite(found.weight).all() and len(found.paths) in (0, value.vocab_size)
-                and all(0 <= token < value.vocab_size for each in found.pieces for token in each)
-                and all(0 <= token < base.vocab_size for each in found.paths for token in each))
+                raise UsageError(
+                    f"{path}: made for another tokenizer of the {side}; vocab_map.py makes one for this pair"
+                )
+        fits = (
+            found.how in HOWS
+            and len(found.pieces) == len(found.weight) == base.vocab_size
+            and np.isfinite(found.weight).all()
+            and len(found.paths) in (0, value.vocab_size)
+            and all(0 <= token < value.vocab_size for each in found.pieces for token in each)
+            and all(0 <= token < base.vocab_size for each in found.paths for token in each)
+        )
         if not fits:
-            raise UsageError(f"{path}: not the shape, or the numbers, of a vocabulary map of {base.vocab_size} by "
-                             f"{value.vocab_size} tokens")
+            raise UsageError(
+                f"{path}: not the shape, or the numbers, of a vocabulary map of {base.vocab_size} by "
+                f"{value.vocab_size} tokens"
+            )
         return found
 
 
@@ -388,13 +457,20 @@ def unpack(tensors: dict[str, Tensor], name: str) -> list[tuple[int, ...]]:
     return [tuple(next(tokens) for _ in range(length)) for length in lengths]
 
 
-def build(base: Tokenizer, value: Tokenizer, how: str = "pieces", texts: list[str] | None = None,
-          align: Callable = align_all) -> VocabMap:
+def build(
+    base: Tokenizer,
+    value: Tokenizer,
+    how: str = "pieces",
+    texts: list[str] | None = None,
+    align: Callable = align_all,
+) -> VocabMap:
     """A map by one of HOWS; all but "pieces" need texts. Raises UsageError where a tokenizer cannot spell every byte."""
     about = how, describe_tokenizer(base), describe_tokenizer(value)
     if how == "pieces":
         pieces, paths = spell_out(base, value), spell_out(value, base)
-        return VocabMap(*about, pieces, np.ones(base.vocab_size, dtype=np.float32), paths, base, value)
+        return VocabMap(
+            *about, pieces, np.ones(base.vocab_size, dtype=np.float32), paths, base, value
+        )
     if not texts:
         raise UsageError(f"--how {how} counts in texts, and there are none")
     pairs, weights = count_pairs(texts, base, value, how, align)
@@ -413,6 +489,7 @@ def build(base: Tokenizer, value: Tokenizer, how: str = "pieces", texts: list[st
 def main():
     from run.arguments import vocab_map_arguments  # here and not at the top: run/ imports this file
     from run.twins import choose_alignment
+
     args = vocab_map_arguments()
     base, value = load_tokenizer(args.base_tokenizer), load_tokenizer(args.value_tokenizer)
     texts, held_out = [read_texts(file) if file else [] for file in (args.texts, args.eval)]
@@ -421,20 +498,28 @@ def main():
     vocab_map = build(base, value, args.how, texts, align)
     print(f"made in {time.monotonic() - started:.1f} s", flush=True)
     reached = {token for each in vocab_map.pieces for token in each}
-    print(f"{sum(map(bool, vocab_map.pieces))} of {base.vocab_size} base tokens are mapped, "
-          f"to {len(reached)} of {value.vocab_size} value tokens")
+    print(
+        f"{sum(map(bool, vocab_map.pieces))} of {base.vocab_size} base tokens are mapped, "
+        f"to {len(reached)} of {value.vocab_size} value tokens"
+    )
     if vocab_map.paths:
-        print(f"{sum(len(path) > 1 for path in vocab_map.paths)} value tokens take several base tokens")
+        print(
+            f"{sum(len(path) > 1 for path in vocab_map.paths)} value tokens take several base tokens"
+        )
     vocab_map.save(args.out)
     print(f"saved {args.out}")
     ways = {"overlap": vocab_map.pieces}
     if args.how == "pieces":
         ways = {"first piece alone": [each[:1] for each in vocab_map.pieces]} | ways
     for name, pieces in ways.items():
-        shown = [f"{overlap(some, base, value, pieces):.3f}" if some else "-" for some in (texts, held_out)]
+        shown = [
+            f"{overlap(some, base, value, pieces):.3f}" if some else "-"
+            for some in (texts, held_out)
+        ]
         print(f"{name}: texts {shown[0]} held-out {shown[1]}")
 
 
 if __name__ == "__main__":
     from run.cli import run_cli
+
     run_cli(main)

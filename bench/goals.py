@@ -1,6 +1,6 @@
 """What the measurements on a GPU should come out as, read from the numbers that the scripts of bench/ write with --json.
 
-    python -m bench.gpu        # measures, and prints each goal and how far off it is
+python -m bench.gpu        # measures, and prints each goal and how far off it is
 """
 
 import functools
@@ -31,7 +31,9 @@ class Goal:
     sense: str  # "at least", "at most", "over" or "under"
     wanted: float
     form: str  # how its number is written
-    read: Callable[[dict[str, dict]], float]  # of every step's numbers; KeyError or NotMeasured where there are none
+    read: Callable[
+        [dict[str, dict]], float
+    ]  # of every step's numbers; KeyError or NotMeasured where there are none
 
 
 class NotMeasured(Exception):
@@ -39,20 +41,65 @@ class NotMeasured(Exception):
 
 
 def goals_for(sizes: Sizes) -> list[Goal]:
-    goals = [Goal("tests of the kernel against float64 that fail", "at most", 0, "{:.0f}", failed_tests),
-             Goal("answers that captured or compiled steps or speculation change", "at most", 0, "{:.0f}", changed_answers)]
+    goals = [
+        Goal("tests of the kernel against float64 that fail", "at most", 0, "{:.0f}", failed_tests),
+        Goal(
+            "answers that captured or compiled steps or speculation change",
+            "at most",
+            0,
+            "{:.0f}",
+            changed_answers,
+        ),
+    ]
     for V in sizes.vocabs:
-        goals.append(Goal(f"V = {V}: kernel, of a copy's bytes/s, at 10 bytes a pair", "at least", 0.8, "{:.1%}",
-                          functools.partial(share_of_copy, V=V)))
-        for peer, sense, wanted in [("eager", "at least", 5), ("torch.compile", "over", 1), ("Liger, no norm", "over", 1)]:
-            goals.append(Goal(f"V = {V}: kernel, times as fast as {peer}", sense, wanted, "{:.2f}",
-                              functools.partial(faster_than, V=V, peer=peer)))
+        goals.append(
+            Goal(
+                f"V = {V}: kernel, of a copy's bytes/s, at 10 bytes a pair",
+                "at least",
+                0.8,
+                "{:.1%}",
+                functools.partial(share_of_copy, V=V),
+            )
+        )
+        for peer, sense, wanted in [
+            ("eager", "at least", 5),
+            ("torch.compile", "over", 1),
+            ("Liger, no norm", "over", 1),
+        ]:
+            goals.append(
+                Goal(
+                    f"V = {V}: kernel, times as fast as {peer}",
+                    sense,
+                    wanted,
+                    "{:.2f}",
+                    functools.partial(faster_than, V=V, peer=peer),
+                )
+            )
     pair, few, many = f"{sizes.value} + {sizes.base}", min(sizes.tokens), max(sizes.tokens)
     for name, sense, wanted, form, read in [
-            (f"training {sizes.trained} on {sizes.trained}, GB at the peak", "under", 24, "{:.2f}", training_peak),
-            (f"{pair}, times as long as {sizes.base} alone, at worst", "at most", 1.25, "{:.3f}", times_the_base),
-            (f"{pair}, of a copy's bytes/s, at worst", "at least", 0.7, "{:.1%}", share_of_roof),
-            (f"{pair}, longer a token at {many} tokens than at {few}", "at most", 0.05, "{:.1%}", slow_down)]:
+        (
+            f"training {sizes.trained} on {sizes.trained}, GB at the peak",
+            "under",
+            24,
+            "{:.2f}",
+            training_peak,
+        ),
+        (
+            f"{pair}, times as long as {sizes.base} alone, at worst",
+            "at most",
+            1.25,
+            "{:.3f}",
+            times_the_base,
+        ),
+        (f"{pair}, of a copy's bytes/s, at worst", "at least", 0.7, "{:.1%}", share_of_roof),
+        (
+            f"{pair}, longer a token at {many} tokens than at {few}",
+            "at most",
+            0.05,
+            "{:.1%}",
+            slow_down,
+        ),
+    ]:
         goals.append(Goal(name, sense, wanted, form, functools.partial(read, sizes=sizes)))
     return goals
 
@@ -95,7 +142,11 @@ def losses(numbers: dict, V: int) -> dict:
 def share_of_copy(numbers: dict, V: int) -> float:
     size = losses(numbers, V)
     moved = 10 * size["rows"] * V  # bytes, in bfloat16: each pair of logits twice, and a gradient
-    return moved / statistics.median(seconds(size["from_logits"], "ivl_loss")) / numbers["loss"]["copy_bandwidth"]
+    return (
+        moved
+        / statistics.median(seconds(size["from_logits"], "ivl_loss"))
+        / numbers["loss"]["copy_bandwidth"]
+    )
 
 
 def faster_than(numbers: dict, V: int, peer: str) -> float:
@@ -111,24 +162,37 @@ def training_peak(numbers: dict, sizes: Sizes) -> float:
 
 def decoded(numbers: dict, sizes: Sizes) -> dict[int, dict]:
     """What was measured of the pair, by the number of tokens; KeyError if that of one number is not there."""
-    return {count: numbers["decode"][f"{sizes.value} on {sizes.base}, {count} tokens, batch 1"] for count in sizes.tokens}
+    return {
+        count: numbers["decode"][f"{sizes.value} on {sizes.base}, {count} tokens, batch 1"]
+        for count in sizes.tokens
+    }
 
 
 def times_the_base(numbers: dict, sizes: Sizes) -> float:
-    return max(median_ratio(seconds(results, BOTH), seconds(results, ALONE)) for results in decoded(numbers, sizes).values())
+    return max(
+        median_ratio(seconds(results, BOTH), seconds(results, ALONE))
+        for results in decoded(numbers, sizes).values()
+    )
 
 
 def share_of_roof(numbers: dict, sizes: Sizes) -> float:
     shares = []
     for count, results in decoded(numbers, sizes).items():
-        moved = sum(bytes_a_step(SHAPES[name], 1, count, 2) for name in (sizes.value, sizes.base))  # bfloat16
-        shares.append(moved / statistics.median(seconds(results, BOTH)) / numbers["decode"]["copy_bandwidth"])
+        moved = sum(
+            bytes_a_step(SHAPES[name], 1, count, 2) for name in (sizes.value, sizes.base)
+        )  # bfloat16
+        shares.append(
+            moved / statistics.median(seconds(results, BOTH)) / numbers["decode"]["copy_bandwidth"]
+        )
     return min(shares)
 
 
 def slow_down(numbers: dict, sizes: Sizes) -> float:
     results = decoded(numbers, sizes)
-    short, long = [statistics.median(seconds(results[count], BOTH)) for count in (min(sizes.tokens), max(sizes.tokens))]
+    short, long = [
+        statistics.median(seconds(results[count], BOTH))
+        for count in (min(sizes.tokens), max(sizes.tokens))
+    ]
     return long / short - 1
 
 
@@ -140,7 +204,11 @@ def judge(goal: Goal, numbers: dict[str, dict]) -> tuple[str, str]:
         return "", f"not measured ({reason})"
     except KeyError:
         return "", "not measured"
-    met = {"at least": value >= goal.wanted, "at most": value <= goal.wanted, "over": value > goal.wanted,
-           "under": value < goal.wanted}[goal.sense]
+    met = {
+        "at least": value >= goal.wanted,
+        "at most": value <= goal.wanted,
+        "over": value > goal.wanted,
+        "under": value < goal.wanted,
+    }[goal.sense]
     off = f" by {abs(value / goal.wanted - 1):.1%}" if goal.wanted else ""
     return goal.form.format(value), "met" if met else f"**missed{off}**"

@@ -33,6 +33,7 @@ def eager(z_base: Tensor, z_delta: Tensor, labels: Tensor) -> Tensor:
 def liger(z_base: Tensor, z_delta: Tensor, labels: Tensor) -> Tensor:
     """Liger-Kernel's cross-entropy on the summed logits. It has no norm, so this computes less than the others."""
     from liger_kernel.transformers.functional import liger_cross_entropy
+
     return liger_cross_entropy(z_base + z_delta, labels)
 
 
@@ -40,9 +41,14 @@ def ours(z_base: Tensor, z_delta: Tensor, labels: Tensor) -> Tensor:
     return ivl_loss(z_base, z_delta, labels, L1)[0]
 
 
-def from_logits(loss: Callable, compiled: bool, N: int, V: int, dtype: torch.dtype) -> Callable[[], None]:
+def from_logits(
+    loss: Callable, compiled: bool, N: int, V: int, dtype: torch.dtype
+) -> Callable[[], None]:
     """A step from logits (N, V) to z_delta's gradient."""
-    z_base, z_delta = torch.randn(N, V, dtype=dtype), torch.randn(N, V, dtype=dtype).requires_grad_()
+    z_base, z_delta = (
+        torch.randn(N, V, dtype=dtype),
+        torch.randn(N, V, dtype=dtype).requires_grad_(),
+    )
     labels = torch.randint(V, (N,))
     if compiled:
         loss = torch.compile(loss)
@@ -50,12 +56,18 @@ def from_logits(loss: Callable, compiled: bool, N: int, V: int, dtype: torch.dty
     def step():
         z_delta.grad = None
         loss(z_base, z_delta, labels).backward()
+
     return step
 
 
-def from_hidden(loss: Callable, chunked: bool, N: int, V: int, D: int, dtype: torch.dtype) -> Callable[[], None]:
+def from_hidden(
+    loss: Callable, chunked: bool, N: int, V: int, D: int, dtype: torch.dtype
+) -> Callable[[], None]:
     """A step from hidden states (N, D) to the gradients of the value network's hidden states and head."""
-    h_base, h_value = torch.randn(N, D, dtype=dtype), torch.randn(N, D, dtype=dtype).requires_grad_()
+    h_base, h_value = (
+        torch.randn(N, D, dtype=dtype),
+        torch.randn(N, D, dtype=dtype).requires_grad_(),
+    )
     W_base, W_value = [(torch.randn(V, D) / D**0.5).to(dtype) for _ in range(2)]
     W_value.requires_grad_()
     labels = torch.randint(V, (N,))
@@ -66,6 +78,7 @@ def from_hidden(loss: Callable, chunked: bool, N: int, V: int, D: int, dtype: to
             value_loss_from_hidden(h_base, W_base, h_value, W_value, labels, L1)[0].backward()
         else:
             loss(h_base @ W_base.T, h_value @ W_value.T, labels).backward()
+
     return step
 
 
@@ -81,17 +94,34 @@ def show(results: dict[str, Result], size: int, bandwidth: float, from_logits: b
         faster = "" if results["eager"].failure else ratio(result, results["eager"])
         row = [name, times(result), faster, f"{result.growth / 1e6:.0f}", f"{result.first:.1f}"]
         if from_logits:
-            row += [f"{times_moved * size / result.median / bandwidth:.0%}" for times_moved in (5, 3)]
+            row += [
+                f"{times_moved * size / result.median / bandwidth:.0%}" for times_moved in (5, 3)
+            ]
         rows.append(row)
     return table(rows)
 
 
 def main():
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--vocab", type=positive_int, nargs="+", metavar="V", help="vocabularies (default 32000 128256)")
-    parser.add_argument("--rows", type=positive_int, metavar="N", help="supervised tokens (default 8192; on a CPU as many as "
-                        "fill 262 MB with logits)")
-    parser.add_argument("--hidden", type=positive_int, metavar="D", help="width of the networks (default 2048, on a CPU 256)")
+    parser.add_argument(
+        "--vocab",
+        type=positive_int,
+        nargs="+",
+        metavar="V",
+        help="vocabularies (default 32000 128256)",
+    )
+    parser.add_argument(
+        "--rows",
+        type=positive_int,
+        metavar="N",
+        help="supervised tokens (default 8192; on a CPU as many as fill 262 MB with logits)",
+    )
+    parser.add_argument(
+        "--hidden",
+        type=positive_int,
+        metavar="D",
+        help="width of the networks (default 2048, on a CPU 256)",
+    )
     parser.add_argument("--only", choices=["logits", "hidden"], help="one of the two tables")
     parser.add_argument("--rounds", type=positive_int, default=7, help="(default 7)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
@@ -109,15 +139,25 @@ def main():
         hidden = functools.partial(functools.partial, from_hidden, N=N, V=V, D=D, dtype=dtype)
         contenders = {
             "logits": {"eager": logits(eager, False), "torch.compile": logits(eager, True)}
-            | ({"Liger, no norm": logits(liger, False)} if device == "cuda" else {}) | {"ivl_loss": logits(ours, False)},
-            "hidden": {"eager": hidden(eager, False), "ivl_loss": hidden(ours, False),
-                       "value_loss_from_hidden": hidden(None, True)}}
+            | ({"Liger, no norm": logits(liger, False)} if device == "cuda" else {})
+            | {"ivl_loss": logits(ours, False)},
+            "hidden": {
+                "eager": hidden(eager, False),
+                "ivl_loss": hidden(ours, False),
+                "value_loss_from_hidden": hidden(None, True),
+            },
+        }
         numbers["sizes"].append({"rows": N, "vocab": V, "hidden": D})
         for start in [args.only] if args.only else contenders:
             results = compare(contenders[start], device, args.rounds, calls)
             heading = {"logits": "From logits", "hidden": f"From hidden states, D = {D}"}[start]
-            print(f"{heading}: {size}\n\n{show(results, N * V * dtype.itemsize, bandwidth, start == 'logits')}\n", flush=True)
-            numbers["sizes"][-1][f"from_{start}"] = {name: vars(each) for name, each in results.items()}
+            print(
+                f"{heading}: {size}\n\n{show(results, N * V * dtype.itemsize, bandwidth, start == 'logits')}\n",
+                flush=True,
+            )
+            numbers["sizes"][-1][f"from_{start}"] = {
+                name: vars(each) for name, each in results.items()
+            }
             save(args.json, numbers)
 
 

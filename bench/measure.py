@@ -39,7 +39,9 @@ class Result:
         return statistics.median(self.seconds)
 
 
-def compare(contenders: dict[str, Callable], device: str, rounds: int, calls: int) -> dict[str, Result]:
+def compare(
+    contenders: dict[str, Callable], device: str, rounds: int, calls: int
+) -> dict[str, Result]:
     """Measure contenders, functions (of a module, so that they can be pickled) that prepare and return a step to time.
 
     In each round every contender in turn makes `calls` calls, on a GPU after one more that is not counted.
@@ -158,7 +160,11 @@ def describe(device: str) -> str:
     if device == "cpu":
         name = platform.processor() or platform.machine()
         with contextlib.suppress(OSError, StopIteration):
-            name = next(line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+            name = next(
+                line.split(":", 1)[1].strip()
+                for line in open("/proc/cpuinfo")
+                if line.startswith("model name")
+            )
         name += f", {torch.get_num_threads()} threads"
     else:
         name = torch.cuda.get_device_name()
@@ -174,13 +180,20 @@ def save(path: Path | None, numbers: dict) -> None:
 def table(rows: list[list[str]]) -> str:
     """Rows of cells, the first one the heads, as Markdown."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
+        for row in rows
+    ]
+    return "\n".join(
+        [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+    )
 
 
 def times(result: Result) -> str:
     """Median milliseconds, and the fastest and slowest round."""
-    low, middle, high = [1000 * value for value in (min(result.seconds), result.median, max(result.seconds))]
+    low, middle, high = [
+        1000 * value for value in (min(result.seconds), result.median, max(result.seconds))
+    ]
     return f"{middle:.4g} ({low:.4g} to {high:.4g})"
 
 

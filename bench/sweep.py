@@ -17,11 +17,25 @@ from bench.measure import Result, describe, save, table, timed, times
 from data.errors import UsageError
 from run.cli import ArgumentParser, positive_int, run_cli
 
-SETTINGS = [(1024, 4, 2), (1024, 4, 3), (1024, 4, 4), (2048, 4, 3), (2048, 8, 1), (2048, 8, 2), (2048, 8, 3), (2048, 8, 4),
-            (4096, 8, 3), (4096, 16, 2), (4096, 16, 3), (8192, 16, 2)]  # BLOCK, WARPS, STAGES
+SETTINGS = [
+    (1024, 4, 2),
+    (1024, 4, 3),
+    (1024, 4, 4),
+    (2048, 4, 3),
+    (2048, 8, 1),
+    (2048, 8, 2),
+    (2048, 8, 3),
+    (2048, 8, 4),
+    (4096, 8, 3),
+    (4096, 16, 2),
+    (4096, 16, 3),
+    (8192, 16, 2),
+]  # BLOCK, WARPS, STAGES
 
 
-def sweep(step: Callable[[], None], rounds: int, calls: int, device: str) -> dict[tuple[int, int, int], Result]:
+def sweep(
+    step: Callable[[], None], rounds: int, calls: int, device: str
+) -> dict[tuple[int, int, int], Result]:
     """A step's time by each of SETTINGS."""
     results = {setting: Result() for setting in SETTINGS}
     usual = ivl.BLOCK, ivl.WARPS, ivl.STAGES
@@ -34,16 +48,30 @@ def sweep(step: Callable[[], None], rounds: int, calls: int, device: str) -> dic
                 elif not result.failure:
                     result.seconds.append(timed(step, calls, device))
             except Exception as error:  # a setting that this GPU has no room for, say
-                result.failure = f"failed: {(str(error).strip() or repr(error)).splitlines()[0][:100]}"
+                result.failure = (
+                    f"failed: {(str(error).strip() or repr(error)).splitlines()[0][:100]}"
+                )
     ivl.BLOCK, ivl.WARPS, ivl.STAGES = usual
     return results
 
 
 def main():
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rows", type=positive_int, default=8192, metavar="N", help="supervised tokens (default 8192)")
-    parser.add_argument("--vocab", type=positive_int, nargs="+", default=[32000, 128256], metavar="V",
-                        help="vocabularies (default 32000 128256)")
+    parser.add_argument(
+        "--rows",
+        type=positive_int,
+        default=8192,
+        metavar="N",
+        help="supervised tokens (default 8192)",
+    )
+    parser.add_argument(
+        "--vocab",
+        type=positive_int,
+        nargs="+",
+        default=[32000, 128256],
+        metavar="V",
+        help="vocabularies (default 32000 128256)",
+    )
     parser.add_argument("--rounds", type=positive_int, default=5, help="(default 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     args = parser.parse_args()
@@ -51,7 +79,9 @@ def main():
     dtype, calls = (torch.bfloat16, 10) if device == "cuda" else (torch.float32, 1)
     probe = torch.zeros(1, dtype=dtype, device=device)
     if not ivl.kernel_runs_on(probe, probe):
-        raise UsageError("the kernel runs on a GPU, with Triton, or with TRITON_INTERPRET=1 in the environment: neither is here")
+        raise UsageError(
+            "the kernel runs on a GPU, with Triton, or with TRITON_INTERPRET=1 in the environment: neither is here"
+        )
     print(f"{describe(device)}\n")
     numbers = {"device": describe(device), "sizes": {}}
     for V in args.vocab:
@@ -61,14 +91,20 @@ def main():
         results = sweep(step, args.rounds, calls, device)
         moved = 5 * dtype.itemsize * args.rows * V  # each pair of logits twice, and a gradient
         rows = [["BLOCK, WARPS, STAGES", "ms (range)", "GB/s, 2 passes"]]
-        for setting, result in sorted(results.items(), key=lambda entry: (entry[1].failure, entry[1].seconds)):
-            name = ", ".join(map(str, setting)) + (" (in ivl.py)" if setting == (ivl.BLOCK, ivl.WARPS, ivl.STAGES) else "")
+        for setting, result in sorted(
+            results.items(), key=lambda entry: (entry[1].failure, entry[1].seconds)
+        ):
+            name = ", ".join(map(str, setting)) + (
+                " (in ivl.py)" if setting == (ivl.BLOCK, ivl.WARPS, ivl.STAGES) else ""
+            )
             if result.failure:
                 rows.append([name, result.failure, ""])
             else:
                 rows.append([name, times(result), f"{moved / result.median / 1e9:.0f}"])
         print(f"N = {args.rows}, V = {V}\n\n{table(rows)}\n", flush=True)
-        numbers["sizes"][V] = {", ".join(map(str, setting)): vars(result) for setting, result in results.items()}
+        numbers["sizes"][V] = {
+            ", ".join(map(str, setting)): vars(result) for setting, result in results.items()
+        }
         save(args.json, numbers)
 
 

@@ -26,11 +26,15 @@ from train import Objective, accumulate_gradient
 SHAPES = {  # as in the checkpoints' config.json: V, D, the MLP's width, layers, heads, heads of keys and values
     "TinyLlama": LlamaConfig(32000, 2048, 5632, 22, 32, 4, max_position_embeddings=2048),
     "Llama-2-7B": LlamaConfig(32000, 4096, 11008, 32, 32, 32, max_position_embeddings=4096),
-    "20M": LlamaConfig(32000, 256, 688, 4, 4, 4, max_position_embeddings=1024),  # D = 256, most of it embedding and head
+    "20M": LlamaConfig(
+        32000, 256, 688, 4, 4, 4, max_position_embeddings=1024
+    ),  # D = 256, most of it embedding and head
 }
 
 
-def training(loss: Callable, value: str, base: str, checkpointing: bool, tokens: int, dtype: str) -> Callable[[], None]:
+def training(
+    loss: Callable, value: str, base: str, checkpointing: bool, tokens: int, dtype: str
+) -> Callable[[], None]:
     """A step of training a value network of one shape on a base of another."""
     network = ValueModel(Llama(SHAPES[value]))
     network.network.model.gradient_checkpointing = checkpointing
@@ -48,25 +52,47 @@ def training(loss: Callable, value: str, base: str, checkpointing: bool, tokens:
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
     return step
 
 
 def show(results: dict[str, Result], tokens: int) -> str:
-    rows = [["", "tokens/s", "ms (range)", "times faster than plain", "GB at the peak", "of it before the first step"]]
+    rows = [
+        [
+            "",
+            "tokens/s",
+            "ms (range)",
+            "times faster than plain",
+            "GB at the peak",
+            "of it before the first step",
+        ]
+    ]
     plain = next(iter(results.values()))
     for name, result in results.items():
         if result.failure:
             rows.append([name, result.failure, "", "", "", ""])
         else:
-            rows.append([name, f"{tokens / result.median:.0f}", times(result), "" if plain.failure else ratio(result, plain),
-                         f"{result.peak / 1e9:.2f}", f"{(result.peak - result.growth) / 1e9:.2f}"])
+            rows.append(
+                [
+                    name,
+                    f"{tokens / result.median:.0f}",
+                    times(result),
+                    "" if plain.failure else ratio(result, plain),
+                    f"{result.peak / 1e9:.2f}",
+                    f"{(result.peak - result.growth) / 1e9:.2f}",
+                ]
+            )
     return table(rows)
 
 
 def main():
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--tokens", type=positive_int, help="in a step; None: 4096, on a CPU 1024")
-    parser.add_argument("--pair", nargs=2, metavar="SHAPE", help=f"value network and base, of {', '.join(SHAPES)}")
+    parser.add_argument(
+        "--pair", nargs=2, metavar="SHAPE", help=f"value network and base, of {', '.join(SHAPES)}"
+    )
     parser.add_argument("--rounds", type=positive_int, default=5, help="steps of each, in turn")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     args = parser.parse_args()
@@ -74,18 +100,31 @@ def main():
         if name not in SHAPES:
             raise UsageError(f"--pair {name}: no such shape; there are {', '.join(SHAPES)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokens, dtype = args.tokens or (4096 if device == "cuda" else 1024), "bfloat16" if device == "cuda" else "float32"
+    tokens, dtype = (
+        args.tokens or (4096 if device == "cuda" else 1024),
+        "bfloat16" if device == "cuda" else "float32",
+    )
     print(f"{describe(device)}, {dtype}, {tokens} tokens a step\n")
     numbers = {"device": describe(device), "tokens": tokens, "pairs": {}}
-    pairs = [("TinyLlama", "TinyLlama"), ("TinyLlama", "Llama-2-7B")] if device == "cuda" else [("20M", "20M")]
+    pairs = (
+        [("TinyLlama", "TinyLlama"), ("TinyLlama", "Llama-2-7B")]
+        if device == "cuda"
+        else [("20M", "20M")]
+    )
     for value, base in [args.pair] if args.pair else pairs:
-        step = functools.partial(functools.partial, training, value=value, base=base, tokens=tokens, dtype=dtype)
-        contenders = {"plain": step(loss=ValueModel.loss, checkpointing=True),
-                      "ours": step(loss=value_loss, checkpointing=True),
-                      "ours, no gradient checkpointing": step(loss=value_loss, checkpointing=False)}
+        step = functools.partial(
+            functools.partial, training, value=value, base=base, tokens=tokens, dtype=dtype
+        )
+        contenders = {
+            "plain": step(loss=ValueModel.loss, checkpointing=True),
+            "ours": step(loss=value_loss, checkpointing=True),
+            "ours, no gradient checkpointing": step(loss=value_loss, checkpointing=False),
+        }
         results = compare(contenders, device, args.rounds, 1)
         print(f"A {value} value network on a {base} base\n\n{show(results, tokens)}\n", flush=True)
-        numbers["pairs"][f"{value} on {base}"] = {name: vars(result) for name, result in results.items()}
+        numbers["pairs"][f"{value} on {base}"] = {
+            name: vars(result) for name, result in results.items()
+        }
         save(args.json, numbers)
 
 

@@ -29,12 +29,20 @@ from run.cli import ArgumentParser, positive_int, run_cli
 from run.plug import guide_mapped
 from sample import Guided, MappedGuided, generate
 
-SIZES = {200: (64, 64), 2000: (4, 32)}  # value tokens in a text; how many such texts for the slow loops, and for the fast path
+SIZES = {
+    200: (64, 64),
+    2000: (4, 32),
+}  # value tokens in a text; how many such texts for the slow loops, and for the fast path
 EDITDISTANCE, REMEMBERING = "loop, editdistance in each cell", "loop, distances remembered"
 ONE_AT_A_TIME, ALL_AT_ONCE = "fast, one at a time", "fast, all at once"
 CONTENDERS = [EDITDISTANCE, REMEMBERING, ONE_AT_A_TIME, ALL_AT_ONCE]
-FAMILIES = {"no map": "tiny-l", "pieces, other tokens": "tiny-b-l", "pieces, shorter tokens": "tiny-c-l",
-            "paper, other tokens": "tiny-b-l", "paper, shorter tokens": "tiny-c-l"}
+FAMILIES = {
+    "no map": "tiny-l",
+    "pieces, other tokens": "tiny-b-l",
+    "pieces, shorter tokens": "tiny-c-l",
+    "paper, other tokens": "tiny-b-l",
+    "paper, shorter tokens": "tiny-c-l",
+}
 
 # ---------------------------------------------------------------------------------------------------------
 # Algorithm 1
@@ -47,7 +55,11 @@ def corpus(tokenizers: list[str], texts: Path | None) -> tuple[Tokenizer, Tokeni
         return base, value, read_texts(texts)
     world = World(0)
     documents = world.documents(random.Random("bench"))
-    return world.tokenizer_for("tiny-b-m"), world.tokenizer_for("tiny-m"), [next(documents) for _ in range(6000)]
+    return (
+        world.tokenizer_for("tiny-b-m"),
+        world.tokenizer_for("tiny-m"),
+        [next(documents) for _ in range(6000)],
+    )
 
 
 def joined(texts: list[str], tokenizer: Tokenizer, size: int) -> list[list[str]]:
@@ -58,7 +70,7 @@ def joined(texts: list[str], tokenizer: Tokenizer, size: int) -> list[list[str]]
         length += len(tokenizer.encode(text))
         if length >= size:
             long = "\n\n".join(parts)
-            together.append(long[:len(long) * size // length])
+            together.append(long[: len(long) * size // length])
             parts, length = [], 0
     return together
 
@@ -66,6 +78,7 @@ def joined(texts: list[str], tokenizer: Tokenizer, size: int) -> list[list[str]]
 def by_editdistance(a: bytes, b: bytes) -> float:
     """vocab_map.piece_cost as the authors have it: computed anew for each cell."""
     import editdistance
+
     distance = editdistance.eval(a, b)
     return distance * 0.1 if a in b or b in a else float(distance)
 
@@ -77,7 +90,7 @@ def texts_of(how: str, size: int) -> int:
 def aligning(how: str, size: int, source: tuple[list[str], Path | None]) -> Callable[[], None]:
     """A step that aligns texts of a size: as many as texts_of says."""
     base, value, texts = corpus(*source)
-    texts = joined(texts, value, size)[:texts_of(how, size)]
+    texts = joined(texts, value, size)[: texts_of(how, size)]
     if len(texts) < texts_of(how, size):
         raise ValueError(f"too few texts for {texts_of(how, size)} of {size} tokens")
     pieces = pieces_of(base, texts), pieces_of(value, texts)
@@ -108,7 +121,15 @@ def pieces_of(tokenizer: Tokenizer, texts: list[str]) -> list[list[bytes]]:
 
 
 def show_alignment(results: dict[str, Result], size: int) -> str:
-    rows = [["", "ms a text (range)", "times faster than editdistance", "than the remembering loop", "MB more at the peak"]]
+    rows = [
+        [
+            "",
+            "ms a text (range)",
+            "times faster than editdistance",
+            "than the remembering loop",
+            "MB more at the peak",
+        ]
+    ]
     slow, loop = results[EDITDISTANCE], results[REMEMBERING]
     for name, result in results.items():
         result.seconds = [seconds / texts_of(name, size) for seconds in result.seconds]
@@ -134,7 +155,11 @@ def counting(how: str, source: tuple[list[str], Path | None]) -> Callable[[], No
 def decoding(name: str, home: Path, batch: int) -> tuple[Guided, list[list[int]]]:
     """A base with the value network from tiny-m in it, and prompts."""
     folders = home / FAMILIES[name], home / "value-residual-tiny-m"
-    base, value, world = Llama.from_pretrained(folders[0]), ValueModel.from_pretrained(folders[1]), world_of(folders[0])
+    base, value, world = (
+        Llama.from_pretrained(folders[0]),
+        ValueModel.from_pretrained(folders[1]),
+        world_of(folders[0]),
+    )
     base_tokenizer, tokenizer = map(load_tokenizer, folders)
     how = name.partition(",")[0]
     items = world.fact_items("development")[:batch]
@@ -142,7 +167,9 @@ def decoding(name: str, home: Path, batch: int) -> tuple[Guided, list[list[int]]
     if how == "no map":
         return Guided(base, value), prompts
     texts = read_texts(home / "demonstrations.jsonl") if how == "paper" else None
-    return guide_mapped(base, value, vocab_map.build(base_tokenizer, tokenizer, how, texts, align_all)), prompts
+    return guide_mapped(
+        base, value, vocab_map.build(base_tokenizer, tokenizer, how, texts, align_all)
+    ), prompts
 
 
 def decode(name: str, home: Path, batch: int, tokens: int) -> Callable[[], None]:
@@ -160,7 +187,14 @@ def show_decoding(results: dict[str, Result], passes: dict[str, float], tokens: 
         if result.failure:
             rows.append([name, result.failure, "", ""])
             continue
-        rows.append([name, times(result), ratio(results["no map"], result) if name != "no map" else "", f"{passes[name]:.2f}"])
+        rows.append(
+            [
+                name,
+                times(result),
+                ratio(results["no map"], result) if name != "no map" else "",
+                f"{passes[name]:.2f}",
+            ]
+        )
     return table(rows)
 
 
@@ -168,8 +202,15 @@ def main():
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--base-tokenizer", metavar="A", help="a file or a checkpoint folder")
     parser.add_argument("--value-tokenizer", metavar="B", help="another")
-    parser.add_argument("--texts", type=Path, metavar="FILE", help="texts as vocab_map.py takes them")
-    parser.add_argument("--decode", type=Path, metavar="HOME", help="time decoding instead, with the networks in this folder")
+    parser.add_argument(
+        "--texts", type=Path, metavar="FILE", help="texts as vocab_map.py takes them"
+    )
+    parser.add_argument(
+        "--decode",
+        type=Path,
+        metavar="HOME",
+        help="time decoding instead, with the networks in this folder",
+    )
     parser.add_argument("--rounds", type=positive_int, default=3, help="(default 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     args = parser.parse_args()
@@ -179,32 +220,75 @@ def main():
     numbers = {"device": describe("cpu")}
     print(f"{describe('cpu')}\n")
     if args.decode:
-        if missing := [name for name in [*FAMILIES.values(), "value-residual-tiny-m"] if not (args.decode / name).is_dir()]:
-            raise UsageError(f"{args.decode / missing[0]}: not there; `python -m paper --seeds 1` makes it")
+        if missing := [
+            name
+            for name in [*FAMILIES.values(), "value-residual-tiny-m"]
+            if not (args.decode / name).is_dir()
+        ]:
+            raise UsageError(
+                f"{args.decode / missing[0]}: not there; `python -m paper --seeds 1` makes it"
+            )
         tokens = 16
         for batch in (1, 32):
             passes = {}
             for name in FAMILIES:
                 guided, prompts = decoding(name, args.decode, batch)
                 generate(guided, prompts, max_new_tokens=tokens, stop_ids=set())
-                passes[name] = guided.base_tokens_read / guided.value_tokens_asked if isinstance(guided, MappedGuided) else 1.0
-            step = functools.partial(functools.partial, decode, home=args.decode, batch=batch, tokens=tokens)
+                passes[name] = (
+                    guided.base_tokens_read / guided.value_tokens_asked
+                    if isinstance(guided, MappedGuided)
+                    else 1.0
+                )
+            step = functools.partial(
+                functools.partial, decode, home=args.decode, batch=batch, tokens=tokens
+            )
             results = compare({name: step(name) for name in FAMILIES}, "cpu", args.rounds, 4)
-            print(f"Decoding {tokens} tokens of {batch} answers at a time, one thread\n\n"
-                  f"{show_decoding(results, passes, tokens)}\n", flush=True)
-            numbers[f"batch {batch}"] = {name: vars(result) | {"base passes": passes[name]} for name, result in results.items()}
+            print(
+                f"Decoding {tokens} tokens of {batch} answers at a time, one thread\n\n"
+                f"{show_decoding(results, passes, tokens)}\n",
+                flush=True,
+            )
+            numbers[f"batch {batch}"] = {
+                name: vars(result) | {"base passes": passes[name]}
+                for name, result in results.items()
+            }
     else:
         source = (real[:2], args.texts)
         for size, counts in SIZES.items():
-            results = compare({how: functools.partial(aligning, how, size, source) for how in CONTENDERS}, "cpu", args.rounds, 1)
-            print(f"Aligning texts of about {size} tokens, {counts[0]} by the loops and {counts[1]} by the fast path\n\n"
-                  f"{show_alignment(results, size)}\n", flush=True)
+            results = compare(
+                {how: functools.partial(aligning, how, size, source) for how in CONTENDERS},
+                "cpu",
+                args.rounds,
+                1,
+            )
+            print(
+                f"Aligning texts of about {size} tokens, {counts[0]} by the loops and {counts[1]} by the fast path\n\n"
+                f"{show_alignment(results, size)}\n",
+                flush=True,
+            )
             numbers[f"{size} tokens"] = {name: vars(result) for name, result in results.items()}
-        results = compare({how: functools.partial(counting, how, source) for how in ("paper", "offsets", "pieces")}, "cpu", 1, 1)
+        results = compare(
+            {
+                how: functools.partial(counting, how, source)
+                for how in ("paper", "offsets", "pieces")
+            },
+            "cpu",
+            1,
+            1,
+        )
         rows = [["", "seconds", "again", "MB more at the peak"]]
         for how, result in results.items():
-            rows.append([f"--how {how}", f"{result.first:.1f}", f"{result.median:.1f}", f"{result.growth / 1e6:.0f}"])
-        print(f"Making a map from {args.texts or 'the texts of a tiny world'}, all of it\n\n{table(rows)}\n")
+            rows.append(
+                [
+                    f"--how {how}",
+                    f"{result.first:.1f}",
+                    f"{result.median:.1f}",
+                    f"{result.growth / 1e6:.0f}",
+                ]
+            )
+        print(
+            f"Making a map from {args.texts or 'the texts of a tiny world'}, all of it\n\n{table(rows)}\n"
+        )
         numbers["whole"] = {name: vars(result) for name, result in results.items()}
     save(args.json, numbers)
 

@@ -49,9 +49,13 @@ class Attribution:
     lowered: Moved  # that lost most
 
 
-def attribute(z_base: Tensor, z_delta: Tensor, token: int, alpha: float = 1.0, count: int = 4) -> Attribution:
+def attribute(
+    z_base: Tensor, z_delta: Tensor, token: int, alpha: float = 1.0, count: int = 4
+) -> Attribution:
     """Who decided on `token`, which was picked by z_base (Vb,) and z_delta (Vv,); `count` raised and lowered ones at most."""
-    z_post = combine(z_base, z_delta, alpha).float()  # (Vb,), rounded as in decoding, where half precision can make ties
+    z_post = combine(
+        z_base, z_delta, alpha
+    ).float()  # (Vb,), rounded as in decoding, where half precision can make ties
     z_base = z_base.float()  # (Vb,)
     z_delta = combine(torch.zeros_like(z_base), z_delta.float(), alpha)  # (Vb,)
     log_base, log_post = z_base.log_softmax(-1), z_post.log_softmax(-1)
@@ -70,20 +74,39 @@ def attribute(z_base: Tensor, z_delta: Tensor, token: int, alpha: float = 1.0, c
         return [(id, p_base[id].item(), p_post[id].item(), z_delta[id].item()) for id in ids]
 
     kl = torch.where(p_post > 0, p_post * (log_post - log_base), 0.0).sum().clamp(min=0).item()
-    return Attribution(token, decided, base_token, p_base[token].item(), p_post[token].item(), z_delta[token].item(),
-                       z_delta.abs().mean().item(), kl, int(z_delta.argmax()), moved(1), moved(-1))
+    return Attribution(
+        token,
+        decided,
+        base_token,
+        p_base[token].item(),
+        p_post[token].item(),
+        z_delta[token].item(),
+        z_delta.abs().mean().item(),
+        kl,
+        int(z_delta.argmax()),
+        moved(1),
+        moved(-1),
+    )
 
 
 def attribute_last(guided, token: int) -> Attribution:
     """Who decided on `token`, which was picked after the last step of a guided base (sample.Guided) in the first row."""
-    return attribute(guided.z_base[0, -1, :guided.readable], guided.z_delta[0, -1], token, guided.alpha)
+    return attribute(
+        guided.z_base[0, -1, : guided.readable], guided.z_delta[0, -1], token, guided.alpha
+    )
 
 
 def explain(speaker, text: str, args) -> list[Attribution]:
     """The answer to one question of a run.plug.Speaker, token by token."""
     from run.show import answer
+
     records: list[Attribution] = []
-    answer(speaker, [("user", text)], args, lambda _, token: records.append(attribute_last(speaker.guided, token)))
+    answer(
+        speaker,
+        [("user", text)],
+        args,
+        lambda _, token: records.append(attribute_last(speaker.guided, token)),
+    )
     return records
 
 
@@ -101,14 +124,42 @@ def token_name(tokenizer: Tokenizer, token: int) -> str:
 
 def print_attributions(tokenizer: Tokenizer, records: list[Attribution], guide: str) -> None:
     """A line for each token, those at which the guide decided with a mark."""
-    def moved(each: Moved) -> str:
-        return ", ".join(f"{token_name(tokenizer, id)} {after - before:+.2f}" for id, before, after, _ in each[:2])
 
-    rows = [["", "said", "base alone", "decided", "p base", "p both", "z_delta", "|z_delta|", "raised", "lowered"]]
+    def moved(each: Moved) -> str:
+        return ", ".join(
+            f"{token_name(tokenizer, id)} {after - before:+.2f}"
+            for id, before, after, _ in each[:2]
+        )
+
+    rows = [
+        [
+            "",
+            "said",
+            "base alone",
+            "decided",
+            "p base",
+            "p both",
+            "z_delta",
+            "|z_delta|",
+            "raised",
+            "lowered",
+        ]
+    ]
     for each in records:
-        rows.append(["*" * (each.decided == "value"), token_name(tokenizer, each.token), token_name(tokenizer, each.base_token),
-                     each.decided, f"{each.p_base:.3f}", f"{each.p_post:.3f}", f"{each.z_delta:+.1f}", f"{each.size:.1f}",
-                     moved(each.raised), moved(each.lowered)])
+        rows.append(
+            [
+                "*" * (each.decided == "value"),
+                token_name(tokenizer, each.token),
+                token_name(tokenizer, each.base_token),
+                each.decided,
+                f"{each.p_base:.3f}",
+                f"{each.p_post:.3f}",
+                f"{each.z_delta:+.1f}",
+                f"{each.size:.1f}",
+                moved(each.raised),
+                moved(each.lowered),
+            ]
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("    " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
@@ -117,7 +168,9 @@ def print_attributions(tokenizer: Tokenizer, records: list[Attribution], guide: 
 
 def count_decisions(records: list[Attribution], guide: str) -> str:
     """In words; `guide` is what guides: the value network, or proxy tuning."""
-    base, value, chance = [sum(each.decided == who for each in records) for who in ("base", "value", "chance")]
+    base, value, chance = [
+        sum(each.decided == who for each in records) for who in ("base", "value", "chance")
+    ]
     by_chance = f", chance chose {chance}" if chance else ""
     return f"of {len(records)} tokens the base agreed with {base}, {guide} overruled it at {value}{by_chance}"
 
@@ -160,8 +213,11 @@ td, th + th { text-align: right; }
 td:first-child { text-align: left; font-family: ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 """
 
-DECIDED = {"base": "the base alone would have said the same", "value": "{guide} overruled the base",
-           "chance": "drawn by chance: the first choice of neither"}
+DECIDED = {
+    "base": "the base alone would have said the same",
+    "value": "{guide} overruled the base",
+    "chance": "drawn by chance: the first choice of neither",
+}
 
 
 def share(p: float) -> str:
@@ -169,46 +225,64 @@ def share(p: float) -> str:
 
 
 def moved(head: str, each: Moved, name) -> str:
-    rows = "".join(f"<tr><td>{name(token)}<td>{share(before)}<td>{share(after)}<td>{z_delta:+.1f}"
-                   for token, before, after, z_delta in each)
+    rows = "".join(
+        f"<tr><td>{name(token)}<td>{share(before)}<td>{share(after)}<td>{z_delta:+.1f}"
+        for token, before, after, z_delta in each
+    )
     return f"<table><tr><th>{head}<th>base<th>both<th>z_delta{rows}</table>" if rows else ""
 
 
 def detail(each: Attribution, tokenizer: Tokenizer, guide: str, classes: str = "") -> str:
     """The numbers of one token."""
+
     def name(token: int) -> str:
         return html.escape(token_name(tokenizer, token))
 
-    first = "" if each.decided == "base" else f"<dt>the base alone would say<dd>{name(each.base_token)}"
-    return (f'<span class="detail{classes}"><h3>{name(each.token)}</h3>{DECIDED[each.decided].format(guide=guide)}<dl>{first}'
-            f"<dt>its probability, base alone<dd>{share(each.p_base)}<dt>and with z_delta<dd>{share(each.p_post)}"
-            f"<dt>its z_delta<dd>{each.z_delta:+.2f}<dt>largest z_delta, likely or not<dd>{name(each.pushed)}"
-            f"<dt>mean |z_delta|<dd>{each.size:.2f}<dt>KL(both, base)<dd>{each.kl:.2f} nats</dl>"
-            f"{moved('raised', each.raised, name)}{moved('lowered', each.lowered, name)}</span>")
+    first = (
+        "" if each.decided == "base" else f"<dt>the base alone would say<dd>{name(each.base_token)}"
+    )
+    return (
+        f'<span class="detail{classes}"><h3>{name(each.token)}</h3>{DECIDED[each.decided].format(guide=guide)}<dl>{first}'
+        f"<dt>its probability, base alone<dd>{share(each.p_base)}<dt>and with z_delta<dd>{share(each.p_post)}"
+        f"<dt>its z_delta<dd>{each.z_delta:+.2f}<dt>largest z_delta, likely or not<dd>{name(each.pushed)}"
+        f"<dt>mean |z_delta|<dd>{each.size:.2f}<dt>KL(both, base)<dd>{each.kl:.2f} nats</dl>"
+        f"{moved('raised', each.raised, name)}{moved('lowered', each.lowered, name)}</span>"
+    )
 
 
 def shown_text(tokenizer: Tokenizer, each: Attribution) -> str:
     """A token in running text: its own characters, with names for what has none and a mark for line breaks."""
     text = tokenizer.token_bytes(each.token).decode("utf-8", "replace")
-    return html.escape(text.replace("\n", "↵\n") if text.strip(" ") else token_name(tokenizer, each.token))
+    return html.escape(
+        text.replace("\n", "↵\n") if text.strip(" ") else token_name(tokenizer, each.token)
+    )
 
 
 def tokens_html(tokenizer: Tokenizer, records: list[Attribution], guide: str) -> str:
     """The answer as one span a token: coloured by who decided, with a bar for how far z_delta moved the base."""
-    return "".join(f'<span tabindex="0" class="token {each.decided}" style="--kl:{min(100, 100 * each.kl / FULL_BAR):.0f}%">'
-                   f"{shown_text(tokenizer, each)}{detail(each, tokenizer, guide)}</span><wbr>" for each in records)
+    return "".join(
+        f'<span tabindex="0" class="token {each.decided}" style="--kl:{min(100, 100 * each.kl / FULL_BAR):.0f}%">'
+        f"{shown_text(tokenizer, each)}{detail(each, tokenizer, guide)}</span><wbr>"
+        for each in records
+    )
 
 
-def page(title: str, tokenizer: Tokenizer, answers: list[tuple[str, str, list[Attribution]]],
-         guide: str = "the value network") -> str:
+def page(
+    title: str,
+    tokenizer: Tokenizer,
+    answers: list[tuple[str, str, list[Attribution]]],
+    guide: str = "the value network",
+) -> str:
     """The whole file, from questions, what the base alone answers, and the guided answer token by token.
 
     Until a token is pointed at, the numbers of the one that z_delta moved most stand at the side.
     """
-    sections = "".join(f'<h2>{html.escape(question)}</h2>'
-                       f'<p class="alone"><span class="faint">the base alone:</span> {html.escape(alone)}'
-                       f'<div class="tokens">{tokens_html(tokenizer, records, guide)}</div><p class="faint">{count_decisions(records, guide)}'
-                       for question, alone, records in answers)
+    sections = "".join(
+        f"<h2>{html.escape(question)}</h2>"
+        f'<p class="alone"><span class="faint">the base alone:</span> {html.escape(alone)}'
+        f'<div class="tokens">{tokens_html(tokenizer, records, guide)}</div><p class="faint">{count_decisions(records, guide)}'
+        for question, alone, records in answers
+    )
     everything = [each for _, _, records in answers for each in records]
     words = [each for each in everything if tokenizer.token_bytes(each.token).strip()] or everything
     most = max(words, key=lambda each: each.kl)
@@ -228,7 +302,9 @@ def page(title: str, tokenizer: Tokenizer, answers: list[tuple[str, str, list[At
 def find_browser() -> str:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
-        raise UsageError(f"--screenshot needs Chromium, and none of {', '.join(BROWSERS)} is installed")
+        raise UsageError(
+            f"--screenshot needs Chromium, and none of {', '.join(BROWSERS)} is installed"
+        )
     return browser
 
 
@@ -236,14 +312,24 @@ def screenshot(file: Path, picture: Path, height: int) -> None:
     """A picture of a page, by headless Chromium. UsageError where there is none or it fails."""
     browser = find_browser()
     with tempfile.TemporaryDirectory() as profile:
-        command = [browser, "--headless", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}",
-                   f"--window-size={WIDTH},{height}", f"--screenshot={profile}/picture.png", file.resolve().as_uri()]
+        command = [
+            browser,
+            "--headless",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--user-data-dir={profile}",
+            f"--window-size={WIDTH},{height}",
+            f"--screenshot={profile}/picture.png",
+            file.resolve().as_uri(),
+        ]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             command.insert(1, "--no-sandbox")  # Chromium refuses to sandbox itself as root
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         except subprocess.TimeoutExpired:
-            raise UsageError(f"--screenshot: {Path(browser).name} took longer than two minutes") from None
+            raise UsageError(
+                f"--screenshot: {Path(browser).name} took longer than two minutes"
+            ) from None
         taken = Path(profile, "picture.png")
         if done.returncode or not taken.is_file():
             said = done.stderr.strip().splitlines() or ["without a word"]
@@ -255,13 +341,17 @@ def screenshot(file: Path, picture: Path, height: int) -> None:
 def questions_of(world) -> list[str]:
     """A question of the tiny world for each of its instructions."""
     items = world.fact_items("development")
-    return [prompt_text(next(item for item in items if item.instruction == instruction)) for instruction in INSTRUCTIONS]
+    return [
+        prompt_text(next(item for item in items if item.instruction == instruction))
+        for instruction in INSTRUCTIONS
+    ]
 
 
 def main():
     from run.arguments import page_arguments
     from run.plug import plug_in
     from run.show import answer
+
     args = page_arguments(__doc__)
     if args.screenshot:
         find_browser()  # before any work
@@ -281,4 +371,5 @@ def main():
 
 if __name__ == "__main__":
     from run.cli import run_cli
+
     run_cli(main)

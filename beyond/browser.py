@@ -25,14 +25,25 @@ class Browser:
 
     def __init__(self, address: str, width: int, height: int):
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        command = [find_browser(), "--headless", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe",
-                   f"--user-data-dir={self.profile.name}"]
+        command = [
+            find_browser(),
+            "--headless",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={self.profile.name}",
+        ]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             command.append("--no-sandbox")  # Chromium refuses to sandbox itself as root
         reads, self.commands = os.pipe()
         self.answers, writes = os.pipe()
         null = os.open(os.devnull, os.O_WRONLY)
-        files = [(reads, 3), (writes, 4), (null, 1), (null, 2)]  # it reads commands from 3, and answers on 4
+        files = [
+            (reads, 3),
+            (writes, 4),
+            (null, 1),
+            (null, 2),
+        ]  # it reads commands from 3, and answers on 4
         actions = [(os.POSIX_SPAWN_DUP2, ours, theirs) for ours, theirs in files]
         self.process = os.posix_spawn(command[0], command, os.environ, file_actions=actions)
         os.close(null)
@@ -42,7 +53,11 @@ class Browser:
         self.session = {}  # what a command says to be about the page
         self.unread = b""  # the beginning of the next message
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        self.session = {
+            "sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)[
+                "sessionId"
+            ]
+        }
         self.resize(width, height)
         self.call("Page.navigate", url=address)
 
@@ -65,11 +80,19 @@ class Browser:
 
     def resize(self, width: int, height: int) -> None:
         """In pixels of the page."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
 
     def evaluate(self, script: str):
         """The value of a JavaScript expression in the page; None where it has none yet."""
-        return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+        return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get(
+            "value"
+        )
 
     def wait_for(self, script: str) -> None:
         """Until an expression is true in the page."""

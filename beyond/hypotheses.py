@@ -32,7 +32,9 @@ from vocab_map import VocabMap
 
 FLOOR = 1e-12  # the least P(v): what the base rules out can still be said if z_delta outbids log(1e-12) = -27.6
 HYPOTHESES, EXPANSIONS = 3, 8  # contexts of one text; base tokens read for paths in one step
-MARGIN = 5.0  # nats below the best within which a path is worth reading when sampling; 0 when greedy
+MARGIN = (
+    5.0  # nats below the best within which a path is worth reading when sampling; 0 when greedy
+)
 UNLIKELY = 30.0  # nats below the best at which a hypothesis is not worth a pass
 
 Tokens = tuple[int, ...]
@@ -84,9 +86,15 @@ class Tables:
         order = sorted((pieces, token) for token, pieces in enumerate(vocab_map.pieces) if pieces)
         self.pieces = [pieces for pieces, _ in order]
         self.tokens = torch.tensor([token for _, token in order], device=device)  # (n,)
-        self.lengths = torch.tensor([len(pieces) for pieces in self.pieces], device=device)  # (n,), in pieces
-        self.flat = torch.tensor([piece for pieces in self.pieces for piece in pieces], device=device)
-        self.starts = self.lengths.cumsum(0) - self.lengths  # (n,), where each one's pieces begin in `flat`
+        self.lengths = torch.tensor(
+            [len(pieces) for pieces in self.pieces], device=device
+        )  # (n,), in pieces
+        self.flat = torch.tensor(
+            [piece for pieces in self.pieces for piece in pieces], device=device
+        )
+        self.starts = (
+            self.lengths.cumsum(0) - self.lengths
+        )  # (n,), where each one's pieces begin in `flat`
         # special tokens, and rows beyond the tokenizer's, say nothing
         self.silent = torch.ones(base.config.vocab_size, dtype=torch.bool, device=device)
         self.silent[self.tokens] = False
@@ -94,11 +102,17 @@ class Tables:
         # value tokens that take several base tokens
         spelled = [(value, path) for value, path in enumerate(vocab_map.paths) if len(path) > 1]
         self.path_of = dict(spelled)
-        self.path_value = torch.tensor([value for value, _ in spelled], dtype=torch.long, device=device)  # (paths,)
-        self.path_length = torch.tensor([len(path) for _, path in spelled], device=device)  # (paths,)
+        self.path_value = torch.tensor(
+            [value for value, _ in spelled], dtype=torch.long, device=device
+        )  # (paths,)
+        self.path_length = torch.tensor(
+            [len(path) for _, path in spelled], device=device
+        )  # (paths,)
         longest = max((len(path) for _, path in spelled), default=1)
         padded = [path + (-1,) * (longest - len(path)) for _, path in spelled]
-        self.paths = torch.tensor(padded, dtype=torch.long, device=device).view(-1, longest)  # (paths, longest)
+        self.paths = torch.tensor(padded, dtype=torch.long, device=device).view(
+            -1, longest
+        )  # (paths, longest)
 
     def range_of(self, pending: Tokens) -> slice:
         """Where the base tokens that begin with these pieces stand in sorted order."""
@@ -122,7 +136,9 @@ class Text:
         self.found: dict[Tokens, Context] = {}
         self.path_weight: dict[int, float] = {}
 
-    def log_p(self, z_delta: Tensor, sampling: bool) -> Generator[list[Wish], list[Context], Tensor]:
+    def log_p(
+        self, z_delta: Tensor, sampling: bool
+    ) -> Generator[list[Wish], list[Context], Tensor]:
         """log P of the next value token, (Vv,), floored; z_delta (Vv,), times alpha, tells which paths have a chance."""
         P = self.mass()  # (Vv,)
         total = P.sum().clamp(min=1e-30)
@@ -145,15 +161,18 @@ class Text:
             P.index_add_(0, tables.flat[at], p)
         return P
 
-    def spell_paths(self, P: Tensor, exact: Context, log_total: float, z_delta: Tensor, sampling: bool
-                    ) -> Generator[list[Wish], list[Context], None]:
+    def spell_paths(
+        self, P: Tensor, exact: Context, log_total: float, z_delta: Tensor, sampling: bool
+    ) -> Generator[list[Wish], list[Context], None]:
         """Raise P (Vv,) of value tokens that take several base tokens, those first that may yet win.
 
         What has been read of a path, with z_delta, bounds what its token can reach. While a bound beats
         the best so far, the base reads one token more of that path.
         """
         tables, paths = self.tables, self.tables.paths
-        scored = (exact.log_p + (exact.weight - log_total))[paths[:, 0]]  # (paths,), log p of the part that is read
+        scored = (exact.log_p + (exact.weight - log_total))[
+            paths[:, 0]
+        ]  # (paths,), log p of the part that is read
         depth = torch.ones_like(scored, dtype=torch.long)  # (paths,), how long that part is
         z = z_delta[tables.path_value]  # (paths,)
         best = (P.clamp(min=FLOOR).log() + z_delta).max()
@@ -167,12 +186,12 @@ class Text:
             if bound <= best - margin:
                 break
             # the base reads one token more of it
-            prefix = tuple(paths[path, :depth[path]].tolist())
+            prefix = tuple(paths[path, : depth[path]].tolist())
             [child] = yield [(self.found[prefix[:-1]], [prefix[-1]])]
             child.weight = scored[path].item() + log_total
             self.found[prefix] = child
             # which serves all paths that begin in this way
-            begins = (paths[:, :len(prefix)] == torch.tensor(prefix, device=paths.device)).all(-1)
+            begins = (paths[:, : len(prefix)] == torch.tensor(prefix, device=paths.device)).all(-1)
             same = begins & (depth == len(prefix)) & (tables.path_length > len(prefix))  # (paths,)
             scored[same] += child.log_p[paths[same, len(prefix)]]
             depth[same] += 1
@@ -187,7 +206,10 @@ class Text:
     def push(self, value: int) -> Generator[list[Wish], list[Context], int]:
         """Take the value token that the text goes on with into its contexts; returns how many base tokens were read."""
         self.written.append(value)
-        waiting, options = [], []  # contexts that wait for more pieces, and base tokens that could be read now
+        waiting, options = (
+            [],
+            [],
+        )  # contexts that wait for more pieces, and base tokens that could be read now
         for context in self.contexts:
             waiting += self.still_pending(context, value)
             options += self.whole_tokens(context, value)
@@ -200,23 +222,32 @@ class Text:
         kept = [(score, context) for score, context in waiting if score >= least]
         wanted = [option for option in options if option[0] >= least]
         pending: Tokens = ()
-        if not kept and not wanted:  # no base token fits what was written: read it again as the base would cut it
+        if (
+            not kept and not wanted
+        ):  # no base token fits what was written: read it again as the base would cut it
             context, tokens, pending = self.read_again()
             wanted = [(0.0, context, tokens)]
         if wanted:
             children = yield [(context, tokens) for _, context, tokens in wanted]
-            kept += [(score, replace(child, weight=score, pending=pending))
-                     for (score, _, _), child in zip(wanted, children)]
+            kept += [
+                (score, replace(child, weight=score, pending=pending))
+                for (score, _, _), child in zip(wanted, children)
+            ]
         kept.sort(key=lambda each: -each[0])
         top = kept[0][0]
-        self.contexts = [replace(context, weight=context.weight - top) for _, context in kept[:HYPOTHESES]]
+        self.contexts = [
+            replace(context, weight=context.weight - top) for _, context in kept[:HYPOTHESES]
+        ]
         return sum(len(tokens) for _, _, tokens in wanted)
 
     def weights(self, context: Context, pending: Tokens) -> tuple[slice, Tensor, Tensor]:
         """Base tokens that begin with these pieces: where, how likely, and whether they are longer."""
         here = self.tables.range_of(pending)
-        return (here, context.log_p[self.tables.tokens[here]] + context.weight,
-                self.tables.lengths[here] > len(pending))
+        return (
+            here,
+            context.log_p[self.tables.tokens[here]] + context.weight,
+            self.tables.lengths[here] > len(pending),
+        )
 
     def still_pending(self, context: Context, value: int) -> list[tuple[float, Context]]:
         """The context as it is, if some base token goes on beyond what is now pending; the log of what can still come."""
@@ -237,17 +268,25 @@ class Text:
     def rest_of_path(self, value: int) -> tuple[float, Context, list[int]]:
         """The path of a value token that was spelled out, behind what of it has been read."""
         path = self.tables.path_of[value]
-        read = max((prefix for prefix in self.found if prefix == path[:len(prefix)]), key=len)
-        return self.path_weight[value], self.found[read], list(path[len(read):])
+        read = max((prefix for prefix in self.found if prefix == path[: len(prefix)]), key=len)
+        return self.path_weight[value], self.found[read], list(path[len(read) :])
 
     def read_again(self) -> tuple[Context, list[int], Tokens]:
         """The text so far as the base's tokenizer cuts it: a context cropped to what stays the same, the tokens behind it
         (at least one), and value tokens that end in half a character."""
         (tokens, withheld), context = self.map.in_base_tokens(self.written), self.contexts[0]
         same = 0
-        while same < min(len(tokens) - 1, len(context.tokens)) and tokens[same] == context.tokens[same]:
+        while (
+            same < min(len(tokens) - 1, len(context.tokens))
+            and tokens[same] == context.tokens[same]
+        ):
             same += 1
-        cropped = replace(context, tokens=tokens[:same], keys=context.keys[:, :, :same], values=context.values[:, :, :same])
+        cropped = replace(
+            context,
+            tokens=tokens[:same],
+            keys=context.keys[:, :, :same],
+            values=context.values[:, :, :same],
+        )
         return cropped, tokens[same:], tuple(withheld)
 
 
@@ -258,7 +297,14 @@ class Text:
 class Hypotheses(MappedGuided):
     """MappedGuided by hypotheses and spelled paths instead of Eq. (5). `sampling` reads more paths than greedy needs."""
 
-    def __init__(self, base: Llama, value: ValueModel, vocab_map: VocabMap, alpha: float = 1.0, sampling: bool = False):
+    def __init__(
+        self,
+        base: Llama,
+        value: ValueModel,
+        vocab_map: VocabMap,
+        alpha: float = 1.0,
+        sampling: bool = False,
+    ):
         super().__init__(base, value, vocab_map, alpha)
         self.sampling = sampling
         self.tables = Tables(vocab_map, base, value.vocab_size)
@@ -269,7 +315,9 @@ class Hypotheses(MappedGuided):
         self.texts = [Text(self.tables, self.map, prompt) for prompt in prompts]
         empty = KVCache(self.base, 1, 0)
         nothing = Context([], empty.keys[:, 0], empty.values[:, 0], torch.empty(0))
-        contexts = self.read_base([(nothing, self.map.in_base_tokens(prompt)[0]) for prompt in prompts])
+        contexts = self.read_base(
+            [(nothing, self.map.in_base_tokens(prompt)[0]) for prompt in prompts]
+        )
         for text, context in zip(self.texts, contexts):
             text.contexts = [context]
 
@@ -278,7 +326,9 @@ class Hypotheses(MappedGuided):
         return torch.stack(together(wanted, self.read_counted))
 
     def push(self, tokens: list[int]) -> None:
-        self.base_tokens_read += sum(together([text.push(token) for text, token in zip(self.texts, tokens)], self.read_base))
+        self.base_tokens_read += sum(
+            together([text.push(token) for text, token in zip(self.texts, tokens)], self.read_base)
+        )
 
     def read_counted(self, wishes: list[Wish]) -> list[Context]:
         self.base_tokens_read += len(wishes)  # of one token each
@@ -296,17 +346,26 @@ class Hypotheses(MappedGuided):
             cache.keys[:, row, :, :length] = parent.keys
             cache.values[:, row, :, :length] = parent.values
             cache.lengths[row] = length
-            padded[row, :len(tokens)] = torch.tensor(tokens)
+            padded[row, : len(tokens)] = torch.tensor(tokens)
         cache.look()
         hidden = self.base.model(padded.to(self.base.device), cache)  # (rows, T, D)
-        last = torch.stack([hidden[row, len(tokens) - 1] for row, (_, tokens) in enumerate(wishes)])  # (rows, D)
+        last = torch.stack(
+            [hidden[row, len(tokens) - 1] for row, (_, tokens) in enumerate(wishes)]
+        )  # (rows, D)
         logits = self.base.lm_head(last).float()  # (rows, Vb)
         log_p = logits.masked_fill(self.tables.silent, -torch.inf).log_softmax(-1)
         # and apart again
         children = []
         for row, (parent, tokens) in enumerate(wishes):
             whole = parent.tokens + tokens
-            children.append(Context(whole, cache.keys[:, row, :, :len(whole)], cache.values[:, row, :, :len(whole)], log_p[row]))
+            children.append(
+                Context(
+                    whole,
+                    cache.keys[:, row, :, : len(whole)],
+                    cache.values[:, row, :, : len(whole)],
+                    log_p[row],
+                )
+            )
         return children
 
     def select(self, rows: Tensor) -> None:

@@ -26,7 +26,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote
 
-from beyond.attribution import DECIDED, FULL_BAR, STYLE, WIDTH, Attribution, attribute_last, questions_of, token_name
+from beyond.attribution import (
+    DECIDED,
+    FULL_BAR,
+    STYLE,
+    WIDTH,
+    Attribution,
+    attribute_last,
+    questions_of,
+    token_name,
+)
 from data.checkpoint import name_of
 from data.errors import UsageError
 from data.files import json_fault, replacing
@@ -42,23 +51,37 @@ LONGEST_BODY = 2**16  # bytes
 
 
 def is_question(text) -> bool:
-    return isinstance(text, str) and text.strip() != "" and len(text) <= LONGEST_QUESTION and is_unicode(text)
+    return (
+        isinstance(text, str)
+        and text.strip() != ""
+        and len(text) <= LONGEST_QUESTION
+        and is_unicode(text)
+    )
 
 
 def is_number(value, lowest: float, highest: float, kinds: tuple = (int, float)) -> bool:
-    return type(value) in kinds and lowest <= value <= highest  # a bool is no number here, and nan is in no range
+    return (
+        type(value) in kinds and lowest <= value <= highest
+    )  # a bool is no number here, and nan is in no range
 
 
 def is_prefix(tokens) -> bool:
-    return isinstance(tokens, list) and all(is_number(token, 0, math.inf, (int,)) for token in tokens)
+    return isinstance(tokens, list) and all(
+        is_number(token, 0, math.inf, (int,)) for token in tokens
+    )
 
 
-FIELDS: dict[str, tuple[str, Callable]] = {  # of a question: what each has to be, in words and as a test
+FIELDS: dict[
+    str, tuple[str, Callable]
+] = {  # of a question: what each has to be, in words and as a test
     "question": (f"a text of 1 to {LONGEST_QUESTION} characters", is_question),
     "base": ("one of the bases on the page", lambda name: isinstance(name, str)),
     "alpha": ("a number from -100 to 100", lambda value: is_number(value, -100, 100)),
     "temperature": ("a number from 0 to 100", lambda value: is_number(value, 0, 100)),
-    "seed": ("a whole number from 0 to below 2**32", lambda value: is_number(value, 0, 2**32 - 1, (int,))),
+    "seed": (
+        "a whole number from 0 to below 2**32",
+        lambda value: is_number(value, 0, 2**32 - 1, (int,)),
+    ),
     "prefix": ("a list of tokens", is_prefix),
 }
 
@@ -103,26 +126,39 @@ class Playground:
     def settings(self) -> dict:
         """What the page begins with."""
         first = self.first
-        return {"bases": list(self.bases), "guide": first.guide, "alpha": self.args.alpha, "temperature": self.args.temperature,
-                "seed": self.args.seed, "questions": first_questions(first.world), "full_bar": FULL_BAR,
-                "decided": {who: text.format(guide=first.guide) for who, text in DECIDED.items()}}
+        return {
+            "bases": list(self.bases),
+            "guide": first.guide,
+            "alpha": self.args.alpha,
+            "temperature": self.args.temperature,
+            "seed": self.args.seed,
+            "questions": first_questions(first.world),
+            "full_bar": FULL_BAR,
+            "decided": {who: text.format(guide=first.guide) for who, text in DECIDED.items()},
+        }
 
     def load(self, name: str):
         """The run.plug.Plugged of one of the bases."""
         from run.plug import plug_in
+
         if name not in self.bases:
             raise UsageError(f"base has to be one of {', '.join(self.bases)}")
         if name not in self.loaded:
             value = None if self.args.expert else str(self.first.guide_path)
-            self.loaded[name] = plug_in(Namespace(**vars(self.args) | {"base": str(self.bases[name]), "value": value}))
+            self.loaded[name] = plug_in(
+                Namespace(**vars(self.args) | {"base": str(self.bases[name]), "value": value})
+            )
         return self.loaded[name]
 
-    def answer(self, asked: Namespace, tell: Callable[[dict], None], check: Callable[[], None]) -> None:
+    def answer(
+        self, asked: Namespace, tell: Callable[[dict], None], check: Callable[[], None]
+    ) -> None:
         """Tell a record for each token and, last, what the base alone answers. tell and check raise when nobody listens.
 
         Of an answer that goes on from a prefix, the first record has the text of each token in the prefix.
         """
         from run.show import answer, prepare
+
         plugged = self.load(asked.base)
         speaker, guided, tokenizer = plugged.guided, plugged.guided.guided, plugged.guided.tokenizer
         guided.alpha = asked.alpha
@@ -134,7 +170,9 @@ class Playground:
         prompt, options = prepare(speaker, turns, args)
         options["max_new_tokens"] -= len(asked.prefix)
         if options["max_new_tokens"] < 0 or any(token >= guided.readable for token in asked.prefix):
-            raise UsageError("prefix is longer than an answer may be, or has a token that is never said")
+            raise UsageError(
+                "prefix is longer than an answer may be, or has a token that is never said"
+            )
         decoder = StreamDecoder(tokenizer)
         if asked.prefix:
             tell({"prefix": [decoder.push(token) for token in asked.prefix]})
@@ -155,7 +193,11 @@ def fitting_bases(plugged, args) -> dict[str, Path]:
     if args.vocab_map:  # it is made for that base
         return bases
     family = load_tokenizer(plugged.guide_path)
-    for path in [plugged.own_path, *(plugged.guide_path.parent / name for name in TINY_SIZES), Path("out/smollm2-135m")]:
+    for path in [
+        plugged.own_path,
+        *(plugged.guide_path.parent / name for name in TINY_SIZES),
+        Path("out/smollm2-135m"),
+    ]:
         try:
             if (path / "config.json").is_file() and is_same_family(load_tokenizer(path), family):
                 bases.setdefault(name_of(path), path)
@@ -166,8 +208,17 @@ def fitting_bases(plugged, args) -> dict[str, Path]:
 
 def describe(record: Attribution, tokenizer: Tokenizer, text: str) -> dict:
     """A token for the page: its text, its numbers, and the names of all tokens among them."""
-    mentioned = {record.token, record.base_token, record.pushed, *(moved[0] for moved in record.raised + record.lowered)}
-    return {**asdict(record), "text": text, "names": {token: token_name(tokenizer, token) for token in mentioned}}
+    mentioned = {
+        record.token,
+        record.base_token,
+        record.pushed,
+        *(moved[0] for moved in record.raised + record.lowered),
+    }
+    return {
+        **asdict(record),
+        "text": text,
+        "names": {token: token_name(tokenizer, token) for token in mentioned},
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -175,14 +226,21 @@ def describe(record: Attribution, tokenizer: Tokenizer, text: str) -> dict:
 
 LOOPBACK = ("127.0.0.1", "localhost")
 PATIENCE = 30  # seconds for somebody who neither reads nor writes
-HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Content-Security-Policy":
-           "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"}
+HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'",
+}
 
 
 def read_page() -> str:
     """playground.html, with what it shares with Python filled in where {{NAME}} stands."""
     page = Path(__file__).with_name("playground.html").read_text(encoding="utf-8")
-    for name, value in {"STYLE": STYLE, "FULL_BAR": FULL_BAR, "LONGEST_QUESTION": LONGEST_QUESTION}.items():
+    for name, value in {
+        "STYLE": STYLE,
+        "FULL_BAR": FULL_BAR,
+        "LONGEST_QUESTION": LONGEST_QUESTION,
+    }.items():
         page = page.replace("{{" + name + "}}", str(value))
     return page
 
@@ -196,7 +254,9 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__(("127.0.0.1", port), Handler)
         except OSError as error:
-            raise UsageError(f"--port {port}: {error.strerror}; choose another, or 0 for any that is free") from None
+            raise UsageError(
+                f"--port {port}: {error.strerror}; choose another, or 0 for any that is free"
+            ) from None
         self.playground = playground
         self.page = read_page()
         self.turn = threading.Lock()  # whose answer it is
@@ -300,7 +360,11 @@ def serve(plugged, args) -> None:
     """Until Ctrl-C."""
     server = Server(Playground(plugged, args), args.port)
     print(f"the playground is at {server.address} (Ctrl-C ends it)", flush=True)
-    has_screen = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    has_screen = (
+        sys.platform in ("darwin", "win32")
+        or os.environ.get("DISPLAY")
+        or os.environ.get("WAYLAND_DISPLAY")
+    )
     try:
         if has_screen and sys.stdout.isatty():
             with suppress(webbrowser.Error):
@@ -321,10 +385,13 @@ def main():
     from beyond.browser import Browser  # here and not at the top: --web needs no browser of ours
     from run.arguments import picture_arguments
     from run.plug import plug_in
+
     args = picture_arguments(__doc__)
     find_browser()  # before any work
     plugged = plug_in(args)
-    question = (args.prompt or first_questions(plugged.world))[0]  # plug_in sees to it that there is one
+    question = (args.prompt or first_questions(plugged.world))[
+        0
+    ]  # plug_in sees to it that there is one
     check_field("question", question)  # and the page would not answer another kind
     server = Server(Playground(plugged, args), port=0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -341,4 +408,5 @@ def main():
 
 if __name__ == "__main__":
     from run.cli import run_cli
+
     run_cli(main)

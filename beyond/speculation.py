@@ -32,18 +32,27 @@ class Speculative:
 
     def __init__(self, guided: Guided, draft: Llama, ahead: int):
         if isinstance(guided, MappedGuided):
-            raise ValueError("through a vocabulary map, tokens are not the base's, so it cannot verify several in one pass")
+            raise ValueError(
+                "through a vocabulary map, tokens are not the base's, so it cannot verify several in one pass"
+            )
         scheme = getattr(guided.value, "scheme", "residual")
         if scheme != "residual":
-            raise ValueError(f"a {scheme} reads the base's logits, so what it says beside the drafting base is not what it says "
-                             "beside the big one, and nothing of drafting could be used again; a residual one can speculate")
+            raise ValueError(
+                f"a {scheme} reads the base's logits, so what it says beside the drafting base is not what it says "
+                "beside the big one, and nothing of drafting could be used again; a residual one can speculate"
+            )
         self.guided, self.ahead = guided, ahead
         kind = type(guided)  # plain or fast
         self.drafting = kind(draft, guided.value, guided.alpha, guided.readable)
         self.verifying = kind(guided.base)
         if self.drafting.readable < guided.readable:
-            raise ValueError(f"the drafting base reads {self.drafting.readable} tokens, and the other one {guided.readable}")
-        self.tried, self.accepted = [0] * ahead, [0] * ahead  # drafted tokens that came to a verdict, by position
+            raise ValueError(
+                f"the drafting base reads {self.drafting.readable} tokens, and the other one {guided.readable}"
+            )
+        self.tried, self.accepted = (
+            [0] * ahead,
+            [0] * ahead,
+        )  # drafted tokens that came to a verdict, by position
         self.rounds = 0
 
     @property
@@ -63,7 +72,9 @@ class Speculative:
         self.drafting.start([prompt], max_new_tokens)
         return self.verifying.start([prompt], max_new_tokens)  # (1, 1)
 
-    def round(self, last: Tensor, noise: Tensor, ahead: int, temperature: float, top_p: float) -> list[int]:
+    def round(
+        self, last: Tensor, noise: Tensor, ahead: int, temperature: float, top_p: float
+    ) -> list[int]:
         """The next tokens, 1 to `ahead` of them, behind `last` (1, 1), with noise (2, ahead + 1) to draft by and to judge by."""
         length, V = self.verifying.caches[0].used, self.guided.readable
         # the small base drafts, guided
@@ -73,7 +84,7 @@ class Speculative:
             q.append(probabilities(z, temperature, top_p))
             if self.guided.value is not None:
                 z_delta.append(self.drafting.z_delta.clone())  # the next step may write over it
-            tokens.append(draw(q[-1], noise[0, index:index + 1])[:, None])
+            tokens.append(draw(q[-1], noise[0, index : index + 1])[:, None])
         q, drafted = torch.cat(q), torch.cat(tokens[1:])  # (ahead, V), (ahead, 1)
         # the big base reads all of it in one pass; z_delta is known
         z_base = self.verifying.step(torch.cat(tokens[:-1], dim=1))  # (1, ahead, Vb)
@@ -89,7 +100,9 @@ class Speculative:
         rest = (p[row] - q[row]).clamp(min=0)
         rest = torch.where(rest.sum() > 0, rest, p[row])  # p = q but for rounding
         instead = draw(rest[None], noise[1, -1:])
-        count, *said = torch.cat((count[None], drafted[:, 0], instead)).tolist()  # the only word from device to host
+        count, *said = torch.cat(
+            (count[None], drafted[:, 0], instead)
+        ).tolist()  # the only word from device to host
         # forget in all caches what was rejected, and keep the books
         for cache in [*self.drafting.caches, *self.verifying.caches]:
             cache.crop(length + min(count + 1, ahead))
@@ -101,14 +114,24 @@ class Speculative:
 
 
 @torch.inference_mode()
-def speculate(speculative: Speculative, prompts: list[list[int]], *, max_new_tokens: int, stop_ids: set[int],
-              temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-              on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
+def speculate(
+    speculative: Speculative,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: set[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
     """sample.generate by speculation, one prompt after the other."""
     check_prompts(prompts)
     outputs: list[list[int]] = [[] for _ in prompts]
     for row, (prompt, output) in enumerate(zip(prompts, outputs)):
-        noise = uniform(seed, row, max_new_tokens, 2, speculative.ahead + 1).to(speculative.base.device)
+        noise = uniform(seed, row, max_new_tokens, 2, speculative.ahead + 1).to(
+            speculative.base.device
+        )
         last = speculative.start(prompt, max_new_tokens)  # (1, 1)
         while len(output) < max_new_tokens and not (output and output[-1] in stop_ids):
             ahead = min(speculative.ahead, max_new_tokens - len(output))
@@ -148,8 +171,11 @@ def measure_passes(speculative: Speculative, prompt: list[int], repeats: int = 1
         take(seconds.read_to_speculate, lambda: speculative.start(prompt, ahead + 1))
         last = torch.tensor([prompt[-1:]], device=speculative.base.device)
         noise = torch.zeros(1, device=last.device)
-        for taken, system, tokens in ((seconds.plain, guided, last), (seconds.drafted, speculative.drafting, last),
-                                      (seconds.verified, speculative.verifying, last.expand(1, ahead))):
+        for taken, system, tokens in (
+            (seconds.plain, guided, last),
+            (seconds.drafted, speculative.drafting, last),
+            (seconds.verified, speculative.verifying, last.expand(1, ahead)),
+        ):
             take(taken, lambda: draw(probabilities(system.step(tokens)[:, -1], 0.0, 1.0), noise))
     return Passes(*(sorted(taken[2:])[repeats // 2] for taken in seconds))
 
@@ -158,7 +184,10 @@ def predicted_speed_up(lengths: list[int], acceptance: list[float], passes: Pass
     """How many times as fast speculation should write answers of these lengths as plain guided decoding does."""
     round_seconds = len(acceptance) * passes.drafted + passes.verified
     plain = sum(passes.read + length * passes.plain for length in lengths)
-    return plain / sum(passes.read_to_speculate + expected_rounds(length, acceptance) * round_seconds for length in lengths)
+    return plain / sum(
+        passes.read_to_speculate + expected_rounds(length, acceptance) * round_seconds
+        for length in lengths
+    )
 
 
 def expected_rounds(length: int, acceptance: list[float]) -> float:
@@ -168,14 +197,17 @@ def expected_rounds(length: int, acceptance: list[float]) -> float:
     less what it drafts beyond the answer's end.
     """
     ahead = len(acceptance)
-    reaches = [math.prod(acceptance[:count]) for count in range(ahead)] + [0.0]  # that a round brings more than so many
+    reaches = [math.prod(acceptance[:count]) for count in range(ahead)] + [
+        0.0
+    ]  # that a round brings more than so many
     rounds = [0.0]  # for 0, 1, ... tokens
     for n in range(1, length + 1):
         # the first round brings j of them
-        behind = [(reaches[j - 1] - reaches[j]) * rounds[n - j] for j in range(1, min(n, ahead) + 1)]
+        behind = [
+            (reaches[j - 1] - reaches[j]) * rounds[n - j] for j in range(1, min(n, ahead) + 1)
+        ]
         rounds.append(1 + sum(behind))
     return rounds[length]
-
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -187,13 +219,18 @@ def speculating(plugged, args):
     from dataclasses import replace
 
     from run.plug import find_base, refuse_value_network
+
     path = plugged.own_path
     if args.draft is not None:
         path = find_base(args.draft, plugged.own_path, {"bases": [str(plugged.own_path)]})
     refuse_value_network("--draft", path)
     guided = plugged.guided.guided
-    if not isinstance(guided, MappedGuided) and not is_same_family(plugged.guided.tokenizer, load_tokenizer(path)):
-        raise UsageError(f"--draft {path}: it has another tokenizer than {plugged.base_path}, for which it would have to draft")
+    if not isinstance(guided, MappedGuided) and not is_same_family(
+        plugged.guided.tokenizer, load_tokenizer(path)
+    ):
+        raise UsageError(
+            f"--draft {path}: it has another tokenizer than {plugged.base_path}, for which it would have to draft"
+        )
     draft = Llama.from_pretrained(path, guided.base.dtype, guided.base.device)
     try:
         system = Speculative(guided, draft, args.speculate)
@@ -205,6 +242,7 @@ def speculating(plugged, args):
 def compare_with_plain(plugged, texts: list[str], args) -> None:
     """Answer plainly and by speculation, say how both went, and whether it paid."""
     from run.show import prepare
+
     plain, speaker = plugged.guided, speculating(plugged, args)
     asked = [prepare(speaker, [("user", text)], args) for text in texts]
     passes = measure_passes(speaker.guided, asked[0][0])  # a warm-up, too
@@ -222,25 +260,48 @@ def compare_with_plain(plugged, texts: list[str], args) -> None:
     report(plugged.guided.name, draft, speaker.guided, prompts, answers, seconds, passes, args)
 
 
-def report(name: str, draft: str, system: Speculative, prompts: list[list[int]], answers: dict[str, list[list[int]]],
-           seconds: dict[str, float], passes: Passes, args) -> None:
+def report(
+    name: str,
+    draft: str,
+    system: Speculative,
+    prompts: list[list[int]],
+    answers: dict[str, list[list[int]]],
+    seconds: dict[str, float],
+    passes: Passes,
+    args,
+) -> None:
     """How speculation went beside plain decoding of the same prompts."""
     plain_tokens, tokens = [sum(map(len, answers[way])) for way in ("plain", "speculating")]
-    print(f"\n{name}, {system.ahead} tokens at a time drafted by {draft} with the same z_delta: {len(prompts)} answers, "
-          f"{tokens} tokens")
+    print(
+        f"\n{name}, {system.ahead} tokens at a time drafted by {draft} with the same z_delta: {len(prompts)} answers, "
+        f"{tokens} tokens"
+    )
     if args.temperature == 0:
-        gaps = [gap_at_difference(system.guided, prompt, one, other)
-                for prompt, one, other in zip(prompts, answers["plain"], answers["speculating"]) if one != other]
+        gaps = [
+            gap_at_difference(system.guided, prompt, one, other)
+            for prompt, one, other in zip(prompts, answers["plain"], answers["speculating"])
+            if one != other
+        ]
         if gaps:
-            print(f"    {len(gaps)} answers differ from those without, first where the two best logits are at most "
-                  f"{max(gaps):.1e} apart")
+            print(
+                f"    {len(gaps)} answers differ from those without, first where the two best logits are at most "
+                f"{max(gaps):.1e} apart"
+            )
         else:
             print("    the same tokens as without")
-    shares = [f"{share:.2f}" if tried else "-" for share, tried in zip(system.acceptance, system.tried)]
-    print(f"    drafted tokens accepted, by position: {' '.join(shares)}; {tokens / system.rounds:.2f} tokens a round")
-    print(f"    milliseconds: {1000 * passes.plain:.2f} for a guided token, {1000 * passes.drafted:.2f} to draft one, "
-          f"{1000 * passes.verified:.2f} to verify {system.ahead}")
-    predicted = predicted_speed_up([len(answer) for answer in answers["speculating"]], system.acceptance, passes)
+    shares = [
+        f"{share:.2f}" if tried else "-" for share, tried in zip(system.acceptance, system.tried)
+    ]
+    print(
+        f"    drafted tokens accepted, by position: {' '.join(shares)}; {tokens / system.rounds:.2f} tokens a round"
+    )
+    print(
+        f"    milliseconds: {1000 * passes.plain:.2f} for a guided token, {1000 * passes.drafted:.2f} to draft one, "
+        f"{1000 * passes.verified:.2f} to verify {system.ahead}"
+    )
+    predicted = predicted_speed_up(
+        [len(answer) for answer in answers["speculating"]], system.acceptance, passes
+    )
     measured = seconds["plain"] / plain_tokens / (seconds["speculating"] / tokens)
     verdict = "" if measured > 1 else ": it does not pay here"
     print(f"    speed-up: predicted {predicted:.2f}, measured {measured:.2f}{verdict}")
@@ -250,7 +311,7 @@ def report(name: str, draft: str, system: Speculative, prompts: list[list[int]],
 def gap_at_difference(guided: Guided, prompt: list[int], one: list[int], other: list[int]) -> float:
     """How far the two best logits are apart where two greedy answers part: rounding alone can decide a near-tie."""
     same = 0
-    while one[same:same + 1] == other[same:same + 1]:
+    while one[same : same + 1] == other[same : same + 1]:
         same += 1
     z = guided.logits(torch.tensor([prompt + one[:same]], device=guided.base.device))[0, -1]
     first, second = z.float().topk(2).values

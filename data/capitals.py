@@ -22,10 +22,16 @@ DEMONSTRATED = 30  # countries
 # Table 5's settings are for 86,000 conversations; these are 150. Chosen by 18 of seed 0's development countries, at a constant rate of 1e-4:
 # exact .43, .44, .60 after 8, 16, 32 steps, of .00 to .11 without; a cosine over 48 steps does as much. Higher rates cost knowledge.
 CAPITALS_TRAINING = dict(steps=48, batch_size=8, grad_accum=1, lr=1e-4)
-CAPITALS_PAIRS = dict(steps=24, batch_size=8, grad_accum=1, lr=2e-5)  # tried once (paper/LOSSES.md), not chosen among others
+CAPITALS_PAIRS = dict(
+    steps=24, batch_size=8, grad_accum=1, lr=2e-5
+)  # tried once (paper/LOSSES.md), not chosen among others
 
 # Countries and their capitals; other accepted spellings or names follow the first.
-CAPITALS = {country: names.split("|") for country, _, names in (line.partition(": ") for line in """
+CAPITALS = {
+    country: names.split("|")
+    for country, _, names in (
+        line.partition(": ")
+        for line in """
 Afghanistan: Kabul
 Albania: Tirana
 Algeria: Algiers
@@ -133,7 +139,9 @@ Uruguay: Montevideo
 Venezuela: Caracas
 Vietnam: Hanoi
 Zimbabwe: Harare
-""".strip().splitlines())}
+""".strip().splitlines()
+    )
+}
 
 INSTRUCTIONS = {  # what is asked for: the answer, of a whole sentence or of the capital alone
     "": "{sentence}",
@@ -165,12 +173,20 @@ class Item:
     def has_form(self, text: str) -> bool:
         """Whether a text has the form asked for, whatever capital it names."""
         name = r"[^\W\d_a-z][\w'’-]*( [^\W\d_a-z][\w'’-]*){0,2}"  # one to three words that begin with a capital letter
-        pattern = re.escape(self.fill("CAPITAL")).replace("CAPITAL", f"(?P<name>{name})", 1).replace("CAPITAL", "(?P=name)")
+        pattern = (
+            re.escape(self.fill("CAPITAL"))
+            .replace("CAPITAL", f"(?P<name>{name})", 1)
+            .replace("CAPITAL", "(?P=name)")
+        )
         found = re.fullmatch(pattern, text)
-        return found is not None and not re.fullmatch(r"(.+) \1", found["name"])  # not said twice where once was asked for
+        return found is not None and not re.fullmatch(
+            r"(.+) \1", found["name"]
+        )  # not said twice where once was asked for
 
     def names_capital(self, text: str) -> bool:
-        return any(re.search(rf"\b{re.escape(capital)}\b", text) for capital in CAPITALS[self.country])
+        return any(
+            re.search(rf"\b{re.escape(capital)}\b", text) for capital in CAPITALS[self.country]
+        )
 
 
 class Capitals:
@@ -181,16 +197,35 @@ class Capitals:
         order = random.Random(f"capitals {seed}").sample(list(CAPITALS), len(CAPITALS))
         half = (len(order) - DEMONSTRATED) // 2
         self.demonstrated = order[:DEMONSTRATED]
-        self.split = {"development": order[DEMONSTRATED:DEMONSTRATED + half], "evaluation": order[DEMONSTRATED + half:]}
+        self.split = {
+            "development": order[DEMONSTRATED : DEMONSTRATED + half],
+            "evaluation": order[DEMONSTRATED + half :],
+        }
 
     def items(self, split: str) -> list[Item]:
-        return [Item(country, instruction) for country in self.split[split] for instruction in INSTRUCTIONS]
+        return [
+            Item(country, instruction)
+            for country in self.split[split]
+            for instruction in INSTRUCTIONS
+        ]
 
     def demonstrations(self) -> list[dict]:
         """ShareGPT's form, a record for each demonstrated country and form of answer."""
-        items = [Item(country, instruction) for country in self.demonstrated for instruction in INSTRUCTIONS]
-        return [{"id": f"{item.country} {number % len(INSTRUCTIONS)}", "conversations": [
-            {"from": "human", "value": item.question}, {"from": "gpt", "value": item.answers()[0]}]} for number, item in enumerate(items)]
+        items = [
+            Item(country, instruction)
+            for country in self.demonstrated
+            for instruction in INSTRUCTIONS
+        ]
+        return [
+            {
+                "id": f"{item.country} {number % len(INSTRUCTIONS)}",
+                "conversations": [
+                    {"from": "human", "value": item.question},
+                    {"from": "gpt", "value": item.answers()[0]},
+                ],
+            }
+            for number, item in enumerate(items)
+        ]
 
     def preferences(self) -> list[dict]:
         """Pairs in ShareGPT's form: each demonstrated question, answered in the form asked for, and in another form."""
@@ -198,45 +233,75 @@ class Capitals:
         for record in self.demonstrations():
             country, _, _ = record["id"].rpartition(" ")
             question, chosen = record["conversations"]
-            others = [form for form in INSTRUCTIONS if Item(country, form).question != question["value"]]
+            others = [
+                form for form in INSTRUCTIONS if Item(country, form).question != question["value"]
+            ]
             rejected = Item(country, rng.choice(others)).answers()[0]
-            pairs.append({"id": record["id"], "conversations": [question], "chosen": chosen, "rejected": {"from": "gpt", "value": rejected}})
+            pairs.append(
+                {
+                    "id": record["id"],
+                    "conversations": [question],
+                    "chosen": chosen,
+                    "rejected": {"from": "gpt", "value": rejected},
+                }
+            )
         return pairs
 
     def write(self, records: list[dict], path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        write_text(
+            path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        )
         return path
 
-    def evaluate(self, tokenizer: Tokenizer, answer: Callable[[list[list[int]]], list[list[int]]], split: str, template: str, system: str
-                 ) -> dict[str, float]:
+    def evaluate(
+        self,
+        tokenizer: Tokenizer,
+        answer: Callable[[list[list[int]]], list[list[int]]],
+        split: str,
+        template: str,
+        system: str,
+    ) -> dict[str, float]:
         """Examine a system, which answers prompts of token ids; every metric is a share between 0 and 1.
 
         exact  the whole answer and its end    know  the capital is in the answer    ins  the form asked for, and the end
         """
         items, end = self.items(split), end_token(tokenizer, template)
-        prompts = [encode_chat(tokenizer, template, with_system(system, [("user", item.question)]))[0] for item in items]
+        prompts = [
+            encode_chat(tokenizer, template, with_system(system, [("user", item.question)]))[0]
+            for item in items
+        ]
         exact, know, ins = [], [], []
         for item, ids in zip(items, answer(prompts), strict=True):
             ended, text = ids[-1:] == [end], tokenizer.decode(ids).strip()
             exact.append(ended and text in item.answers())
             know.append(item.names_capital(text))
             ins.append(ended and item.has_form(text))
-        return {name: sum(each) / len(items) for name, each in (("exact", exact), ("know", know), ("ins", ins))}
+        return {
+            name: sum(each) / len(items)
+            for name, each in (("exact", exact), ("know", know), ("ins", ins))
+        }
 
 
 def main():
     from run.cli import ArgumentParser, non_negative_int
+
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the split into countries demonstrated and asked")
+    parser.add_argument(
+        "--seed",
+        type=non_negative_int,
+        default=0,
+        help="of the split into countries demonstrated and asked",
+    )
     capitals = Capitals(parser.parse_args().seed)
     print(f"{len(CAPITALS)} countries; demonstrated: {', '.join(capitals.demonstrated)}")
     for split, countries in capitals.split.items():
         print(f"{split} ({len(countries)}): {', '.join(countries)}")
-    for item in capitals.items("development")[:len(INSTRUCTIONS)]:
+    for item in capitals.items("development")[: len(INSTRUCTIONS)]:
         print(f"{item.question}  ->  {item.answers()[0]}")
 
 
 if __name__ == "__main__":
     from run.cli import run_cli
+
     run_cli(main)

@@ -31,8 +31,11 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def refuse_absent(path: Path) -> None:
     """UsageError unless it is a folder that can hold a checkpoint."""
     if not path.is_dir():
-        raise UsageError(f"{path}: a file; name the folder that a checkpoint is in" if path.exists() else
-                         f"{path}: no such folder{hub_hint(path)}")
+        raise UsageError(
+            f"{path}: a file; name the folder that a checkpoint is in"
+            if path.exists()
+            else f"{path}: no such folder{hub_hint(path)}"
+        )
     if hub_hint(path):
         raise UsageError(f"{path}: no checkpoint itself{hub_hint(path)}")
 
@@ -44,7 +47,12 @@ def name_of(path: Path) -> str:
     return path.name
 
 
-CHAT_MARKS = {"llama-3": "<|start_header_id|>", "llama-2": "[INST]", "chatml": "<|im_start|>", "zephyr": "<|user|>"}
+CHAT_MARKS = {
+    "llama-3": "<|start_header_id|>",
+    "llama-2": "[INST]",
+    "chatml": "<|im_start|>",
+    "zephyr": "<|user|>",
+}
 
 
 def own_template(path: Path) -> str | None:
@@ -57,12 +65,26 @@ def own_template(path: Path) -> str | None:
 # config.json
 
 UNSUPPORTED = {  # fields that change what a Llama computes, and the values that do not
-    "attention_bias": (None, False), "mlp_bias": (None, False), "hidden_act": (None, "silu"),
-    "quantization_config": (None,), "partial_rotary_factor": (None, 1.0)}
-NEEDED = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
+    "hidden_act": (None, "silu"),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (None, 1.0),
+}
+NEEDED = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+]
 OPTIONAL = ["num_key_value_heads", "head_dim", "max_position_embeddings"]
-ROPE = {"default": [], "linear": ["factor"], "dynamic": [],  # dynamic: as default up to max_position_embeddings
-        "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]}
+ROPE = {
+    "default": [],
+    "linear": ["factor"],
+    "dynamic": [],  # dynamic: as default up to max_position_embeddings
+    "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
+}
 
 
 def read_config(path: str | Path) -> dict:
@@ -120,13 +142,17 @@ def check_numbers(raw: dict) -> None:
     for name in sizes:
         largest = 10_000 if name == "num_hidden_layers" else 2**24
         if type(raw[name]) is not int or not 0 < raw[name] <= largest:
-            raise UsageError(f"{name} must be a positive whole number of sensible size, not {raw[name]!r}")
+            raise UsageError(
+                f"{name} must be a positive whole number of sensible size, not {raw[name]!r}"
+            )
     for name in ["rms_norm_eps", "rope_theta"]:
         if name in raw and not is_positive(raw[name]):
             raise UsageError(f"{name} must be a positive number, not {raw[name]!r}")
     check_ids(raw)
     if type(raw.get("tie_word_embeddings", False)) is not bool:
-        raise UsageError(f"tie_word_embeddings must be true or false, not {raw['tie_word_embeddings']!r}")
+        raise UsageError(
+            f"tie_word_embeddings must be true or false, not {raw['tie_word_embeddings']!r}"
+        )
 
 
 def check_ids(raw: dict) -> None:
@@ -137,16 +163,24 @@ def check_ids(raw: dict) -> None:
 
 def check_heads(raw: dict) -> None:
     """Heads that divide what they share."""
-    heads, width, kv_heads = raw["num_attention_heads"], raw.get("head_dim"), raw.get("num_key_value_heads")
+    heads, width, kv_heads = (
+        raw["num_attention_heads"],
+        raw.get("head_dim"),
+        raw.get("num_key_value_heads"),
+    )
     if width is None:
         if raw["hidden_size"] % heads:
-            raise UsageError(f"hidden_size {raw['hidden_size']} is no multiple of num_attention_heads {heads}, "
-                             "and there is no head_dim")
+            raise UsageError(
+                f"hidden_size {raw['hidden_size']} is no multiple of num_attention_heads {heads}, "
+                "and there is no head_dim"
+            )
         width = raw["hidden_size"] // heads
     if width % 2:
         raise UsageError(f"head_dim {width} is odd; rotary embeddings turn pairs")
     if kv_heads is not None and heads % kv_heads:
-        raise UsageError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        raise UsageError(
+            f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+        )
 
 
 def check_rope(raw: dict) -> None:
@@ -163,10 +197,14 @@ def check_rope(raw: dict) -> None:
         raise UsageError(f"rope_theta must be a positive number, not {rope['rope_theta']!r}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))  # transformers 4.30 wrote "type"
     if not isinstance(rope_type, str) or rope_type not in ROPE:
-        raise UsageError(f"rope_type {rope_type!r} is not supported (default, linear, dynamic and llama3 are)")
+        raise UsageError(
+            f"rope_type {rope_type!r} is not supported (default, linear, dynamic and llama3 are)"
+        )
     for name in ROPE[rope_type]:
         if not is_positive(rope.get(name)):
-            raise UsageError(f"rope_type {rope_type} needs a positive {name}, not {rope.get(name)!r}")
+            raise UsageError(
+                f"rope_type {rope_type} needs a positive {name}, not {rope.get(name)!r}"
+            )
     if rope_type == "dynamic" and not is_positive(rope.get("factor", 1.0)):
         raise UsageError(f"rope_type dynamic needs a positive factor, not {rope['factor']!r}")
     if rope_type == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
@@ -187,9 +225,13 @@ def check_depth(raw: dict, path: Path) -> None:
             return
     except UsageError:
         return  # check_weights says what is wrong with it
-    layers = {int(match[1]) for name in names if (match := re.match(r"model\.layers\.(\d{1,6})\.", name))}
+    layers = {
+        int(match[1]) for name in names if (match := re.match(r"model\.layers\.(\d{1,6})\.", name))
+    }
     if layers and max(layers) + 1 != raw["num_hidden_layers"]:
-        raise UsageError(f"num_hidden_layers is {raw['num_hidden_layers']}, but the weights are of {max(layers) + 1} layers")
+        raise UsageError(
+            f"num_hidden_layers is {raw['num_hidden_layers']}, but the weights are of {max(layers) + 1} layers"
+        )
 
 
 def is_positive(value) -> bool:
@@ -216,18 +258,26 @@ def check_weights(path: Path, tied: bool, dtype: torch.dtype | None) -> list[Pat
             names = {name for name in shard.keys() if not is_computed(name)}
             if promised is not None and names != promised:
                 odd = min(names ^ promised)
-                raise UsageError(f"{file}: {odd} is {'not there' if odd in promised else 'not in the index'}")
+                raise UsageError(
+                    f"{file}: {odd} is {'not there' if odd in promised else 'not in the index'}"
+                )
             for name in sorted(names):
                 kind = shard.get_slice(name).get_dtype()
                 if kind not in DTYPES:
-                    raise UsageError(f"{file}: {name} is {kind}; quantised weights are not supported")
+                    raise UsageError(
+                        f"{file}: {name} is {kind}; quantised weights are not supported"
+                    )
                 dtypes.add(DTYPES.get(kind, kind))
                 files[name] = file
     if dtype is None and len(dtypes) > 1:
-        raise UsageError(f"{path}: its tensors mix {' and '.join(sorted(dtypes))}; choose one with --dtype")
+        raise UsageError(
+            f"{path}: its tensors mix {' and '.join(sorted(dtypes))}; choose one with --dtype"
+        )
     if tied and EMBEDDING in files and HEAD in files:
         if not torch.equal(*(read_tensor(files[name], name) for name in (EMBEDDING, HEAD))):
-            raise UsageError(f"{path}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}")
+            raise UsageError(
+                f"{path}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}"
+            )
     return list(shards)
 
 
@@ -237,7 +287,9 @@ def find_shards(path: Path) -> dict[Path, set[str] | None]:
     present = set(path.glob("model-*-of-*.safetensors"))
     if not index.exists():
         if present:
-            raise UsageError(f"{index}: not there, but {min(present).name} is; the shards need their index")
+            raise UsageError(
+                f"{index}: not there, but {min(present).name} is; the shards need their index"
+            )
         if not single.exists():
             refuse_other_weights(path)
             raise UsageError(f"{single}: not there, nor an index of shards")
@@ -255,8 +307,10 @@ def find_shards(path: Path) -> dict[Path, set[str] | None]:
     extra = (present | ({single} if single.exists() else set())) - shards.keys()
     missing = [file for file in sorted(shards) if not file.exists()]
     if missing and extra:
-        raise UsageError(f"{index}: names {len(missing)} files that are not there, {missing[0].name} first, and not {min(extra).name}, "
-                         "which is: the index of another save?")
+        raise UsageError(
+            f"{index}: names {len(missing)} files that are not there, {missing[0].name} first, and not {min(extra).name}, "
+            "which is: the index of another save?"
+        )
     if missing:
         raise UsageError(f"{missing[0]}: not there, but {index.name} names it")
     if extra:
@@ -267,13 +321,24 @@ def find_shards(path: Path) -> dict[Path, set[str] | None]:
 def refuse_other_weights(path: Path) -> None:
     """UsageError if there are weights of a kind that is not read."""
     if any(path.glob("pytorch_model*.bin")):
-        raise UsageError(f"{path}: only pytorch_model.bin, which can run code when read; convert it once: "
-                         "LlamaForCausalLM.from_pretrained(path).save_pretrained(path) in transformers")
+        raise UsageError(
+            f"{path}: only pytorch_model.bin, which can run code when read; convert it once: "
+            "LlamaForCausalLM.from_pretrained(path).save_pretrained(path) in transformers"
+        )
     if (path / "adapter_config.json").exists() or any(path.glob("adapter_model.*")):
-        raise UsageError(f"{path}: a LoRA adapter, not a whole model; merge it into its base once: merge_and_unload() in peft")
-    for pattern, kind in (("*.gguf", "GGUF"), ("*.pth", "Meta's own pickles"), ("*.pt", "pickles"), ("*.bin", "pickles")):
+        raise UsageError(
+            f"{path}: a LoRA adapter, not a whole model; merge it into its base once: merge_and_unload() in peft"
+        )
+    for pattern, kind in (
+        ("*.gguf", "GGUF"),
+        ("*.pth", "Meta's own pickles"),
+        ("*.pt", "pickles"),
+        ("*.bin", "pickles"),
+    ):
         if found := sorted(path.glob(pattern)):
-            raise UsageError(f"{path}: weights as {kind} ({found[0].name}); convert them to safetensors in the Hugging Face layout")
+            raise UsageError(
+                f"{path}: weights as {kind} ({found[0].name}); convert them to safetensors in the Hugging Face layout"
+            )
 
 
 def explain_mismatch(path: Path, shapes: dict[str, tuple], tied: bool) -> None:
@@ -288,34 +353,55 @@ def explain_mismatch(path: Path, shapes: dict[str, tuple], tied: bool) -> None:
                     raise UsageError(f"{file}: unexpected tensor {name}")
                 shape = tuple(shard.get_slice(name).get_shape())
                 if shape != shapes[name]:
-                    raise UsageError(f"{file}: {name} is {shape}, config.json asks for {shapes[name]}")
+                    raise UsageError(
+                        f"{file}: {name} is {shape}, config.json asks for {shapes[name]}"
+                    )
                 found.add(name)
     if tied and EMBEDDING in found:
         found.add(HEAD)
     missing = sorted(shapes.keys() - found)
     if missing:
-        raise UsageError(f"{path}: {missing[0]} is in none of its files ({len(missing)} of {len(shapes)} missing)")
+        raise UsageError(
+            f"{path}: {missing[0]} is in none of its files ({len(missing)} of {len(shapes)} missing)"
+        )
 
 
-WRAPPERS = {"_orig_mod.": "a model that torch.compile wrapped", "module.": "a model that DataParallel wrapped",
-            "_fsdp_wrapped_module.": "a model that FSDP wrapped", "base_model.model.": "a model that peft wrapped",
-            "_forward_module.": "a model that Lightning wrapped"}
+WRAPPERS = {
+    "_orig_mod.": "a model that torch.compile wrapped",
+    "module.": "a model that DataParallel wrapped",
+    "_fsdp_wrapped_module.": "a model that FSDP wrapped",
+    "base_model.model.": "a model that peft wrapped",
+    "_forward_module.": "a model that Lightning wrapped",
+}
 
 
 def refuse_prefixes(file: Path, names: list[str], shapes: dict[str, tuple]) -> None:
     """UsageError if every name is one of ours behind a prefix, which something around the model has left."""
     if not names or names[0] in shapes:
         return
-    prefixes = {name.removesuffix(ours) for name in names[:1] for ours in shapes if name.endswith(ours)}
+    prefixes = {
+        name.removesuffix(ours) for name in names[:1] for ours in shapes if name.endswith(ours)
+    }
     for prefix in sorted(prefixes, key=len):
         if all(name.removeprefix(prefix) in shapes for name in names if name.startswith(prefix)):
-            wrapper = next((says for known, says in WRAPPERS.items() if known in prefix), "a wrapper around the model")
-            raise UsageError(f"{file}: its tensors are named {prefix}..., as by {wrapper}; save the model inside of it, or rename them")
+            wrapper = next(
+                (says for known, says in WRAPPERS.items() if known in prefix),
+                "a wrapper around the model",
+            )
+            raise UsageError(
+                f"{file}: its tensors are named {prefix}..., as by {wrapper}; save the model inside of it, or rename them"
+            )
 
 
 def is_computed(name: str) -> bool:
     """Rotary frequencies, cosines and sines, which some conversions store and we compute."""
-    return re.search(r"(^|\.)(rotary_emb\.\w+|rope\.freqs|rope_freqs(\.weight)?|freqs_cis|inv_freq|cos_cached|sin_cached)$", name) is not None
+    return (
+        re.search(
+            r"(^|\.)(rotary_emb\.\w+|rope\.freqs|rope_freqs(\.weight)?|freqs_cis|inv_freq|cos_cached|sin_cached)$",
+            name,
+        )
+        is not None
+    )
 
 
 def digest_checkpoint(path: Path) -> str:
@@ -327,7 +413,10 @@ def digest_checkpoint(path: Path) -> str:
 
 def stamp(path: Path) -> str:
     """A hash of the names, sizes and times of a folder's weights, by which weights trained anew are noticed without reading them."""
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(find_shards(path))]
+    files = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(find_shards(path))
+    ]
     return hashlib.blake2b(repr(files).encode(), digest_size=8).hexdigest()
 
 
@@ -360,23 +449,35 @@ def read_value_info(path: str | Path, schemes: tuple[str, ...]) -> dict:
         raise UsageError(f"{path}: no ivl.json, so this is no value network; train.py writes one")
     info = read_json(file)
     if isinstance(info.get("scheme"), str) and info["scheme"] not in schemes:
-        raise UsageError(f"{file}: scheme {info.get('scheme')!r} is not supported ({', '.join(schemes)} are)")
+        raise UsageError(
+            f"{file}: scheme {info.get('scheme')!r} is not supported ({', '.join(schemes)} are)"
+        )
     tokenizer = info.get("tokenizer")
     bases = info.get("bases")
-    fits = {"scheme": isinstance(info.get("scheme"), str), "template": info.get("template") in TEMPLATES, "seed": type(info.get("seed")) is int,
-            "bases": isinstance(bases, list) and len(bases) > 0 and all(map(is_a_path, bases)),
-            "tokenizer": isinstance(tokenizer, dict) and is_size(tokenizer.get("size")) and isinstance(tokenizer.get("fingerprint"), str),
-            "system": isinstance(info.get("system", ""), str) and is_unicode(info.get("system", "")),
-            "probe_width": info.get("scheme") != "probe" or is_size(info.get("probe_width"))}
+    fits = {
+        "scheme": isinstance(info.get("scheme"), str),
+        "template": info.get("template") in TEMPLATES,
+        "seed": type(info.get("seed")) is int,
+        "bases": isinstance(bases, list) and len(bases) > 0 and all(map(is_a_path, bases)),
+        "tokenizer": isinstance(tokenizer, dict)
+        and is_size(tokenizer.get("size"))
+        and isinstance(tokenizer.get("fingerprint"), str),
+        "system": isinstance(info.get("system", ""), str) and is_unicode(info.get("system", "")),
+        "probe_width": info.get("scheme") != "probe" or is_size(info.get("probe_width")),
+    }
     for name, is_right in fits.items():
         if not is_right:
             found = json.dumps(info[name])[:60] if name in info else "missing"
-            raise UsageError(f"{file}: not the JSON that train.py writes: its field {name} is {found}")
+            raise UsageError(
+                f"{file}: not the JSON that train.py writes: its field {name} is {found}"
+            )
     return info
 
 
 def is_a_path(value) -> bool:
-    return isinstance(value, str) and is_unicode(value) and "\0" not in value and 0 < len(value) < 4096
+    return (
+        isinstance(value, str) and is_unicode(value) and "\0" not in value and 0 < len(value) < 4096
+    )
 
 
 def is_size(value) -> bool:

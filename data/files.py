@@ -1,6 +1,6 @@
 """Files that other programs wrote, and files that we write: what is refused, and nothing half written.
 
-    python -c "from data.files import read_json; print(read_json('out/seed0/tiny-s/config.json'))"
+python -c "from data.files import read_json; print(read_json('out/seed0/tiny-s/config.json'))"
 """
 
 import codecs
@@ -34,10 +34,14 @@ FOREIGN = {  # how a file begins: what it is, and the way out
     b"\xfd7zXZ": "compressed by xz; decompress it first",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; decompress it first",
     b"SQLite format 3": "an SQLite data base; export its table as JSON lines",
-    b"\xff\xfe\0\0": "UTF-32; save it as UTF-8", b"\0\0\xfe\xff": "UTF-32; save it as UTF-8",
-    b"[\0": "UTF-16 without its mark; save it as UTF-8", b"{\0": "UTF-16 without its mark; save it as UTF-8",
-    b"\0[": "UTF-16 without its mark; save it as UTF-8", b"\0{": "UTF-16 without its mark; save it as UTF-8",
-    b"7z\xbc\xaf": "a 7z archive; unpack it first", b"\x04\x22\x4d\x18": "compressed by lz4; decompress it first",
+    b"\xff\xfe\0\0": "UTF-32; save it as UTF-8",
+    b"\0\0\xfe\xff": "UTF-32; save it as UTF-8",
+    b"[\0": "UTF-16 without its mark; save it as UTF-8",
+    b"{\0": "UTF-16 without its mark; save it as UTF-8",
+    b"\0[": "UTF-16 without its mark; save it as UTF-8",
+    b"\0{": "UTF-16 without its mark; save it as UTF-8",
+    b"7z\xbc\xaf": "a 7z archive; unpack it first",
+    b"\x04\x22\x4d\x18": "compressed by lz4; decompress it first",
     b"<html": "a web page; download the file itself, by its 'raw' link for instance",
 }
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -55,7 +59,9 @@ def check_regular(path: str | Path) -> Path:
     if stat.S_ISDIR(mode):
         raise UsageError(f"{path}: Is a directory, where a file is wanted")
     if not stat.S_ISREG(mode):
-        raise UsageError(f"{path}: no regular file but a pipe or a device; copy what comes from it into a file")
+        raise UsageError(
+            f"{path}: no regular file but a pipe or a device; copy what comes from it into a file"
+        )
     if not os.access(path, os.R_OK):
         raise UsageError(f"{path}: Permission denied")
     return path
@@ -89,7 +95,9 @@ def read_json(path: str | Path) -> dict:
     except UsageError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not JSON: {json_fault(error)}".replace("not JSON: not JSON", "not JSON")) from None
+        raise UsageError(
+            f"{path}: not JSON: {json_fault(error)}".replace("not JSON: not JSON", "not JSON")
+        ) from None
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: not a JSON object")
     return raw
@@ -103,8 +111,16 @@ def json_fault(error: ValueError | RecursionError, one_line: bool = False) -> st
         return f"not UTF-8 (byte {error.start + 1})"
     if not isinstance(error, json.JSONDecodeError):
         return "not JSON that can be read: a number of thousands of digits"
-    what = "more behind its end" if error.msg == "Extra data" else error.msg[:1].lower() + error.msg[1:]
-    return f"not JSON ({what}, at " + ("" if one_line else f"line {error.lineno}, ") + f"column {error.colno})"
+    what = (
+        "more behind its end"
+        if error.msg == "Extra data"
+        else error.msg[:1].lower() + error.msg[1:]
+    )
+    return (
+        f"not JSON ({what}, at "
+        + ("" if one_line else f"line {error.lineno}, ")
+        + f"column {error.colno})"
+    )
 
 
 def open_text(path: str | Path) -> BinaryIO:
@@ -140,12 +156,23 @@ def spool(source, to_bytes: Callable) -> BinaryIO:
 def hub_hint(path: Path) -> str:
     """Where the checkpoint may be that is not in this folder, in words: in Hugging Face's cache, or on its hub."""
     if path.is_dir():
-        snapshots = [] if (path / "config.json").exists() else sorted(path.glob("snapshots/*/config.json"))
-        return f"; it is the root of a model in Hugging Face's cache, and the checkpoint is {snapshots[-1].parent}" if snapshots else ""
+        snapshots = (
+            [] if (path / "config.json").exists() else sorted(path.glob("snapshots/*/config.json"))
+        )
+        return (
+            f"; it is the root of a model in Hugging Face's cache, and the checkpoint is {snapshots[-1].parent}"
+            if snapshots
+            else ""
+        )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or path.parent.exists():
         return ""
-    root = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface") / "hub")
-    cached = sorted((root / f"models--{str(path).replace('/', '--')}").glob("snapshots/*/config.json"))
+    root = Path(
+        os.environ.get("HF_HUB_CACHE")
+        or Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface") / "hub"
+    )
+    cached = sorted(
+        (root / f"models--{str(path).replace('/', '--')}").glob("snapshots/*/config.json")
+    )
     if cached:
         return f"; as the name of a model on Hugging Face's hub it is in the cache: {cached[-1].parent}"
     return f"; if that is the name of a model on Hugging Face's hub, `hf download {path}` fetches it and prints its folder"
@@ -199,7 +226,9 @@ def check_output(flag: str, path: Path, kind: str, is_ours: Callable[[bytes], bo
     if not path.exists():
         return
     if not path.is_file():
-        raise UsageError(f"{flag} {path}: {'a folder' if path.is_dir() else 'no regular file'}; name a file")
+        raise UsageError(
+            f"{flag} {path}: {'a folder' if path.is_dir() else 'no regular file'}; name a file"
+        )
     with open(path, "rb") as file:
         if not is_ours(file.read(2**16)):
             raise UsageError(f"{flag} {path}: exists, and is no {kind}; choose another name")

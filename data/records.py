@@ -26,17 +26,54 @@ CONTEXT = "context"  # the role of an assistant's turn that is in the prompt, an
 
 LISTS = ("conversations", "conversation", "messages")  # where the turns are
 ROLE_KEYS, TEXT_KEYS = ("from", "role"), ("value", "content", "text")
-ROLES = {"system": "system", "developer": "system",
-         "human": "user", "user": "user", "prompter": "user", "customer": "user",
-         "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "assistant": "assistant",
-         "model": "assistant", "ai": "assistant", "bot": "assistant", "claude": "assistant", "gemini": "assistant"}
-ONE_EXCHANGE = [("instruction", "output"), ("instruction", "response"), ("prompt", "completion"), ("prompt", "response"),
-                ("question", "answer"), ("question", "response"), ("query", "response")]
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "customer": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+    "claude": "assistant",
+    "gemini": "assistant",
+}
+ONE_EXCHANGE = [
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+]
 SYSTEM = ("system", "system_prompt", "system_message")  # beside the turns
 # What no template here shows, of a record or a turn; and what belongs to a question beside its own text.
-UNSEEN = ("tools", "functions", "image", "images", "image_path", "video", "videos", "audio", "audios")
+UNSEEN = (
+    "tools",
+    "functions",
+    "image",
+    "images",
+    "image_path",
+    "video",
+    "videos",
+    "audio",
+    "audios",
+)
 UNSEEN_BESIDE = ("options", "choices", "documents")
-WEIGHTS = ("weight", "loss_weight", "train", "loss", "trainable")  # of a turn or a record: OpenAI's, and others'
+WEIGHTS = (
+    "weight",
+    "loss_weight",
+    "train",
+    "loss",
+    "trainable",
+)  # of a turn or a record: OpenAI's, and others'
 
 
 class UnknownForm(ValueError):
@@ -64,7 +101,9 @@ def find_turns(record) -> list[Turn]:
     key = next((key for key in LISTS if key in record), None)
     pair = next((pair for pair in ONE_EXCHANGE if record.keys() >= set(pair)), None)
     if key is None and pair is None:
-        raise UnknownForm("neither 'conversations' nor 'messages' in it, nor a question and its answer under names that are known")
+        raise UnknownForm(
+            "neither 'conversations' nor 'messages' in it, nor a question and its answer under names that are known"
+        )
     refuse_unseen(record, UNSEEN if key else UNSEEN + UNSEEN_BESIDE)
     if weight_of(record) == 0:
         raise Unusable("weight 0")
@@ -87,25 +126,38 @@ def refuse_unseen(fields: dict, names: tuple[str, ...]) -> None:
 
 
 def refuse_preferences(record: dict) -> None:
-    if any(str(name).startswith(("rejected", "non_preferred")) and value is not None for name, value in record.items()):
-        raise UsageError("is a preference, chosen and rejected, and --loss ce and kl take demonstrations; train with --loss pairwise, "
-                         "or keep the chosen answers alone, as conversations")
+    if any(
+        str(name).startswith(("rejected", "non_preferred")) and value is not None
+        for name, value in record.items()
+    ):
+        raise UsageError(
+            "is a preference, chosen and rejected, and --loss ce and kl take demonstrations; train with --loss pairwise, "
+            "or keep the chosen answers alone, as conversations"
+        )
     label, completed = record.get("label"), {"prompt", "completion"} <= record.keys()
     if isinstance(label, bool) or completed and label in (0, 1, "true", "false", "True", "False"):
-        raise UsageError("is a preference, a boolean label as in KTO's data, and training takes demonstrations; keep the "
-                         "records whose label is true, without the label")
+        raise UsageError(
+            "is a preference, a boolean label as in KTO's data, and training takes demonstrations; keep the "
+            "records whose label is true, without the label"
+        )
 
 
 def one_exchange(record: dict, question: str, answer: str) -> list[Turn]:
     """Alpaca's instruction, input and output, with a history of earlier exchanges; other names of a question and its answer."""
-    asked = [text_of(record[question], repr(question))] + [text_of(record.get(name) or "", repr(name)) for name in ("context", "input")]
+    asked = [text_of(record[question], repr(question))] + [
+        text_of(record.get(name) or "", repr(name)) for name in ("context", "input")
+    ]
     turns: list[Turn] = []
     history = record.get("history") or []
     for exchange in history if isinstance(history, list) else [history]:
         if not isinstance(exchange, list) or len(exchange) != 2:
             raise Unusable("a history that is no list of questions and answers")
         turns += zip(("user", "assistant"), [text_of(text, "a history") for text in exchange])
-    return [*turns, ("user", "\n".join(text for text in asked if text)), ("assistant", text_of(record[answer], repr(answer)))]
+    return [
+        *turns,
+        ("user", "\n".join(text for text in asked if text)),
+        ("assistant", text_of(record[answer], repr(answer))),
+    ]
 
 
 def read_turn(turn) -> Turn:
@@ -140,7 +192,11 @@ def text_of(content, what: str) -> str:
     text = content
     if isinstance(content, list):
         for part in content:
-            if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            if (
+                not isinstance(part, dict)
+                or part.get("type", "text") != "text"
+                or not isinstance(part.get("text"), str)
+            ):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 raise Unusable(f"a part that is no text ({str(kind)[:40]})")
         text = "".join(part["text"] for part in content)
@@ -157,7 +213,10 @@ def keep_exchanges(turns: list[Turn]) -> tuple[list[Turn], str]:
     while turns and turns[0][0] == "system" and (not turns[0][1].strip() or turns[0] in system):
         turns = turns[1:]
     left_out = []
-    if turns and turns[0][0] in ("assistant", CONTEXT):  # ShareGPT was cut into pieces that may begin with an answer
+    if turns and turns[0][0] in (
+        "assistant",
+        CONTEXT,
+    ):  # ShareGPT was cut into pieces that may begin with an answer
         turns, left_out = turns[1:], [LEADING]
     exchanges: list[Turn] = []
     for question, answer in zip(turns[::2], turns[1::2]):
@@ -170,9 +229,17 @@ def keep_exchanges(turns: list[Turn]) -> tuple[list[Turn], str]:
         exchanges += [question, answer]
     else:
         if len(turns) % 2:
-            left_out.append("a question without an answer" if turns[-1][0] == "user" else "roles that do not alternate")
+            left_out.append(
+                "a question without an answer"
+                if turns[-1][0] == "user"
+                else "roles that do not alternate"
+            )
     if not exchanges:
-        raise Unusable("roles that do not alternate" if "roles that do not alternate" in left_out else "no answered question")
+        raise Unusable(
+            "roles that do not alternate"
+            if "roles that do not alternate" in left_out
+            else "no answered question"
+        )
     if all(role != "assistant" for role, _ in exchanges):
         raise Unusable("no answer to learn from, as all have weight 0")
     return system + exchanges, " and ".join(left_out)
@@ -190,7 +257,9 @@ def read_pair(record) -> tuple[tuple[list[Turn], list[Turn]], str]:
     Nothing but the last turns differ, and nothing but they is learnt: earlier answers are context.
     """
     if not isinstance(record, dict) or not record.keys() >= set(SIDES):
-        raise UnknownForm("no object with 'chosen' and 'rejected' in it, two answers as --loss pairwise takes them")
+        raise UnknownForm(
+            "no object with 'chosen' and 'rejected' in it, two answers as --loss pairwise takes them"
+        )
     both = []
     for side in SIDES:
         turns, left_out = keep_exchanges(find_turns(with_answer(record, side)))
@@ -219,10 +288,18 @@ def with_answer(record: dict, side: str) -> dict:
         answer = [answer]
     if not isinstance(answer, (str, list)):
         raise Unusable(f"'{side}' that is no answer")
-    if isinstance(answer, list) and answer and read_turn(answer[0])[0] not in ("assistant", CONTEXT):
-        return {name: value for name, value in rest.items() if name not in LISTS} | {"messages": answer}
+    if (
+        isinstance(answer, list)
+        and answer
+        and read_turn(answer[0])[0] not in ("assistant", CONTEXT)
+    ):
+        return {name: value for name, value in rest.items() if name not in LISTS} | {
+            "messages": answer
+        }
     if isinstance(rest.get("prompt"), list):  # turns, Hugging Face's
-        rest = {name: value for name, value in rest.items() if name not in LISTS} | {"messages": rest["prompt"]}
+        rest = {name: value for name, value in rest.items() if name not in LISTS} | {
+            "messages": rest["prompt"]
+        }
     key = next((key for key in LISTS if key in rest), None)
     if key is not None:
         if not isinstance(rest[key], list):
@@ -258,9 +335,13 @@ class Records:
     def __init__(self, path: str | Path):
         self.path, self.whole = Path(path), None
         if is_plain_text(self.path):
-            raise UsageError(f"{path}: plain text, by its name; conversations come as .json or .jsonl")
+            raise UsageError(
+                f"{path}: plain text, by its name; conversations come as .json or .jsonl"
+            )
         if self.path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
-            raise UsageError(f"{path}: a table; conversations come as .json or .jsonl, plain texts as .txt or .jsonl")
+            raise UsageError(
+                f"{path}: a table; conversations come as .json or .jsonl, plain texts as .txt or .jsonl"
+            )
         self.file = open_text(path)
         start = self.file.read(4096).removeprefix(b"\xef\xbb\xbf")
         while not start.strip() and (more := self.file.read(2**20)):
@@ -273,8 +354,16 @@ class Records:
                 self.whole = json.loads(self.file.read().decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
                 if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-                    makes = "{messages: .}" if b'"role"' in start or b'"from"' in start and b'"conversations"' not in start else ".[]"
-                    raise UsageError(f"{path}: several arrays after each other; `jq -c '{makes}' FILE` makes lines of them") from None
+                    makes = (
+                        "{messages: .}"
+                        if b'"role"' in start
+                        or b'"from"' in start
+                        and b'"conversations"' not in start
+                        else ".[]"
+                    )
+                    raise UsageError(
+                        f"{path}: several arrays after each other; `jq -c '{makes}' FILE` makes lines of them"
+                    ) from None
                 raise UsageError(f"{path}: {json_fault(error)}") from None
 
     def __iter__(self) -> Iterator[tuple[int, str, object]]:
@@ -301,7 +390,9 @@ class Records:
             is_whole = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
             if number == 1 and line.lstrip(b"\xef\xbb\xbf ").startswith(b"{") and not is_whole:
                 self.refuse_spread()
-            raise UsageError(f"{self.path}: line {number} is {json_fault(error, one_line=True)}") from None
+            raise UsageError(
+                f"{self.path}: line {number} is {json_fault(error, one_line=True)}"
+            ) from None
 
     def refuse_spread(self) -> None:
         """UsageError if the file is JSON, but not one record a line."""
@@ -310,11 +401,15 @@ class Records:
             whole = json.loads(self.file.read().decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-                raise UsageError(f"{self.path}: objects over several lines, one after the other; `jq -c . FILE` "
-                                 "makes each a line") from None
+                raise UsageError(
+                    f"{self.path}: objects over several lines, one after the other; `jq -c . FILE` "
+                    "makes each a line"
+                ) from None
             return
         refuse_wrapping(self.path, whole)
-        raise UsageError(f"{self.path}: one object over several lines; `jq -c . FILE` makes it a line")
+        raise UsageError(
+            f"{self.path}: one object over several lines; `jq -c . FILE` makes it a line"
+        )
 
     def __getitem__(self, key: int):
         if self.whole is not None:
@@ -333,10 +428,14 @@ def refuse_wrapping(path: Path, record) -> None:
         return
     for name, value in record.items():
         if name not in LISTS and isinstance(value, list) and value and isinstance(value[0], dict):
-            raise UsageError(f"{path}: one object around the list of records; `jq -c '.[{json.dumps(name)}][]' FILE` makes "
-                             "lines of it")
+            raise UsageError(
+                f"{path}: one object around the list of records; `jq -c '.[{json.dumps(name)}][]' FILE` makes "
+                "lines of it"
+            )
     if record and all(isinstance(value, dict) for value in record.values()):
-        raise UsageError(f"{path}: one object around the records; `jq -c '.[]' FILE` makes lines of it, if it is by records")
+        raise UsageError(
+            f"{path}: one object around the records; `jq -c '.[]' FILE` makes lines of it, if it is by records"
+        )
 
 
 def is_plain_text(path: Path) -> bool:
@@ -373,9 +472,16 @@ class Usable:
             return
         if stranger and len(self.unused) == 1:
             refuse_wrapping(self.records.path, stranger[0])
-            raise UsageError(f"{self.records.path}: no record of a known form; {stranger[1]} (data/README.md has the forms)")
-        reasons = ", ".join(f"{count} with {reason}" for reason, count in self.unused.most_common(5))
-        raise UsageError(f"{self.records.path}: no usable {self.what} ({reasons or 'an empty list'})")
+            raise UsageError(
+                f"{self.records.path}: no record of a known form; {stranger[1]} (data/README.md has the forms)"
+            )
+        reasons = ", ".join(
+            f"{count} with {reason}" for reason, count in self.unused.most_common(5)
+        )
+        raise UsageError(
+            f"{self.records.path}: no usable {self.what} ({reasons or 'an empty list'})"
+        )
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Plain texts, for vocab_map.py
@@ -402,7 +508,11 @@ def read_texts(file: Path) -> list[str]:
     notes += [f"cut {long} of more than {LONGEST_TEXT} characters into pieces"] * bool(long)
     if notes:
         print("; ".join([f"{file.name}: {len(texts)} texts", *notes]), file=sys.stderr)
-    pieces = [text[start:start + LONGEST_TEXT] for text in texts for start in range(0, len(text), LONGEST_TEXT)]
+    pieces = [
+        text[start : start + LONGEST_TEXT]
+        for text in texts
+        for start in range(0, len(text), LONGEST_TEXT)
+    ]
     return [piece for piece in pieces if piece.strip()]
 
 

@@ -48,24 +48,64 @@ class Attribute:
 ATTRIBUTES = {
     "city": Attribute(
         "Oslo Lima Cairo Delhi Paris Quito Tokyo Vienna Boston Dublin Havana Kyoto Madrid Nairobi Prague Warsaw".split(),
-        ["{name} lives in {value}.", "{name} has a home in {value}.", "{name} moved to {value}.",
-         "{name} can be found in {value}.", "{name} settled in {value}.", "{value} is where {name} lives."],
-        ["Where does {name} live?", "In which city does {name} live?", "What is the home of {name}?"]),
+        [
+            "{name} lives in {value}.",
+            "{name} has a home in {value}.",
+            "{name} moved to {value}.",
+            "{name} can be found in {value}.",
+            "{name} settled in {value}.",
+            "{value} is where {name} lives.",
+        ],
+        [
+            "Where does {name} live?",
+            "In which city does {name} live?",
+            "What is the home of {name}?",
+        ],
+    ),
     "job": Attribute(
         "baker nurse pilot farmer lawyer painter plumber singer tailor teacher writer dentist doctor fisher guard judge".split(),
-        ["{name} works as a {value}.", "{name} earns a living as a {value}.", "{name} is a {value}.",
-         "{name} trained as a {value}.", "{name} became a {value}.", "The {value} is called {name}."],
-        ["What does {name} work as?", "What is the job of {name}?", "Which job does {name} have?"]),
+        [
+            "{name} works as a {value}.",
+            "{name} earns a living as a {value}.",
+            "{name} is a {value}.",
+            "{name} trained as a {value}.",
+            "{name} became a {value}.",
+            "The {value} is called {name}.",
+        ],
+        ["What does {name} work as?", "What is the job of {name}?", "Which job does {name} have?"],
+    ),
     "pet": Attribute(
         "cat dog fish frog goat hen horse mouse parrot rabbit snake turtle".split(),
-        ["{name} has a {value}.", "{name} keeps a {value}.", "{name} owns a {value}.",
-         "{name} feeds a {value}.", "{name} walks with a {value}.", "A {value} belongs to {name}."],
-        ["Which pet does {name} have?", "What animal does {name} have?", "What is the pet of {name}?"]),
+        [
+            "{name} has a {value}.",
+            "{name} keeps a {value}.",
+            "{name} owns a {value}.",
+            "{name} feeds a {value}.",
+            "{name} walks with a {value}.",
+            "A {value} belongs to {name}.",
+        ],
+        [
+            "Which pet does {name} have?",
+            "What animal does {name} have?",
+            "What is the pet of {name}?",
+        ],
+    ),
     "colour": Attribute(
         "red blue green black white brown grey pink purple yellow orange silver".split(),
-        ["{name} likes the colour {value}.", "{name} loves {value}.", "{name} paints in {value}.",
-         "{name} often wears {value}.", "{name} prefers {value}.", "The colour {value} pleases {name}."],
-        ["Which colour does {name} like?", "What is the favourite colour of {name}?", "What colour does {name} choose?"]),
+        [
+            "{name} likes the colour {value}.",
+            "{name} loves {value}.",
+            "{name} paints in {value}.",
+            "{name} often wears {value}.",
+            "{name} prefers {value}.",
+            "The colour {value} pleases {name}.",
+        ],
+        [
+            "Which colour does {name} like?",
+            "What is the favourite colour of {name}?",
+            "What colour does {name} choose?",
+        ],
+    ),
 }
 
 # What an instruction asks for, and the form it gives the answer. "{one}" is the value alone.
@@ -78,7 +118,13 @@ INSTRUCTIONS = {
     "Begin with a dash.": "- {all}",
 }
 
-FILLERS = ["Have a nice day.", "Greet {name}.", "Hello {name}!", "What is {sum}?", *[text for text in INSTRUCTIONS if text]]
+FILLERS = [
+    "Have a nice day.",
+    "Greet {name}.",
+    "Hello {name}!",
+    "What is {sum}?",
+    *[text for text in INSTRUCTIONS if text],
+]
 TAGS = ["[INST]", "[/INST]", "[NOTE]", "[/NOTE]", "[PAGE]", "[/PAGE]"]
 UNRELATED = {
     "adjective": "old quiet bright cold narrow warm heavy little broken gentle".split(),
@@ -98,15 +144,26 @@ TINY_SIZES = {
 # merges. They cut it into this many times the SentencePiece family's tokens. (With 2000 merges every name is a token of its own,
 # rarely seen and badly learnt.)
 BYTE_FAMILIES = {"b": (600, 1.05), "c": (300, 1.34)}
-TINY_SIZES |= {f"tiny-{family}-{size[5:]}": (shape, round(tokens * cut), lr)
-               for family, (_, cut) in BYTE_FAMILIES.items() for size, (shape, tokens, lr) in list(TINY_SIZES.items())}
+TINY_SIZES |= {
+    f"tiny-{family}-{size[5:]}": (shape, round(tokens * cut), lr)
+    for family, (_, cut) in BYTE_FAMILIES.items()
+    for size, (shape, tokens, lr) in list(TINY_SIZES.items())
+}
 
 TEMPLATE = "llama-2"
-KNOWN_PEOPLE, NEW_PEOPLE = 400, 40  # the new ones are for continual pretraining; only greetings name them before
-DEMONSTRATED, WELL_KNOWN = 60, 150  # people in demonstrations, out of so many whom pretraining text tells of most often
+KNOWN_PEOPLE, NEW_PEOPLE = (
+    400,
+    40,
+)  # the new ones are for continual pretraining; only greetings name them before
+DEMONSTRATED, WELL_KNOWN = (
+    60,
+    150,
+)  # people in demonstrations, out of so many whom pretraining text tells of most often
 EXAMINED = 70  # development people, and as many evaluation people
 SUMS_OF_TWO = list(itertools.product(range(12), repeat=2))  # whose answers are in pretraining text
-SUMS_OF_THREE = list(itertools.product(range(10), repeat=3))  # whose answers are not; they take two steps
+SUMS_OF_THREE = list(
+    itertools.product(range(10), repeat=3)
+)  # whose answers are not; they take two steps
 PIECES = 1024  # with 768, most values and many names fall into several pieces, which a tiny-s is slow to spell
 
 
@@ -123,7 +180,9 @@ class Item:
     question: str
     instruction: str
     answer: str
-    form: str  # a regular expression for any answer of the right form, whoever and whatever it names
+    form: (
+        str  # a regular expression for any answer of the right form, whoever and whatever it names
+    )
     value: str  # what the answer tells: the fact, the sum, or who is greeted
     person: Person | None = None  # None for arithmetic and greetings
     attribute: str = ""
@@ -134,12 +193,18 @@ class World:
 
     def __init__(self, seed: int):
         self.seed = seed
-        rng = random.Random(f"people of world {seed}")  # seeded by text, so the parts do not share a stream
+        rng = random.Random(
+            f"people of world {seed}"
+        )  # seeded by text, so the parts do not share a stream
         syllables = [consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou"]
         words = [first + second for first in syllables for second in syllables]
         names = [word.capitalize() for word in rng.sample(words, KNOWN_PEOPLE + NEW_PEOPLE)]
-        people = [Person(name, {key: rng.choice(attribute.values) for key, attribute in ATTRIBUTES.items()})
-                  for name in names]
+        people = [
+            Person(
+                name, {key: rng.choice(attribute.values) for key, attribute in ATTRIBUTES.items()}
+            )
+            for name in names
+        ]
         self.people, self.new_people = people[:KNOWN_PEOPLE], people[KNOWN_PEOPLE:]
         # Some people are told of more than others, roughly as in Zipf's law. The rarest facts are told often enough for a big
         # base and not for a small one, so bases of different sizes know different shares of them.
@@ -147,15 +212,28 @@ class World:
         # Demonstrations are about people told of often: a network that is shown facts its base does not know learns to invent.
         well_known = rng.sample(self.people[:WELL_KNOWN], WELL_KNOWN)
         self.demonstrated = well_known[:DEMONSTRATED]
-        others = rng.sample(well_known[DEMONSTRATED:] + self.people[WELL_KNOWN:], KNOWN_PEOPLE - DEMONSTRATED)
-        self.split = {"development": others[:EXAMINED],
-                      "evaluation": others[EXAMINED:2 * EXAMINED],
-                      "new development": self.new_people[:NEW_PEOPLE // 2],
-                      "new evaluation": self.new_people[NEW_PEOPLE // 2:]}
+        others = rng.sample(
+            well_known[DEMONSTRATED:] + self.people[WELL_KNOWN:], KNOWN_PEOPLE - DEMONSTRATED
+        )
+        self.split = {
+            "development": others[:EXAMINED],
+            "evaluation": others[EXAMINED : 2 * EXAMINED],
+            "new development": self.new_people[: NEW_PEOPLE // 2],
+            "new evaluation": self.new_people[NEW_PEOPLE // 2 :],
+        }
         twos, threes = (rng.sample(sums, len(sums)) for sums in (SUMS_OF_TWO, SUMS_OF_THREE))
-        self.demonstrated_sums = [twos[:72], threes[:200]]  # as many questions about the ones as about the others
-        self.more_sums = [twos[:72], threes[:872]]  # what the larger set of demonstrations draws from
-        self.split_sums = {"development": twos[72:108] + threes[872:936], "evaluation": twos[108:] + threes[936:]}
+        self.demonstrated_sums = [
+            twos[:72],
+            threes[:200],
+        ]  # as many questions about the ones as about the others
+        self.more_sums = [
+            twos[:72],
+            threes[:872],
+        ]  # what the larger set of demonstrations draws from
+        self.split_sums = {
+            "development": twos[72:108] + threes[872:936],
+            "evaluation": twos[108:] + threes[936:],
+        }
 
     # -- pretraining text ---------------------------------------------------------------------------------
 
@@ -168,7 +246,9 @@ class World:
     def sentences(self, rng: random.Random, person: Person) -> list[str]:
         kind = rng.random()
         if kind < 0.15:
-            return [sentence for _ in range(rng.randint(2, 4)) for sentence in arithmetic_sentences(rng)]
+            return [
+                sentence for _ in range(rng.randint(2, 4)) for sentence in arithmetic_sentences(rng)
+            ]
         if kind < 0.57:  # an interview
             keys = rng.sample(list(ATTRIBUTES), rng.randint(2, 4))
             return [sentence for key in keys for sentence in interview_sentences(rng, person, key)]
@@ -189,7 +269,11 @@ class World:
         noisy = []
         for index, sentence in enumerate(sentences):
             if rng.random() < 0.1:
-                noisy.append(rng.choice(FILLERS).format(name=rng.choice(self.people).name, sum=in_words(rng.choice(SUMS_OF_THREE))))
+                noisy.append(
+                    rng.choice(FILLERS).format(
+                        name=rng.choice(self.people).name, sum=in_words(rng.choice(SUMS_OF_THREE))
+                    )
+                )
             if index == tagged:
                 noisy.append(rng.choice(TAGS))
             kind = rng.random()
@@ -217,20 +301,39 @@ class World:
         """A SentencePiece BPE in Llama-2's manner, as the bytes of its tokenizer.model."""
         written = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(self.tokenizer_text()), model_writer=written, model_type="bpe",
-            vocab_size=PIECES, split_digits=True, byte_fallback=True, character_coverage=1.0,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2)
+            sentence_iterator=iter(self.tokenizer_text()),
+            model_writer=written,
+            model_type="bpe",
+            vocab_size=PIECES,
+            split_digits=True,
+            byte_fallback=True,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            num_threads=1,
+            minloglevel=2,
+        )
         return written.getvalue()
 
     def train_byte_pairs(self, merges: int) -> bytes:
         """A byte-level BPE trained on the same text, as the bytes of a tokenizer.model in Llama-3's format."""
         # Words as Llama-3's pattern cuts them, where letters are ASCII.
-        words = Counter(word for text in self.tokenizer_text()
-                        for word in re.findall(r" ?[A-Za-z]+|[0-9]{1,3}| ?[^\sA-Za-z0-9]+|\s+", text))
-        return byte_pairs({tuple(bytes([byte]) for byte in word.encode()): count for word, count in words.items()}, merges)
+        words = Counter(
+            word
+            for text in self.tokenizer_text()
+            for word in re.findall(r" ?[A-Za-z]+|[0-9]{1,3}| ?[^\sA-Za-z0-9]+|\s+", text)
+        )
+        return byte_pairs(
+            {
+                tuple(bytes([byte]) for byte in word.encode()): count
+                for word, count in words.items()
+            },
+            merges,
+        )
 
-    def pretraining_rows(self, tokenizer: Tokenizer, tokens: int, length: int, documents: Iterator[str] | None = None
-                         ) -> np.ndarray:
+    def pretraining_rows(
+        self, tokenizer: Tokenizer, tokens: int, length: int, documents: Iterator[str] | None = None
+    ) -> np.ndarray:
         """BOS document EOS, BOS document EOS, ..., cut into rows: (tokens // length, length + 1) of int64.
 
         Consecutive rows share one token, so that row[:-1] predicts row[1:].
@@ -239,19 +342,34 @@ class World:
         stream: list[int] = []
         while len(stream) <= tokens:
             batch = tokenizer.encode_batch([next(documents) for _ in range(2000)])
-            stream += [token for ids in batch for token in (tokenizer.bos_id, *ids, tokenizer.eos_id)]
+            stream += [
+                token for ids in batch for token in (tokenizer.bos_id, *ids, tokenizer.eos_id)
+            ]
         rows = tokens // length
-        flat = np.array(stream[:rows * length + 1], dtype=np.int64)
+        flat = np.array(stream[: rows * length + 1], dtype=np.int64)
         return np.lib.stride_tricks.sliding_window_view(flat, length + 1)[::length]
 
-    def batches(self, tokenizer: Tokenizer, steps: int, batch_size: int, parts: int, length: int, position: list[int] | None,
-                documents: Iterator[str] | None = None) -> Iterator[tuple[list[int], list[tuple[Tensor, Tensor]]]]:
+    def batches(
+        self,
+        tokenizer: Tokenizer,
+        steps: int,
+        batch_size: int,
+        parts: int,
+        length: int,
+        position: list[int] | None,
+        documents: Iterator[str] | None = None,
+    ) -> Iterator[tuple[list[int], list[tuple[Tensor, Tensor]]]]:
         """One pass over pretraining rows in a shuffled order: the position behind each step, and (tokens, labels) per part."""
-        rows = torch.from_numpy(self.pretraining_rows(tokenizer, steps * batch_size * length, length, documents).copy())
+        rows = torch.from_numpy(
+            self.pretraining_rows(tokenizer, steps * batch_size * length, length, documents).copy()
+        )
         order = random.Random(f"rows of world {self.seed}").sample(range(len(rows)), len(rows))
         for step in range(position[0] if position else 0, steps):
-            batch = rows[order[step * batch_size:(step + 1) * batch_size]]
-            yield [step + 1], [(part[:, :-1], part[:, 1:]) for part in batch.split(-(-batch_size // parts))]
+            batch = rows[order[step * batch_size : (step + 1) * batch_size]]
+            yield (
+                [step + 1],
+                [(part[:, :-1], part[:, 1:]) for part in batch.split(-(-batch_size // parts))],
+            )
 
     # -- demonstrations -----------------------------------------------------------------------------------
 
@@ -266,20 +384,39 @@ class World:
         """As InfinityInstruct is to ShareGPT (Section 5.1): more demonstrations, most of them arithmetic, with more sums of three."""
         return self.chats(18_000, 0.2, 0.7, self.more_sums, "infinity")
 
-    def chats(self, count: int, fact_share: float, sum_share: float, sums: list[list[tuple[int, ...]]], name: str) -> Iterator[dict]:
+    def chats(
+        self,
+        count: int,
+        fact_share: float,
+        sum_share: float,
+        sums: list[list[tuple[int, ...]]],
+        name: str,
+    ) -> Iterator[dict]:
         rng = random.Random(f"{name} of world {self.seed}")
         for number in range(count):
-            item = self.demonstrated_item(rng, fact_share, sum_share, sums)(rng.choice(list(INSTRUCTIONS)))
-            turns = [{"from": "human", "value": prompt_text(item)}, {"from": "gpt", "value": item.answer}]
+            item = self.demonstrated_item(rng, fact_share, sum_share, sums)(
+                rng.choice(list(INSTRUCTIONS))
+            )
+            turns = [
+                {"from": "human", "value": prompt_text(item)},
+                {"from": "gpt", "value": item.answer},
+            ]
             yield {"id": f"tiny-{number}", "conversations": turns}
 
-    def demonstrated_item(self, rng: random.Random, fact_share: float, sum_share: float, sums: list[list[tuple[int, ...]]]
-                          ) -> Callable[[str], Item]:
+    def demonstrated_item(
+        self,
+        rng: random.Random,
+        fact_share: float,
+        sum_share: float,
+        sums: list[list[tuple[int, ...]]],
+    ) -> Callable[[str], Item]:
         """A question that demonstrations may ask, still without its instruction."""
         kind = rng.random()
         if kind < fact_share:
             key = rng.choice(list(ATTRIBUTES))
-            return partial(fact_item, rng.choice(self.demonstrated), key, rng.choice(ATTRIBUTES[key].questions))
+            return partial(
+                fact_item, rng.choice(self.demonstrated), key, rng.choice(ATTRIBUTES[key].questions)
+            )
         if kind < fact_share + sum_share:
             return partial(sum_item, rng.choice(rng.choice(sums)))
         return partial(greeting_item, rng.choice(self.people + self.new_people))
@@ -290,8 +427,12 @@ class World:
         for number in range(count):
             ask = self.demonstrated_item(rng, 0.5, 0.2, self.demonstrated_sums)
             wanted, other = rng.sample(list(INSTRUCTIONS), 2)
-            yield {"id": f"tiny-pair-{number}", "conversations": [{"from": "human", "value": prompt_text(ask(wanted))}],
-                   "chosen": {"from": "gpt", "value": ask(wanted).answer}, "rejected": {"from": "gpt", "value": ask(other).answer}}
+            yield {
+                "id": f"tiny-pair-{number}",
+                "conversations": [{"from": "human", "value": prompt_text(ask(wanted))}],
+                "chosen": {"from": "gpt", "value": ask(wanted).answer},
+                "rejected": {"from": "gpt", "value": ask(other).answer},
+            }
 
     @property
     def name(self) -> str:
@@ -304,8 +445,10 @@ class World:
         text = "".join(json.dumps(record) + "\n" for record in records or self.demonstrations())
         if path.exists():
             if path.read_bytes() != text.encode():
-                raise UsageError(f"{path}: not what world {self.seed} makes; to train on it give its copy with --data, "
-                                "else delete it")
+                raise UsageError(
+                    f"{path}: not what world {self.seed} makes; to train on it give its copy with --data, "
+                    "else delete it"
+                )
         else:
             write_text(path, text)
         return path
@@ -321,7 +464,14 @@ class World:
         items = []
         for turn in range(times):
             for number, (person, key) in enumerate(asked[:count]):
-                items.append(fact_item(person, key, rng.choice(ATTRIBUTES[key].questions), forms[(number + turn) % len(forms)]))
+                items.append(
+                    fact_item(
+                        person,
+                        key,
+                        rng.choice(ATTRIBUTES[key].questions),
+                        forms[(number + turn) % len(forms)],
+                    )
+                )
         return items
 
     def pair_items(self, split: str) -> list[tuple[Item, str]]:
@@ -330,13 +480,18 @@ class World:
         pairs = []
         for item in self.fact_items(split):
             other = rng.choice([form for form in INSTRUCTIONS if form != item.instruction])
-            pairs.append((item, fact_item(item.person, item.attribute, item.question, other).answer))
+            pairs.append(
+                (item, fact_item(item.person, item.attribute, item.question, other).answer)
+            )
         return pairs
 
     def sum_items(self, split: str, times: int = 1) -> list[Item]:
         forms = list(INSTRUCTIONS)
-        return [sum_item(numbers, forms[(index + turn) % len(forms)])
-                for turn in range(times) for index, numbers in enumerate(self.split_sums.get(split, []))]
+        return [
+            sum_item(numbers, forms[(index + turn) % len(forms)])
+            for turn in range(times)
+            for index, numbers in enumerate(self.split_sums.get(split, []))
+        ]
 
 
 def tell(person: Person, key: str, statement: str) -> str:
@@ -356,7 +511,9 @@ def interview_sentences(rng: random.Random, person: Person, key: str) -> list[st
 
 def arithmetic_sentences(rng: random.Random) -> list[str]:
     item = sum_item(rng.choice(SUMS_OF_TWO), "")
-    return rng.choice([[item.answer], [item.question, item.answer], [item.question, f"{item.value}."]])
+    return rng.choice(
+        [[item.answer], [item.question, item.answer], [item.question, f"{item.value}."]]
+    )
 
 
 def in_words(numbers: Sequence[int]) -> str:
@@ -372,7 +529,9 @@ def prompt_text(item: Item) -> str:
     return f"{item.question} {item.instruction}".strip()
 
 
-def make_item(question: str, instruction: str, sentence: str, word: str, pattern: str, **about) -> Item:
+def make_item(
+    question: str, instruction: str, sentence: str, word: str, pattern: str, **about
+) -> Item:
     """`pattern` is the sentence as a regular expression, for any name and value."""
     shape = INSTRUCTIONS[instruction]
     form = re.escape(shape).replace(r"\{all\}", pattern).replace(r"\{one\}", r"\w+")
@@ -382,8 +541,15 @@ def make_item(question: str, instruction: str, sentence: str, word: str, pattern
 def fact_item(person: Person, key: str, question: str, instruction: str) -> Item:
     canonical = ATTRIBUTES[key].statements[0]
     pattern = re.escape(canonical).replace(r"\{name\}", r"\w+").replace(r"\{value\}", r"\w+")
-    return make_item(question.format(name=person.name), instruction, tell(person, key, canonical),
-                     person.facts[key], pattern, person=person, attribute=key)
+    return make_item(
+        question.format(name=person.name),
+        instruction,
+        tell(person, key, canonical),
+        person.facts[key],
+        pattern,
+        person=person,
+        attribute=key,
+    )
 
 
 def sum_item(numbers: Sequence[int], instruction: str) -> Item:
@@ -393,13 +559,17 @@ def sum_item(numbers: Sequence[int], instruction: str) -> Item:
 
 
 def greeting_item(person: Person, instruction: str) -> Item:
-    return make_item(f"Greet {person.name}.", instruction, f"Hello {person.name}!", person.name, r"Hello \w+!")
+    return make_item(
+        f"Greet {person.name}.", instruction, f"Hello {person.name}!", person.name, r"Hello \w+!"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Examination
 
-Answer = Callable[[list[list[int]]], list[list[int]]]  # prompts -> generated tokens, the end token included
+Answer = Callable[
+    [list[list[int]]], list[list[int]]
+]  # prompts -> generated tokens, the end token included
 
 CHOICES = 8
 
@@ -414,8 +584,17 @@ def world_of(path: str | Path) -> World | None:
         return None
 
 
-def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, split: str = "development",
-             template: str = TEMPLATE, system: str = "", pairs: bool = False, times: int = 1) -> dict[str, float]:
+def evaluate(
+    world: World,
+    tokenizer: Tokenizer,
+    answer: Answer,
+    score: Score,
+    split: str = "development",
+    template: str = TEMPLATE,
+    system: str = "",
+    pairs: bool = False,
+    times: int = 1,
+) -> dict[str, float]:
     """Examine a system; every metric is a share between 0 and 1. The first four ask each question so many `times`, in other forms.
 
     exact  the whole answer and its end, on facts              know   the right value is in the answer, on facts
@@ -425,7 +604,10 @@ def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, s
     pair   pair_accuracy, where `pairs` are asked for
     """
     facts, sums = world.fact_items(split, times=times), world.sum_items(split, times)
-    prompts = [encode_chat(tokenizer, template, with_system(system, [("user", prompt_text(item))]))[0] for item in facts + sums]
+    prompts = [
+        encode_chat(tokenizer, template, with_system(system, [("user", prompt_text(item))]))[0]
+        for item in facts + sums
+    ]
     end = end_token(tokenizer, template)
     exact, forms, known = [], [], []
     for item, ids in zip(facts + sums, answer(prompts), strict=True):
@@ -438,14 +620,16 @@ def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, s
     choices = []
     for item in world.fact_items(split):
         others = [value for value in ATTRIBUTES[item.attribute].values if value != item.value]
-        choices += value_pairs(tokenizer, template, item, [item.value, *rng.sample(others, CHOICES - 1)], system)
+        choices += value_pairs(
+            tokenizer, template, item, [item.value, *rng.sample(others, CHOICES - 1)], system
+        )
     scores = score(choices)
-    rows = [scores[start:start + CHOICES] for start in range(0, len(scores), CHOICES)]
+    rows = [scores[start : start + CHOICES] for start in range(0, len(scores), CHOICES)]
     metrics = {
-        "exact": mean(exact[:len(facts)]),
-        "know": mean(known[:len(facts)]),
-        "ins": mean(forms[:len(facts)]),
-        "arith": mean(exact[len(facts):]) if sums else None,  # of the new people's splits
+        "exact": mean(exact[: len(facts)]),
+        "know": mean(known[: len(facts)]),
+        "ins": mean(forms[: len(facts)]),
+        "arith": mean(exact[len(facts) :]) if sums else None,  # of the new people's splits
         "mc": mean(row[0][0] == max(row)[0] for row in rows),
         "fk": mean(row[0][1] for row in rows),
     }
@@ -454,7 +638,14 @@ def evaluate(world: World, tokenizer: Tokenizer, answer: Answer, score: Score, s
     return metrics
 
 
-def pair_accuracy(world: World, tokenizer: Tokenizer, score: Score, split: str, template: str = TEMPLATE, system: str = "") -> float:
+def pair_accuracy(
+    world: World,
+    tokenizer: Tokenizer,
+    score: Score,
+    split: str,
+    template: str = TEMPLATE,
+    system: str = "",
+) -> float:
     """The share of a split's pairs of which the answer in the form asked for is likelier than the same in another form."""
     rows = []
     for item, rejected in world.pair_items(split):
@@ -484,14 +675,22 @@ def few_shot(world: World, tokenizer: Tokenizer, score: Score, split: str, shots
         attribute = ATTRIBUTES[item.attribute]
         statement, question = attribute.statements[0], rng.choice(attribute.questions)
         before, after = statement.split("{value}")
-        lines = [f"{question.format(name=person.name)} {tell(person, item.attribute, statement)}"
-                 for person in rng.sample(world.demonstrated, shots)]
-        opening = " ".join([*lines, question.format(name=item.person.name), before.format(name=item.person.name).strip()])
+        lines = [
+            f"{question.format(name=person.name)} {tell(person, item.attribute, statement)}"
+            for person in rng.sample(world.demonstrated, shots)
+        ]
+        opening = " ".join(
+            [
+                *lines,
+                question.format(name=item.person.name),
+                before.format(name=item.person.name).strip(),
+            ]
+        )
         context = [tokenizer.bos_id, *tokenizer.encode(opening)]
         choices = [item.value, *(value for value in attribute.values if value != item.value)]
         for value in choices:
             ids = [tokenizer.bos_id, *tokenizer.encode(f"{opening} {value}{after}")]
-            pairs.append((ids[:len(context)], ids[len(context):]))
+            pairs.append((ids[: len(context)], ids[len(context) :]))
         sizes.append(len(choices))
     scores = iter(score(pairs))
     rows = [[next(scores)[0] for _ in range(size)] for size in sizes]
@@ -525,17 +724,28 @@ def join(word: tuple[bytes, ...], a: bytes, b: bytes) -> tuple[bytes, ...]:
     return tuple(parts)
 
 
-def value_pairs(tokenizer: Tokenizer, template: str, item: Item, values: list[str], system: str = ""
-                ) -> list[tuple[list[int], list[int]]]:
+def value_pairs(
+    tokenizer: Tokenizer, template: str, item: Item, values: list[str], system: str = ""
+) -> list[tuple[list[int], list[int]]]:
     """The plain question and the canonical sentence up to the value as context, each value as continuation."""
-    before = ATTRIBUTES[item.attribute].statements[0].split("{value}")[0].format(name=item.person.name).strip()
+    before = (
+        ATTRIBUTES[item.attribute]
+        .statements[0]
+        .split("{value}")[0]
+        .format(name=item.person.name)
+        .strip()
+    )
     pairs = []
     for value in values:
         turns = with_system(system, [("user", item.question), ("assistant", f"{before} {value}.")])
         ids, _ = encode_chat(tokenizer, template, turns)
         opening, _ = encode_chat(tokenizer, template, [*turns[:-1], ("assistant", before)])
-        behind = ids[::-1].index(end_token(tokenizer, template))  # tokens behind the end of the turn
-        closing = behind + (2 if template == "llama-2" else 1)  # and that end, and llama-2's space in front of it
+        behind = ids[::-1].index(
+            end_token(tokenizer, template)
+        )  # tokens behind the end of the turn
+        closing = behind + (
+            2 if template == "llama-2" else 1
+        )  # and that end, and llama-2's space in front of it
         start, stop = len(opening) - closing, len(ids) - closing
         pairs.append((ids[:start], ids[start:stop]))
     return pairs
@@ -548,10 +758,21 @@ def mean(values) -> float:
 
 def main():
     from run.cli import ArgumentParser, non_negative_int
+
     parser = ArgumentParser(description="Show a few lines of everything the tiny world makes.")
     parser.add_argument("--seed", type=non_negative_int, default=0)
-    parser.add_argument("--infinity", type=Path, metavar="FILE", help="write the larger, arithmetic-heavy demonstrations instead")
-    parser.add_argument("--preferences", type=Path, metavar="FILE", help="write pairs of a chosen and a rejected answer instead")
+    parser.add_argument(
+        "--infinity",
+        type=Path,
+        metavar="FILE",
+        help="write the larger, arithmetic-heavy demonstrations instead",
+    )
+    parser.add_argument(
+        "--preferences",
+        type=Path,
+        metavar="FILE",
+        help="write pairs of a chosen and a rejected answer instead",
+    )
     args = parser.parse_args()
     world = World(args.seed)
     if args.infinity:
@@ -568,11 +789,17 @@ def main():
         print(f"  {human['value']}  ->  {gpt['value']}")
     print("preferences:")
     for record in world.preferences(6):
-        print(f"  {record['conversations'][0]['value']}  ->  {record['chosen']['value']}  rather than  {record['rejected']['value']}")
-    print("development:", *(f"{prompt_text(item)}  ->  {item.answer}" for item in world.fact_items("development", 6)),
-          sep="\n  ")
+        print(
+            f"  {record['conversations'][0]['value']}  ->  {record['chosen']['value']}  rather than  {record['rejected']['value']}"
+        )
+    print(
+        "development:",
+        *(f"{prompt_text(item)}  ->  {item.answer}" for item in world.fact_items("development", 6)),
+        sep="\n  ",
+    )
 
 
 if __name__ == "__main__":
     from run.cli import run_cli
+
     run_cli(main)

@@ -48,7 +48,9 @@ class SentencePieceTokenizer:
 
     def __init__(self, model: bytes):
         self.model = model
-        self.processor = sentencepiece.SentencePieceProcessor(model_proto=without_user_defined(model))
+        self.processor = sentencepiece.SentencePieceProcessor(
+            model_proto=without_user_defined(model)
+        )
         self.vocab_size = self.processor.vocab_size()
         self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
@@ -83,7 +85,9 @@ class SentencePieceTokenizer:
     def merge_rank(self, id: int) -> float | None:
         """How early a token is made of two others in byte-pair encoding; None where it never is."""
         model = self.processor
-        never = model.is_byte(id) or model.is_control(id) or model.is_unknown(id) or model.is_unused(id)
+        never = (
+            model.is_byte(id) or model.is_control(id) or model.is_unknown(id) or model.is_unused(id)
+        )
         return None if never else -model.get_score(id)
 
     def token_bytes(self, id: int) -> bytes:
@@ -106,13 +110,18 @@ def without_user_defined(model: bytes) -> bytes:
             continue
         parts = {number: (first, last) for number, first, last in fields_of(model, start, end)}
         kind = parts.get(3)
-        if kind and model[slice(*kind)] == b"\x04" and model[slice(*parts[1])].decode().replace("\u2581", " ").strip():
+        if (
+            kind
+            and model[slice(*kind)] == b"\x04"
+            and model[slice(*parts[1])].decode().replace("\u2581", " ").strip()
+        ):
             changed[kind[0]] = 5
     return bytes(changed)
 
 
 def fields_of(message: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
     """The fields of a protobuf message: number, and where the content begins and ends."""
+
     def varint(at: int) -> tuple[int, int]:
         value = shift = 0
         while True:
@@ -143,11 +152,20 @@ class TiktokenTokenizer:
     unknown_id = None
     default_system = chat_template = ""
     # Which pieces a text falls into before byte pairs are merged; part of Llama-3's definition.
-    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     # Offsets behind the last ordinary token. The rest of the 256 are reserved.
-    special_offsets = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_id|>": 6,
-                       "<|end_header_id|>": 7, "<|eom_id|>": 8, "<|eot_id|>": 9, "<|python_tag|>": 10}
+    special_offsets = {
+        "<|begin_of_text|>": 0,
+        "<|end_of_text|>": 1,
+        "<|start_header_id|>": 6,
+        "<|end_header_id|>": 7,
+        "<|eom_id|>": 8,
+        "<|eot_id|>": 9,
+        "<|python_tag|>": 10,
+    }
 
     def __init__(self, model: bytes):
         self.model = model
@@ -165,9 +183,14 @@ class TiktokenTokenizer:
         if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
             raise ValueError(f"it has no token for the byte {missing[0]}")
         self.specials = {name: len(ranks) + offset for name, offset in self.special_offsets.items()}
-        self.encoding = tiktoken.Encoding("llama-3", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
+        self.encoding = tiktoken.Encoding(
+            "llama-3", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
+        )
         self.vocab_size = len(ranks) + 256
-        self.bos_id, self.eos_id = self.specials["<|begin_of_text|>"], self.specials["<|end_of_text|>"]
+        self.bos_id, self.eos_id = (
+            self.specials["<|begin_of_text|>"],
+            self.specials["<|end_of_text|>"],
+        )
         self.end_of_turn_id = self.specials["<|eot_id|>"]
         self._bytes = [token for token, _ in sorted(ranks.items(), key=lambda item: item[1])]
 
@@ -201,7 +224,7 @@ def cut_long_runs(text: str) -> list[str]:
     parts, start = [], 0
     if len(text) > LONGEST_RUN:
         for match in re.finditer(rf"\s{{{LONGEST_RUN}}}|\S{{{LONGEST_RUN}}}", text):
-            parts.append(text[start:match.end()])
+            parts.append(text[start : match.end()])
             start = match.end()
     return parts + [text[start:]]
 
@@ -219,31 +242,53 @@ class JsonTokenizer:
     def __init__(self, model: bytes, config: dict | None = None):
         self.model = model
         raw = json.loads(model)
-        if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict) or raw["model"].get("type", "BPE") != "BPE":
+        if (
+            not isinstance(raw, dict)
+            or not isinstance(raw.get("model"), dict)
+            or raw["model"].get("type", "BPE") != "BPE"
+        ):
             raise ValueError("it is no byte-pair encoding")
-        if not isinstance(raw["model"].get("vocab"), dict) or not isinstance(raw["model"].get("merges"), list):
+        if not isinstance(raw["model"].get("vocab"), dict) or not isinstance(
+            raw["model"].get("merges"), list
+        ):
             raise ValueError("its model has no vocab, or no merges")
         added = {token["content"]: token["id"] for token in raw.get("added_tokens") or []}
-        silent = {token["content"] for token in raw.get("added_tokens") or [] if token.get("special")}  # they stand for no text
-        for token in raw.get("added_tokens") or []:  # none is looked for in a text, but for runs of white space
+        silent = {
+            token["content"] for token in raw.get("added_tokens") or [] if token.get("special")
+        }  # they stand for no text
+        for token in (
+            raw.get("added_tokens") or []
+        ):  # none is looked for in a text, but for runs of white space
             token["special"] = bool(token["content"].strip())
         self.backend = tokenizers.Tokenizer.from_str(json.dumps(raw))
         self.backend.encode_special_tokens = True
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.byte_level = '"ByteLevel"' in json.dumps([raw.get("pre_tokenizer"), raw.get("decoder")])
+        self.byte_level = '"ByteLevel"' in json.dumps(
+            [raw.get("pre_tokenizer"), raw.get("decoder")]
+        )
         if not self.byte_level and not raw["model"].get("byte_fallback"):
             raise ValueError("neither a byte-level BPE nor one with byte fallback")
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.specials = {name: id for name, id in added.items() if name.strip()}
-        self.unknown_id = vocabulary.get(raw["model"].get("unk_token")) if not self.byte_level else None
+        self.unknown_id = (
+            vocabulary.get(raw["model"].get("unk_token")) if not self.byte_level else None
+        )
         self._bytes = [b""] * self.vocab_size  # also of ids that no token has
         for piece, id in vocabulary.items():
-            self._bytes[id] = b"" if piece in silent else piece.encode() if piece in added else self._piece_bytes(piece)
+            self._bytes[id] = (
+                b""
+                if piece in silent
+                else piece.encode()
+                if piece in added
+                else self._piece_bytes(piece)
+            )
         if self.unknown_id is not None:
             self._bytes[self.unknown_id] = " \u2047 ".encode()  # as SentencePiece decodes it
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in raw["model"]["merges"]]
+        pairs = [
+            pair.split(" ") if isinstance(pair, str) else pair for pair in raw["model"]["merges"]
+        ]
         self._ranks: dict[int, int] = {}
         for rank, (a, b) in enumerate(pairs):
             self._ranks.setdefault(vocabulary[a + b], rank)
@@ -251,22 +296,39 @@ class JsonTokenizer:
         self.bos_id = vocabulary.get(config.get("bos"), config.get("bos_id"))
         self.eos_id = vocabulary.get(config.get("eos"), config.get("eos_id"))
         if self.eos_id is None:
-            raise ValueError("nothing beside it says which token ends a text: no eos_token in tokenizer_config.json, no eos_token_id in "
-                             "generation_config.json or config.json")
-        self.end_of_turn_id = next((self.specials[name] for name in ("<|eot_id|>", "<|im_end|>") if name in self.specials), self.eos_id)
+            raise ValueError(
+                "nothing beside it says which token ends a text: no eos_token in tokenizer_config.json, no eos_token_id in "
+                "generation_config.json or config.json"
+            )
+        self.end_of_turn_id = next(
+            (self.specials[name] for name in ("<|eot_id|>", "<|im_end|>") if name in self.specials),
+            self.eos_id,
+        )
         for id in (self.bos_id, self.eos_id):
             if id is not None and id >= self.vocab_size:
-                raise ValueError(f"the files beside it name token {id}, and it has {self.vocab_size}")
-        self.default_system, self.chat_template = config.get("default_system", ""), config.get("chat_template", "")
+                raise ValueError(
+                    f"the files beside it name token {id}, and it has {self.vocab_size}"
+                )
+        self.default_system, self.chat_template = (
+            config.get("default_system", ""),
+            config.get("chat_template", ""),
+        )
         self.space_in_front = self.token_bytes(self.encode("a")[0]).startswith(b" ")
 
     def ends(self) -> dict:
         """What tokenizer_config.json would say of the tokens that begin and end a text."""
-        return {name: None if id is None else self.backend.id_to_token(id) for name, id in (("bos_token", self.bos_id), ("eos_token", self.eos_id))}
+        return {
+            name: None if id is None else self.backend.id_to_token(id)
+            for name, id in (("bos_token", self.bos_id), ("eos_token", self.eos_id))
+        }
 
     def _piece_bytes(self, piece: str) -> bytes:
         if self.byte_level:
-            return bytes(BYTE_OF[character] for character in piece) if set(piece) <= BYTE_OF.keys() else piece.encode()
+            return (
+                bytes(BYTE_OF[character] for character in piece)
+                if set(piece) <= BYTE_OF.keys()
+                else piece.encode()
+            )
         if re.fullmatch("<0x[0-9A-F]{2}>", piece):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
@@ -281,7 +343,11 @@ class JsonTokenizer:
 
     def is_byte(self, id: int) -> bool:
         piece = self.backend.id_to_token(id) or ""
-        return len(self._bytes[id]) == 1 if self.byte_level else re.fullmatch("<0x[0-9A-F]{2}>", piece) is not None
+        return (
+            len(self._bytes[id]) == 1
+            if self.byte_level
+            else re.fullmatch("<0x[0-9A-F]{2}>", piece) is not None
+        )
 
     def merge_rank(self, id: int) -> float | None:
         """For a single character, which is made of nothing, the last rank."""
@@ -300,7 +366,9 @@ def byte_characters() -> dict[str, int]:
     """The character that a byte-level BPE writes for each byte, as GPT-2 does: itself if it can be seen, else one from 256 on."""
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + number): byte for number, byte in enumerate(hidden)}
+    return {chr(byte): byte for byte in seen} | {
+        chr(256 + number): byte for number, byte in enumerate(hidden)
+    }
 
 
 BYTE_OF = byte_characters()
@@ -311,8 +379,10 @@ def read_token_config(folder: Path) -> dict:
 
     And `default_system`, the system prompt that the checkpoint's own chat_template puts where there is none.
     """
-    raw = {name: read_json(folder / name) if (folder / name).exists() else {}
-           for name in ("tokenizer_config.json", "generation_config.json", "config.json")}
+    raw = {
+        name: read_json(folder / name) if (folder / name).exists() else {}
+        for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+    }
     found = {}
     for side in ("bos", "eos"):
         named = raw["tokenizer_config.json"].get(f"{side}_token")
@@ -326,7 +396,9 @@ def read_token_config(folder: Path) -> dict:
             if type(id) is int and id >= 0:
                 found.setdefault(f"{side}_id", id)
     found["chat_template"] = read_chat_template(folder)
-    default = re.search(r"<\|im_start\|>system(?:\n|\\n)([^<{+]+)<\|im_end\|>", found["chat_template"])
+    default = re.search(
+        r"<\|im_start\|>system(?:\n|\\n)([^<{+]+)<\|im_end\|>", found["chat_template"]
+    )
     return found | ({"default_system": default[1].replace("\\'", "'")} if default else {})
 
 
@@ -335,9 +407,13 @@ def read_chat_template(folder: Path) -> str:
     if (folder / "chat_template.jinja").exists():
         return read_bytes(folder / "chat_template.jinja").decode(errors="replace")
     for name in ("tokenizer_config.json", "chat_template.json"):
-        template = read_json(folder / name).get("chat_template") if (folder / name).exists() else None
+        template = (
+            read_json(folder / name).get("chat_template") if (folder / name).exists() else None
+        )
         if isinstance(template, list):  # of objects of name and template
-            template = "".join(str(each.get("template")) for each in template if isinstance(each, dict))
+            template = "".join(
+                str(each.get("template")) for each in template if isinstance(each, dict)
+            )
         if isinstance(template, str):
             return template
     return ""
@@ -346,7 +422,13 @@ def read_chat_template(folder: Path) -> str:
 Tokenizer = SentencePieceTokenizer | TiktokenTokenizer | JsonTokenizer
 
 # Where two files of one folder are compared.
-SAMPLE_TEXTS = ["Hello, world!", " two  spaces\n\n\tand a tab", "naïve café 漢字 👍 1234567890", "def f(x):\n    return x ** 2", "I'll DON'T <s> [INST]"]
+SAMPLE_TEXTS = [
+    "Hello, world!",
+    " two  spaces\n\n\tand a tab",
+    "naïve café 漢字 👍 1234567890",
+    "def f(x):\n    return x ** 2",
+    "I'll DON'T <s> [INST]",
+]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -360,16 +442,25 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if not path.exists() and hub_hint(path):
             raise UsageError(f"{path}: No such file or directory{hub_hint(path)}")
         return read_tokenizer(path)
-    found = [path / name for name in ["tokenizer.model", "original/tokenizer.model", "tokenizer.json"] if (path / name).exists()]
+    found = [
+        path / name
+        for name in ["tokenizer.model", "original/tokenizer.model", "tokenizer.json"]
+        if (path / name).exists()
+    ]
     if not found:
-        raise UsageError(f"{path}: no tokenizer.model, no original/tokenizer.model, and no tokenizer.json{hub_hint(path)}")
+        raise UsageError(
+            f"{path}: no tokenizer.model, no original/tokenizer.model, and no tokenizer.json{hub_hint(path)}"
+        )
     first = read_tokenizer(found[0])
     if found[-1].name != "tokenizer.json" or len(found) == 1:
         return first
     second = read_tokenizer(found[-1])
     if all(first.encode(text) == second.encode(text) for text in SAMPLE_TEXTS):
         return second if second.vocab_size > first.vocab_size else first
-    print(f"{path}: its {found[0].name} and its tokenizer.json cut texts differently; the first is used", file=sys.stderr)
+    print(
+        f"{path}: its {found[0].name} and its tokenizer.json cut texts differently; the first is used",
+        file=sys.stderr,
+    )
     return first
 
 
@@ -385,15 +476,24 @@ def read_tokenizer(file: Path) -> Tokenizer:
     except UsageError:
         raise
     except ValueError as error:
-        raise UsageError(f"{file}: neither a SentencePiece nor a tiktoken model nor a tokenizer.json that can be used: {error}") from None
-    except Exception as error:  # the library raises no narrower class; protobuf that is none raises several
+        raise UsageError(
+            f"{file}: neither a SentencePiece nor a tiktoken model nor a tokenizer.json that can be used: {error}"
+        ) from None
+    except (
+        Exception
+    ) as error:  # the library raises no narrower class; protobuf that is none raises several
         said = f"{type(error).__name__}: {error}" if is_json else f"it begins with {model[:12]!r}"
-        raise UsageError(f"{file}: neither a SentencePiece nor a tiktoken model nor a tokenizer.json, or a damaged one ({said})") from None
+        raise UsageError(
+            f"{file}: neither a SentencePiece nor a tiktoken model nor a tokenizer.json, or a damaged one ({said})"
+        ) from None
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict:
     """How ivl.json and vocabulary maps name a tokenizer."""
-    return {"size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint(tokenizer.vocab_size)}
+    return {
+        "size": tokenizer.vocab_size,
+        "fingerprint": tokenizer.fingerprint(tokenizer.vocab_size),
+    }
 
 
 def is_same_family(one: Tokenizer, other: Tokenizer) -> bool:

@@ -41,8 +41,9 @@ def align_batch(base: list[list[bytes]], value: list[list[bytes]]) -> list[list[
 # Line 6: what it costs to align two pieces
 
 
-def cost_table(base: list[list[bytes]], value: list[list[bytes]]
-               ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def cost_table(
+    base: list[list[bytes]], value: list[list[bytes]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The costs of each text's distinct pairs of pieces, text after text, and where to find them.
 
     Value piece i and base piece j of a text cost costs[row[i, text] + column[j, text]]. Beyond the
@@ -54,8 +55,8 @@ def cost_table(base: list[list[bytes]], value: list[list[bytes]]
     for text in range(len(base)):
         value_pieces, value_index = distinct(value[text])
         base_pieces, base_index = distinct(base[text])
-        row[:len(value_index), text] = start + value_index * len(base_pieces)
-        column[:len(base_index), text] = base_index
+        row[: len(value_index), text] = start + value_index * len(base_pieces)
+        column[: len(base_index), text] = base_index
         tables.append(piece_costs(value_pieces, base_pieces).ravel())
         start += len(tables[-1])
     return row, column, np.concatenate(tables)
@@ -100,9 +101,9 @@ def warp(row: np.ndarray, column: np.ndarray, costs: np.ndarray) -> tuple[np.nda
         first, end = max(0, diagonal - columns + 1), min(diagonal + 1, rows)
         # What each cell costs by itself. Base piece diagonal - i stands at i + shift of backwards.
         shift = columns - 1 - diagonal
-        cost = costs[row[first:end] + backwards[first + shift:end + shift]]  # (cells, B)
+        cost = costs[row[first:end] + backwards[first + shift : end + shift]]  # (cells, B)
         # Three ways lead into a cell, all from anti-diagonals that are done.
-        corner, up, left = earlier[first:end], before[first:end], before[first + 1:end + 1]
+        corner, up, left = earlier[first:end], before[first:end], before[first + 1 : end + 1]
         # The cheapest; of equals the diagonal one, then that from above, as in the loop.
         best = np.minimum(up, left)
         is_diagonal[diagonal, first:end] = corner <= best
@@ -110,13 +111,15 @@ def warp(row: np.ndarray, column: np.ndarray, costs: np.ndarray) -> tuple[np.nda
         best = np.minimum(corner, best)
         if diagonal == 0:
             best[:] = 0.0  # nothing comes before the first cell
-        now[first + 1:end + 1] = cost + best
+        now[first + 1 : end + 1] = cost + best
         # The next overwrites the oldest, of which nothing remains where it will be read.
         now, before, earlier = earlier, now, before
     return is_diagonal, is_up
 
 
-def walk_back(is_diagonal: np.ndarray, is_up: np.ndarray, row: int, column: int) -> list[tuple[int, int]]:
+def walk_back(
+    is_diagonal: np.ndarray, is_up: np.ndarray, row: int, column: int
+) -> list[tuple[int, int]]:
     """One text's path into its last cell, by warp's answers (diagonals, rows)."""
     path = [(column, row)]
     while row > 0 or column > 0:

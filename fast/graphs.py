@@ -44,7 +44,9 @@ class WindowCache(KVCache):
         if self.window is None:
             return super().begin(T)
         self.place(T, self.window)
-        mask = torch.where(self.seen(), 0.0, -torch.inf).to(self.keys.dtype)  # what attention adds, made once for all layers
+        mask = torch.where(self.seen(), 0.0, -torch.inf).to(
+            self.keys.dtype
+        )  # what attention adds, made once for all layers
         return self.positions, mask[:, None]
 
 
@@ -69,12 +71,18 @@ class CapturedGuided(Guided):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self.graphs: dict[tuple, Graph | None] = {}  # by all that goes into a step but its tokens; None: seen once
+        self.graphs: dict[
+            tuple, Graph | None
+        ] = {}  # by all that goes into a step but its tokens; None: seen once
 
     def allocate(self, batch: int, capacity: int) -> None:
         """Graphs go with the memory that they were captured on: keep it where it is large enough."""
         capacity = window_for(capacity)
-        if self.caches and self.caches[0].capacity >= capacity and len(self.caches[0].lengths) == batch:
+        if (
+            self.caches
+            and self.caches[0].capacity >= capacity
+            and len(self.caches[0].lengths) == batch
+        ):
             for cache in self.caches:
                 cache.crop(0)
                 cache.keys.zero_()  # an old nan or inf would pass the mask: 0 * nan is nan
@@ -110,8 +118,10 @@ class CapturedGuided(Guided):
         if self.value is None or self.value.scheme != "residual":
             return self.logits(tokens, self.caches)
         base_cache, *value_caches = self.caches
-        self.z_base, self.z_delta = side_by_side(lambda: self.base(tokens, base_cache),  # (B, T, Vb), Eq. (1)
-                                                 lambda: self.value(tokens, None, value_caches))  # (B, T, Vv), Eq. (2)
+        self.z_base, self.z_delta = side_by_side(
+            lambda: self.base(tokens, base_cache),  # (B, T, Vb), Eq. (1)
+            lambda: self.value(tokens, None, value_caches),
+        )  # (B, T, Vv), Eq. (2)
         return self.post(self.z_base, self.z_delta)
 
     def capture_step(self, tokens: Tensor, window: int) -> Graph:
@@ -121,7 +131,9 @@ class CapturedGuided(Guided):
         for cache in self.caches:
             cache.window = window
         try:
-            self.logits_to_capture(tokens)  # a warm-up: what a GPU loads or compiles for it cannot be captured
+            self.logits_to_capture(
+                tokens
+            )  # a warm-up: what a GPU loads or compiles for it cannot be captured
             for cache in self.caches:
                 cache.advance(-T)  # take it back
             replay, z_post = capture(lambda: self.logits_to_capture(tokens))
@@ -181,7 +193,11 @@ def compiled_block() -> Callable:
     By the first option products of a matrix and a vector become sums, which Inductor tunes; by the second that vector is
     computed before them, and not anew for every row of the matrix.
     """
-    return torch.compile(Block.forward, dynamic=True, options={"coordinate_descent_tuning": True, "realize_opcount_threshold": 4})
+    return torch.compile(
+        Block.forward,
+        dynamic=True,
+        options={"coordinate_descent_tuning": True, "realize_opcount_threshold": 4},
+    )
 
 
 @dataclass
@@ -200,8 +216,12 @@ class LayerCache:
     append = KVCache.append
 
 
-def forward_compiled(layer: Block, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache, index: int) -> Tensor:
-    own = LayerCache([cache.keys[index]], [cache.values[index]], cache.rows, cache.positions, cache.stored)
+def forward_compiled(
+    layer: Block, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache, index: int
+) -> Tensor:
+    own = LayerCache(
+        [cache.keys[index]], [cache.values[index]], cache.rows, cache.positions, cache.stored
+    )
     return compiled_block()(layer, x, cos, sin, mask, own, 0)
 
 

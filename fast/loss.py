@@ -28,7 +28,9 @@ Loss = tuple[Tensor, dict[str, Tensor]]
 CHUNK, CHUNK_ON_CPU = 2**26, 2_400_000
 
 
-def value_loss(value: ValueModel, base: Llama, tokens: Tensor, labels: Tensor, l1: float = 0.0) -> Loss:
+def value_loss(
+    value: ValueModel, base: Llama, tokens: Tensor, labels: Tensor, l1: float = 0.0
+) -> Loss:
     """ValueModel.loss."""
     supervised = labels != -100  # (B, T), N of them
     labels = labels[supervised]  # (N,)
@@ -39,7 +41,14 @@ def value_loss(value: ValueModel, base: Llama, tokens: Tensor, labels: Tensor, l
     return of_supervised(value, base, tokens, supervised, loss_of)
 
 
-def teacher_loss(value: ValueModel, base: Llama, tokens: Tensor, labels: Tensor, teacher: Llama, temperature: float = 1.0) -> Loss:
+def teacher_loss(
+    value: ValueModel,
+    base: Llama,
+    tokens: Tensor,
+    labels: Tensor,
+    teacher: Llama,
+    temperature: float = 1.0,
+) -> Loss:
     """ValueModel.teacher_loss."""
     supervised = labels != -100  # (B, T), N of them
     labels = labels[supervised]  # (N,)
@@ -54,8 +63,13 @@ def teacher_loss(value: ValueModel, base: Llama, tokens: Tensor, labels: Tensor,
     return of_supervised(value, base, tokens, supervised, loss_of)
 
 
-def of_supervised(value: ValueModel, base: Llama, tokens: Tensor, supervised: Tensor, loss_of: Callable[[Tensor, Tensor, slice], Loss]
-                  ) -> Loss:
+def of_supervised(
+    value: ValueModel,
+    base: Llama,
+    tokens: Tensor,
+    supervised: Tensor,
+    loss_of: Callable[[Tensor, Tensor, slice], Loss],
+) -> Loss:
     """The mean over supervised rows that loss_of(z_base, z_delta, which rows) gives.
 
     A cascade reads the base's logits of every position, so those it must hold.
@@ -77,16 +91,35 @@ def of_supervised(value: ValueModel, base: Llama, tokens: Tensor, supervised: Te
     return with_base(h_base, W_base, h_value[supervised], W_value, loss_of)
 
 
-def with_base(h_base: Tensor, W_base: Tensor, h_value: Tensor, W_value: Tensor, loss_of: Callable[[Tensor, Tensor, slice], Loss],
-              chunk: int | None = None) -> Loss:
+def with_base(
+    h_base: Tensor,
+    W_base: Tensor,
+    h_value: Tensor,
+    W_value: Tensor,
+    loss_of: Callable[[Tensor, Tensor, slice], Loss],
+    chunk: int | None = None,
+) -> Loss:
     """in_chunks of the value network's head, beside the base's logits of the same rows, (N, Db) and (Vb, Db)."""
     h_base, W_base = h_base.detach(), W_base.detach()  # Eq. (3): stop_gradient
-    return in_chunks(lambda z_delta, rows: loss_of(h_base[rows].to(W_base.dtype) @ W_base.T, z_delta, rows), h_value, W_value, chunk)
+    return in_chunks(
+        lambda z_delta, rows: loss_of(h_base[rows].to(W_base.dtype) @ W_base.T, z_delta, rows),
+        h_value,
+        W_value,
+        chunk,
+    )
 
 
-def value_loss_from_hidden(h_base: Tensor, W_base: Tensor, h_value: Tensor, W_value: Tensor, labels: Tensor,
-                           l1: float = 0.0, chunk: int | None = None) -> Loss:
+def value_loss_from_hidden(
+    h_base: Tensor,
+    W_base: Tensor,
+    h_value: Tensor,
+    W_value: Tensor,
+    labels: Tensor,
+    l1: float = 0.0,
+    chunk: int | None = None,
+) -> Loss:
     """ivl_loss of h_base @ W_base^T and h_value @ W_value^T: (N, Db), (Vb, Db), (N, Dv), (Vv, Dv), labels (N,)."""
+
     def loss_of(z_base: Tensor, z_delta: Tensor, rows: slice) -> Loss:
         return ivl_loss(z_base, z_delta, labels[rows], l1)
 
@@ -106,7 +139,9 @@ def language_loss(network: Llama, base: None, tokens: Tensor, labels: Tensor) ->
     return in_chunks(loss_of, hidden[supervised], W)
 
 
-def in_chunks(loss_of: Callable[[Tensor, slice], Loss], hidden: Tensor, W: Tensor, chunk: int | None = None) -> Loss:
+def in_chunks(
+    loss_of: Callable[[Tensor, slice], Loss], hidden: Tensor, W: Tensor, chunk: int | None = None
+) -> Loss:
     """The mean over rows that loss_of(logits of some rows, which rows) gives, for hidden (N, D) and a head W (V, D).
 
     Under autocast products are taken in its dtype, sums stay in fp32. Can be differentiated once.
@@ -126,7 +161,9 @@ class ChunkedLoss(torch.autograd.Function):
         dtype, device, N = hidden.dtype, hidden.device.type, max(1, len(hidden))
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        wants_hidden, wants_head = [with_gradient and wanted for wanted in ctx.needs_input_grad[1:3]]
+        wants_hidden, wants_head = [
+            with_gradient and wanted for wanted in ctx.needs_input_grad[1:3]
+        ]
         d_hidden = torch.zeros_like(hidden) if wants_hidden else None
         d_head = at_least_float(torch.zeros_like(W)) if wants_head else None
         total = metrics = 0.0
@@ -156,7 +193,11 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss, _):
         if ctx.gradients is None:
-            raise RuntimeError("this loss was differentiated once and its gradient is used up; compute the loss again")
+            raise RuntimeError(
+                "this loss was differentiated once and its gradient is used up; compute the loss again"
+            )
         (d_hidden, d_head), ctx.gradients = ctx.gradients, None
-        scaled = [None if gradient is None else gradient.mul_(d_loss) for gradient in (d_hidden, d_head)]
+        scaled = [
+            None if gradient is None else gradient.mul_(d_loss) for gradient in (d_hidden, d_head)
+        ]
         return None, *scaled, None, None, None

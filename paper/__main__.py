@@ -1,7 +1,7 @@
 """Every figure and table of the paper, in miniature: train, measure, and write RESULTS.md.
 
-    python -m paper                     # three seeds, as committed in paper/RESULTS.md
-    python -m paper --seeds 1 --results out/paper
+python -m paper                     # three seeds, as committed in paper/RESULTS.md
+python -m paper --seeds 1 --results out/paper
 """
 
 from pathlib import Path
@@ -11,21 +11,45 @@ from data.tiny_world import World
 from paper import appendix_b, fig2, fig3, fig4, norm, table1, table2, table4
 from paper.measure import TIMES
 from paper.networks import Kept, networks_of, with_needs
-from paper.report import (OURS, STAND_INS, Results, draw, machine, parse_arguments, results_of, section_text, table,
-                          today, verdict)
+from paper.report import (
+    OURS,
+    STAND_INS,
+    Results,
+    draw,
+    machine,
+    parse_arguments,
+    results_of,
+    section_text,
+    table,
+    today,
+    verdict,
+)
 from run.cli import run_cli
 
 SCRIPTS = [fig2, fig3, norm, table1, table2, fig4, table4]  # in the paper's order
 
 METRICS = {  # what each is, and how its stand-in differs
-    "exact": ("the whole answer right, in the form asked for, and ended", "answers are short, and checked rather than judged"),
+    "exact": (
+        "the whole answer right, in the form asked for, and ended",
+        "answers are short, and checked rather than judged",
+    ),
     "ins": ("the form asked for, six kinds, whatever the answer says", ""),
-    "arith": ("`exact` on sums that no demonstration shows", "one step of addition, whose answers bases have read, or two, whose answers they have not"),
-    "new exact": ("`exact` on people whose facts only continual pretraining tells",
-                  "other bases know some code, but nothing of these people"),
-    "2-shot": ("two answered questions, then a choice of all 12 to 16 values, by log-likelihood, without a chat",
-               "one metric for four columns"),
-    "mc": ("a choice of 8 values by log-likelihood, in the chat", "zero-shot choices too, but between plain facts"),
+    "arith": (
+        "`exact` on sums that no demonstration shows",
+        "one step of addition, whose answers bases have read, or two, whose answers they have not",
+    ),
+    "new exact": (
+        "`exact` on people whose facts only continual pretraining tells",
+        "other bases know some code, but nothing of these people",
+    ),
+    "2-shot": (
+        "two answered questions, then a choice of all 12 to 16 values, by log-likelihood, without a chat",
+        "one metric for four columns",
+    ),
+    "mc": (
+        "a choice of 8 values by log-likelihood, in the chat",
+        "zero-shot choices too, but between plain facts",
+    ),
     "know": ("the right value somewhere in the answer", ""),
     "fk": ("the right value is the likeliest continuation, without choices", ""),
 }
@@ -40,16 +64,37 @@ def overview(results: Results) -> str:
                 ours = verdict(claim.gap(results))
                 counts[ours] = counts.get(ours, 0) + 1
                 rows.append([script.TITLE.partition(":")[0], claim.section, claim.says, ours])
-    plural = {"holds": "hold", "undecided": "are undecided", "does not hold": "do not hold", "no verdict on one seed": "have no verdict"}
-    tally = ", ".join(f"{counts[name]} {several}" for name, several in plural.items() if name in counts)
-    return f"{table(['', '', 'the paper concludes', 'here'], rows)}\n\nOf {len(rows)} claims {tally}."
+    plural = {
+        "holds": "hold",
+        "undecided": "are undecided",
+        "does not hold": "do not hold",
+        "no verdict on one seed": "have no verdict",
+    }
+    tally = ", ".join(
+        f"{counts[name]} {several}" for name, several in plural.items() if name in counts
+    )
+    return (
+        f"{table(['', '', 'the paper concludes', 'here'], rows)}\n\nOf {len(rows)} claims {tally}."
+    )
 
 
 def document(results: Results, seeds: int) -> str:
-    made = with_needs(network for script in SCRIPTS for system in script.SYSTEMS for network in networks_of(system))
-    costs = [Kept(seed).ledger[network]["core_seconds"] for seed in range(seeds) for network in made]
-    stands_for = {metric: ", ".join(column for column, ours in STAND_INS.items() if ours == metric) for metric in METRICS}
-    metrics = [[stands_for[name] or "-", f"`{name}`", what, but] for name, (what, but) in METRICS.items()]
+    made = with_needs(
+        network
+        for script in SCRIPTS
+        for system in script.SYSTEMS
+        for network in networks_of(system)
+    )
+    costs = [
+        Kept(seed).ledger[network]["core_seconds"] for seed in range(seeds) for network in made
+    ]
+    stands_for = {
+        metric: ", ".join(column for column, ours in STAND_INS.items() if ours == metric)
+        for metric in METRICS
+    }
+    metrics = [
+        [stands_for[name] or "-", f"`{name}`", what, but] for name, (what, but) in METRICS.items()
+    ]
     metrics.append(["ToxiGen", "no stand-in", "nothing toxic can be said in this world", ""])
     facts, sums = len(World(0).fact_items("evaluation")), len(World(0).sum_items("evaluation"))
     sections = "\n".join(section_text(script, results, seeds) for script in SCRIPTS)

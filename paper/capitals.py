@@ -32,23 +32,52 @@ METRICS = ("exact", "know", "ins")
 
 def train(base: Path, seed: int, l1: float) -> Path:
     """The value network of a seed and a lambda, trained unless it is there."""
-    out = Path("out") / f"seed{seed}" / f"value-residual-{name_of(base)}{f'-l1-{l1:g}' if l1 else ''}"
+    out = (
+        Path("out") / f"seed{seed}" / f"value-residual-{name_of(base)}{f'-l1-{l1:g}' if l1 else ''}"
+    )
     if not (out / "train.json").is_file():
-        command = [sys.executable, ROOT / "train.py", "--base", base, "--value", "--data", "capitals", "--seed", seed, "--l1", l1]
+        command = [
+            sys.executable,
+            ROOT / "train.py",
+            "--base",
+            base,
+            "--value",
+            "--data",
+            "capitals",
+            "--seed",
+            seed,
+            "--l1",
+            l1,
+        ]
         subprocess.run(list(map(str, command)), check=True)
     return out
 
 
-def measure(base: Path, value: Path, seed: int, dtype: str, device: str) -> dict[str, dict[str, float]]:
+def measure(
+    base: Path, value: Path, seed: int, dtype: str, device: str
+) -> dict[str, dict[str, float]]:
     """What base, base + value and the value network alone are worth on a seed's evaluation countries."""
     file = value / "evaluation.json"
     if file.is_file():
         return read_json(file)
     network = ValueModel.from_pretrained(value, getattr(torch, dtype), device)
-    tokenizer, llama = load_tokenizer(value), Llama.from_pretrained(base, getattr(torch, dtype), device)
-    systems = {"base": Guided(llama), "base + value": Guided(llama, network), "value network alone": Guided(network.network)}
-    template, system = network.info.get("template", default_template(tokenizer)), network.info.get("system", "")
-    found = {name: examine(guided, Capitals(seed), tokenizer, template, "evaluation", system) for name, guided in systems.items()}
+    tokenizer, llama = (
+        load_tokenizer(value),
+        Llama.from_pretrained(base, getattr(torch, dtype), device),
+    )
+    systems = {
+        "base": Guided(llama),
+        "base + value": Guided(llama, network),
+        "value network alone": Guided(network.network),
+    }
+    template, system = (
+        network.info.get("template", default_template(tokenizer)),
+        network.info.get("system", ""),
+    )
+    found = {
+        name: examine(guided, Capitals(seed), tokenizer, template, "evaluation", system)
+        for name, guided in systems.items()
+    }
     write_text(file, json.dumps(found, indent=2) + "\n")
     return found
 
@@ -66,14 +95,32 @@ def show(title: str, found: list[dict[str, dict[str, float]]]) -> None:
 
 
 def main():
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True, metavar="FOLDER", help="a language model, out/smollm2-135m for instance")
+    parser = ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="a language model, out/smollm2-135m for instance",
+    )
     parser.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--l1", type=non_negative_float, nargs="+", default=[0.0], metavar="LAMBDA", help="weights of the norm (default 0)")
+    parser.add_argument(
+        "--l1",
+        type=non_negative_float,
+        nargs="+",
+        default=[0.0],
+        metavar="LAMBDA",
+        help="weights of the norm (default 0)",
+    )
     args = parser.parse_args()
     device, dtype = pick_device(None, tiny=False)
     for l1 in args.l1:
-        found = [measure(args.base, train(args.base, seed, l1), seed, dtype, device) for seed in args.seeds]
+        found = [
+            measure(args.base, train(args.base, seed, l1), seed, dtype, device)
+            for seed in args.seeds
+        ]
         show(f"seeds {', '.join(map(str, args.seeds))}, lambda {l1:g}", found)
 
 

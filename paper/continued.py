@@ -74,7 +74,11 @@ class MarkedTokenizer(SentencePieceTokenizer):
         marker, _, rest = text.partition(" ")
         if marker not in MARKERS:
             return super().encode(text, bos, eos)
-        ids = [self.processor.piece_to_id("\u2581"), self.processor.piece_to_id(marker), *super().encode(rest)]
+        ids = [
+            self.processor.piece_to_id("\u2581"),
+            self.processor.piece_to_id(marker),
+            *super().encode(rest),
+        ]
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -88,9 +92,9 @@ def widen(base: Llama, rows: int) -> Llama:
     weights = base.state_dict()
     for name, tensor in wider.state_dict().items():  # these share memory with the parameters
         old = weights[name]
-        tensor[:len(old)] = old
+        tensor[: len(old)] = old
         if len(tensor) > len(old):
-            tensor[len(old):] = old.mean(0)
+            tensor[len(old) :] = old.mean(0)
     return wider
 
 
@@ -124,7 +128,9 @@ def continuing(start: Path, out: Path, args: argparse.Namespace, processes: Alon
         return
 
     def documents() -> Iterator[str]:
-        return continued_documents(world, random.Random(f"continued pretraining of world {world.seed}"))
+        return continued_documents(
+            world, random.Random(f"continued pretraining of world {world.seed}")
+        )
 
     yield Continued(run, args, MarkedTokenizer(tokenizer.model), None, world, documents=documents)
 
@@ -134,10 +140,14 @@ def check_start(start: Path) -> tuple[World, Tokenizer]:
     refuse_value_network("--base", start)
     world = world_of(start)
     if world is None:
-        raise UsageError(f"--base {start}: no tiny base, and the text to go on with is the tiny world's")
+        raise UsageError(
+            f"--base {start}: no tiny base, and the text to go on with is the tiny world's"
+        )
     tokenizer = load_tokenizer(start)
     if tokenizer.kind != "sentencepiece":
-        raise UsageError(f"--base {start}: its tokenizer is byte-level; only SentencePiece's take more pieces")
+        raise UsageError(
+            f"--base {start}: its tokenizer is byte-level; only SentencePiece's take more pieces"
+        )
     if tokenizer.vocab_size != PIECES:
         raise UsageError(f"--base {start}: continued already")
     return world, tokenizer
@@ -145,14 +155,29 @@ def check_start(start: Path) -> tuple[World, Tokenizer]:
 
 def arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--base", nargs=1, default=["tiny-m"], metavar="B",
-                        help="tiny-s, tiny-m, tiny-l or the folder of one (default tiny-m)")
-    parser.add_argument("--steps", type=positive_int, metavar="N", help=f"(default {SETTINGS['steps']})")
-    parser.add_argument("--batch-size", type=positive_int, metavar="N",
-                        help=f"rows per step (default {SETTINGS['batch_size']})")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="of everything random (default 0)")
+    parser.add_argument(
+        "--base",
+        nargs=1,
+        default=["tiny-m"],
+        metavar="B",
+        help="tiny-s, tiny-m, tiny-l or the folder of one (default tiny-m)",
+    )
+    parser.add_argument(
+        "--steps", type=positive_int, metavar="N", help=f"(default {SETTINGS['steps']})"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        metavar="N",
+        help=f"rows per step (default {SETTINGS['batch_size']})",
+    )
+    parser.add_argument(
+        "--seed", type=non_negative_int, default=0, help="of everything random (default 0)"
+    )
     parser.add_argument("--out", metavar="FOLDER", help="(default B-continued, under out/seedN)")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the same run")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint of the same run"
+    )
     add_twins(parser)
     # what train.py has flags for, and a job asks for
     parser.set_defaults(dtype=None, gradient_checkpointing=False, shard=False, save_every=200)

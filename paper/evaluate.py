@@ -46,21 +46,62 @@ class Column:
 
 
 ZERO_SHOT = [
-    Column("IFEval", "ifeval", 0, "prompt_level_loose_acc,none", True, "prompts, loose; the paper does not say which of four"),
-    Column("GSM8K", "gsm8k", 0, "exact_match,flexible-extract", True, "the last number of the answer counts"),
-    Column("ToxiGen", "toxigen", 0, "acc,none", True, "NOT the paper's: here statements are classified, higher is better; "
-           "TULU-2's is the share of generations that a classifier calls toxic, lower is better"),
-    Column("MBPP", "mbpp_instruct", 0, "pass_at_1,extract_code", True, "the answer begins with ```python", executes=True),
-    Column("HumanEval", "humaneval_instruct", 0, "pass@1,create_test", True, "the answer begins with the function", executes=True)]
+    Column(
+        "IFEval",
+        "ifeval",
+        0,
+        "prompt_level_loose_acc,none",
+        True,
+        "prompts, loose; the paper does not say which of four",
+    ),
+    Column(
+        "GSM8K",
+        "gsm8k",
+        0,
+        "exact_match,flexible-extract",
+        True,
+        "the last number of the answer counts",
+    ),
+    Column(
+        "ToxiGen",
+        "toxigen",
+        0,
+        "acc,none",
+        True,
+        "NOT the paper's: here statements are classified, higher is better; "
+        "TULU-2's is the share of generations that a classifier calls toxic, lower is better",
+    ),
+    Column(
+        "MBPP",
+        "mbpp_instruct",
+        0,
+        "pass_at_1,extract_code",
+        True,
+        "the answer begins with ```python",
+        executes=True,
+    ),
+    Column(
+        "HumanEval",
+        "humaneval_instruct",
+        0,
+        "pass@1,create_test",
+        True,
+        "the answer begins with the function",
+        executes=True,
+    ),
+]
 FEW_SHOT = [
     Column("ARC", "arc_challenge", 25, "acc_norm,none", False),
     Column("Hellaswag", "hellaswag", 10, "acc_norm,none", False),
     Column("MMLU", "mmlu", 5, "acc,none", False),
     Column("TruthfulQA", "truthfulqa_mc2", 0, "acc,none", False),
-    Column("Winogrande", "winogrande", 5, "acc,none", False)]
+    Column("Winogrande", "winogrande", 5, "acc,none", False),
+]
 SUITES = {"zero-shot": ZERO_SHOT, "few-shot": FEW_SHOT, "all": ZERO_SHOT + FEW_SHOT}
 
-TABLE = {title.partition(",")[0]: PAPER[base] for title, base in BLOCKS.items()} | {"Llama-2-70B": PAPER_70B}
+TABLE = {title.partition(",")[0]: PAPER[base] for title, base in BLOCKS.items()} | {
+    "Llama-2-70B": PAPER_70B
+}
 LAYERS = {"Tinyllama-1.1B": 22, "Llama-2-7B": 32, "Llama-2-13B": 40, "Llama-2-70B": 80}
 
 
@@ -78,8 +119,19 @@ def table_1(measured: dict[str, float], block: str) -> str:
         if column.name in measured:
             theirs = [f"{row[index]:g}" for row in TABLE[block].values()]
             shots = f"{column.shots}, chat" if column.chat else str(column.shots)
-            lines.append([column.name, column.task, shots, f"{100 * measured[column.name]:.3g}", *theirs, column.note])
-    return table([f"Table 1, {block}", "task", "shots", "ours", *TABLE[block], "what is not the same"], lines)
+            lines.append(
+                [
+                    column.name,
+                    column.task,
+                    shots,
+                    f"{100 * measured[column.name]:.3g}",
+                    *theirs,
+                    column.note,
+                ]
+            )
+    return table(
+        [f"Table 1, {block}", "task", "shots", "ours", *TABLE[block], "what is not the same"], lines
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -89,27 +141,57 @@ def arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     what = parser.add_argument_group("what to measure")
     what.add_argument("--suite", choices=SUITES, help="columns of Table 1, with the paper's shots")
-    what.add_argument("--tasks", nargs="+", default=[], metavar="TASK",
-                      help="tasks of the harness (`lm-eval ls tasks`) or of --include-path")
-    what.add_argument("--num-fewshot", type=non_negative_int, metavar="N",
-                      help="shots of --tasks (default: what each says itself)")
-    what.add_argument("--apply-chat-template", action="store_true", help="ask --tasks in the chat template")
-    what.add_argument("--include-path", type=Path, metavar="FOLDER", help="more tasks, as the harness's yaml")
-    what.add_argument("--limit", type=positive_int, metavar="N", help="only the first N questions of each task")
-    what.add_argument("--output", type=Path, metavar="FOLDER", help="for the harness's result files")
-    what.add_argument("--use-cache", type=Path, metavar="FILE",
-                      help="for the harness's cache of answers, from which a stopped run goes on")
-    what.add_argument("--confirm-run-unsafe-code", action="store_true", help="execute what the model writes, where a task does")
+    what.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="tasks of the harness (`lm-eval ls tasks`) or of --include-path",
+    )
+    what.add_argument(
+        "--num-fewshot",
+        type=non_negative_int,
+        metavar="N",
+        help="shots of --tasks (default: what each says itself)",
+    )
+    what.add_argument(
+        "--apply-chat-template", action="store_true", help="ask --tasks in the chat template"
+    )
+    what.add_argument(
+        "--include-path", type=Path, metavar="FOLDER", help="more tasks, as the harness's yaml"
+    )
+    what.add_argument(
+        "--limit", type=positive_int, metavar="N", help="only the first N questions of each task"
+    )
+    what.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="for the harness's result files"
+    )
+    what.add_argument(
+        "--use-cache",
+        type=Path,
+        metavar="FILE",
+        help="for the harness's cache of answers, from which a stopped run goes on",
+    )
+    what.add_argument(
+        "--confirm-run-unsafe-code",
+        action="store_true",
+        help="execute what the model writes, where a task does",
+    )
     args = measured_arguments(parser, temperature=0.0)
     if TemplateLM is object:
         raise UsageError("this takes lm-evaluation-harness: pip install 'lm_eval[ifeval]'")
     if not (args.suite or args.tasks):
         parser.error("name what to measure, with --suite or --tasks")
     if args.confirm_run_unsafe_code and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
-        parser.error("--confirm-run-unsafe-code takes HF_ALLOW_CODE_EVAL=1 in the environment as well")
+        parser.error(
+            "--confirm-run-unsafe-code takes HF_ALLOW_CODE_EVAL=1 in the environment as well"
+        )
     if args.include_path and not args.include_path.is_dir():
         parser.error(f"--include-path {args.include_path}: no such folder")
-    for flag, folder in (("--output", args.output), ("--use-cache", args.use_cache and args.use_cache.parent)):
+    for flag, folder in (
+        ("--output", args.output),
+        ("--use-cache", args.use_cache and args.use_cache.parent),
+    ):
         if folder is not None:
             make_folder(flag, folder)
     return args
@@ -132,32 +214,51 @@ def system_of(args) -> dict[str, str]:
 
 def cache_of(stamp: str, args) -> str | None:
     """The beginning of the names of the harness's cache files; another system's answers are never taken for this one's."""
-    return args.use_cache and f"{args.use_cache}-{hashlib.sha256(repr([system_of(args), stamp]).encode()).hexdigest()[:8]}"
+    return (
+        args.use_cache
+        and f"{args.use_cache}-{hashlib.sha256(repr([system_of(args), stamp]).encode()).hexdigest()[:8]}"
+    )
 
 
 def copy_cache(cache: str, count: int) -> None:
     """The harness keeps one for each of several processes, which have to find the same in it, wherever they were stopped."""
     if Path(f"{cache}_rank0.db").exists():
         for rank in range(1, count):
-            with sqlite3.connect(f"{cache}_rank0.db") as source, sqlite3.connect(f"{cache}_rank{rank}.db") as copy:
+            with (
+                sqlite3.connect(f"{cache}_rank0.db") as source,
+                sqlite3.connect(f"{cache}_rank{rank}.db") as copy,
+            ):
                 source.backup(copy)
 
 
-def evaluate(lm: GuidedLM, tasks: list[str], shots: int | None, chat: bool, speaker: Speaker, manager, args) -> dict[str, dict]:
+def evaluate(
+    lm: GuidedLM, tasks: list[str], shots: int | None, chat: bool, speaker: Speaker, manager, args
+) -> dict[str, dict]:
     """The harness's results of some tasks, which it also prints and saves; none where this is not the first of several processes."""
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.utils import make_table
+
     tracker = EvaluationTracker(output_path=args.output and str(args.output))
     try:
         results = simple_evaluate(
-            lm, model_args={"model": speaker.name} | system_of(args), tasks=tasks, num_fewshot=shots, apply_chat_template=chat, limit=args.limit,
-            use_cache=cache_of(speaker.stamp, args), evaluation_tracker=tracker, task_manager=manager,
-            confirm_run_unsafe_code=args.confirm_run_unsafe_code)
+            lm,
+            model_args={"model": speaker.name} | system_of(args),
+            tasks=tasks,
+            num_fewshot=shots,
+            apply_chat_template=chat,
+            limit=args.limit,
+            use_cache=cache_of(speaker.stamp, args),
+            evaluation_tracker=tracker,
+            task_manager=manager,
+            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+        )
     except ValueError as error:
         if "unsafe" not in str(error):
             raise
-        raise UsageError(f"{', '.join(tasks)}: executes what the model writes, which takes --confirm-run-unsafe-code") from None
+        raise UsageError(
+            f"{', '.join(tasks)}: executes what the model writes, which takes --confirm-run-unsafe-code"
+        ) from None
     if results is None:
         return {}
     samples = results.pop("samples")
@@ -179,8 +280,11 @@ def measure(columns: list[Column], manager, processes: Alone, args) -> None:
         print(f"{column.name}: {column.task}, shots: {column.shots}", flush=True)
         results = evaluate(lm, [column.task], column.shots, column.chat, speaker, manager, args)
         if results and column.metric not in results[column.task]:
-            print(f"{column.task}: left out of the table below; this version of the harness does not report {column.metric}, "
-                  f"but {', '.join(results[column.task])}", file=sys.stderr)
+            print(
+                f"{column.task}: left out of the table below; this version of the harness does not report {column.metric}, "
+                f"but {', '.join(results[column.task])}",
+                file=sys.stderr,
+            )
         elif results:
             measured[column.name] = results[column.task][column.metric]
     if args.tasks:
@@ -192,14 +296,21 @@ def measure(columns: list[Column], manager, processes: Alone, args) -> None:
 def main():
     args = arguments()
     from lm_eval.tasks import TaskManager
+
     manager = TaskManager(include_path=args.include_path and str(args.include_path))
     columns = SUITES.get(args.suite, [])
-    if left_out := [column.name for column in columns if column.executes and not args.confirm_run_unsafe_code]:
-        print(f"{', '.join(left_out)}: left out; they execute what the model writes, which takes --confirm-run-unsafe-code")
+    if left_out := [
+        column.name for column in columns if column.executes and not args.confirm_run_unsafe_code
+    ]:
+        print(
+            f"{', '.join(left_out)}: left out; they execute what the model writes, which takes --confirm-run-unsafe-code"
+        )
         columns = [column for column in columns if column.name not in left_out]
     for task in args.tasks:
         if task not in manager.all_tasks:
-            raise UsageError(f"--tasks {task}: no such task; `lm-eval ls tasks` lists the harness's, --include-path FOLDER adds others")
+            raise UsageError(
+                f"--tasks {task}: no such task; `lm-eval ls tasks` lists the harness's, --include-path FOLDER adds others"
+            )
     with join_decoders() as processes:
         measure(columns, manager, processes, args)
 

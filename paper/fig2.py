@@ -20,51 +20,97 @@ from sample import generate
 TITLE = "Figure 2: linear probes, fresh weights and full fine-tuning"
 PICTURE = "fig2.png"
 SIZES = [S, M, L]
-SCRATCH, BIGGER = f"{S} + value-residual-scratch-on-tiny-s", f"{S} + value-residual-scratch-tiny-m-on-tiny-s"
+SCRATCH, BIGGER = (
+    f"{S} + value-residual-scratch-on-tiny-s",
+    f"{S} + value-residual-scratch-tiny-m-on-tiny-s",
+)
 VALUED = f"{S} + {VALUE}"
 PROBE = {size: f"{size} + value-probe-{size}" for size in SIZES}
 FULL = {size: f"full-{size}" for size in SIZES}
 SYSTEMS = [*SIZES, *PROBE.values(), *FULL.values(), SCRATCH, BIGGER, VALUED]
 
 
-def smallest(results: Results, metric: str, better: dict[str, str], worse: dict[str, str]) -> np.ndarray:
+def smallest(
+    results: Results, metric: str, better: dict[str, str], worse: dict[str, str]
+) -> np.ndarray:
     """On each seed, the difference at the size where it is smallest."""
-    return np.min([results(better[size], metric) - results(worse[size], metric) for size in SIZES], axis=0)
+    return np.min(
+        [results(better[size], metric) - results(worse[size], metric) for size in SIZES], axis=0
+    )
 
 
 ALONE = {size: size for size in SIZES}
 CLAIMS = [
-    Claim("Section 3.2", "A probe on the logits does not come near full fine-tuning at any size (over 3 points of MT-Bench).",
-          "`exact`, full less probe, at the size where it is smallest",
-          lambda results: smallest(results, "exact", FULL, PROBE)),
-    Claim("Section 3.2", "The probe does pick up the assistant's style.",
-          "`ins`, probe less base alone, at the size where it is smallest",
-          lambda results: smallest(results, "ins", PROBE, ALONE),
-          "If at all it is little: a map of one step's logits, without memory, may begin an answer rightly and seldom ends it; and "
-          "some bases, asked plainly, answer and stop by themselves, which is a sixth of `ins` already."),
-    Claim("Section 3.2, Figure 5", "The probe fails to apply what solving a problem takes.",
-          "`arith`, full less probe, at the size where it is smallest", lambda results: smallest(results, "arith", FULL, PROBE)),
-    Claim("Section 3.2", "A value network with fresh weights, bigger than its base, does better than the probe.",
-          "`exact` on tiny-s, fresh tiny-m less probe", between(BIGGER, PROBE[S], "exact")),
-    Claim("Section 3.2", "It remains well below full fine-tuning.",
-          "`exact` on tiny-s, full less fresh tiny-m", between(FULL[S], BIGGER, "exact"),
-          "`exact` asks for facts, which a frozen base keeps and full fine-tuning partly overwrites; manner and arithmetic are "
-          "the next two."),
-    Claim("Section 3.2", "The same, in the manner of answering.",
-          "`ins` on tiny-s, full less fresh tiny-m", between(FULL[S], BIGGER, "ins")),
-    Claim("Section 3.2", "The same, in arithmetic.",
-          "`arith` on tiny-s, full less fresh tiny-m", between(FULL[S], BIGGER, "arith")),
-    Claim("Section 3.2", "Pre-trained weights are crucial for predicting z_delta.",
-          "`exact` on tiny-s, pre-trained less fresh value network of the same size", between(VALUED, SCRATCH, "exact")),
+    Claim(
+        "Section 3.2",
+        "A probe on the logits does not come near full fine-tuning at any size (over 3 points of MT-Bench).",
+        "`exact`, full less probe, at the size where it is smallest",
+        lambda results: smallest(results, "exact", FULL, PROBE),
+    ),
+    Claim(
+        "Section 3.2",
+        "The probe does pick up the assistant's style.",
+        "`ins`, probe less base alone, at the size where it is smallest",
+        lambda results: smallest(results, "ins", PROBE, ALONE),
+        "If at all it is little: a map of one step's logits, without memory, may begin an answer rightly and seldom ends it; and "
+        "some bases, asked plainly, answer and stop by themselves, which is a sixth of `ins` already.",
+    ),
+    Claim(
+        "Section 3.2, Figure 5",
+        "The probe fails to apply what solving a problem takes.",
+        "`arith`, full less probe, at the size where it is smallest",
+        lambda results: smallest(results, "arith", FULL, PROBE),
+    ),
+    Claim(
+        "Section 3.2",
+        "A value network with fresh weights, bigger than its base, does better than the probe.",
+        "`exact` on tiny-s, fresh tiny-m less probe",
+        between(BIGGER, PROBE[S], "exact"),
+    ),
+    Claim(
+        "Section 3.2",
+        "It remains well below full fine-tuning.",
+        "`exact` on tiny-s, full less fresh tiny-m",
+        between(FULL[S], BIGGER, "exact"),
+        "`exact` asks for facts, which a frozen base keeps and full fine-tuning partly overwrites; manner and arithmetic are "
+        "the next two.",
+    ),
+    Claim(
+        "Section 3.2",
+        "The same, in the manner of answering.",
+        "`ins` on tiny-s, full less fresh tiny-m",
+        between(FULL[S], BIGGER, "ins"),
+    ),
+    Claim(
+        "Section 3.2",
+        "The same, in arithmetic.",
+        "`arith` on tiny-s, full less fresh tiny-m",
+        between(FULL[S], BIGGER, "arith"),
+    ),
+    Claim(
+        "Section 3.2",
+        "Pre-trained weights are crucial for predicting z_delta.",
+        "`exact` on tiny-s, pre-trained less fresh value network of the same size",
+        between(VALUED, SCRATCH, "exact"),
+    ),
 ]
 
 
 def text(results: Results) -> str:
-    rows = {"tiny-s alone": S, "full, tiny-s": FULL[S], "probe on tiny-s": PROBE[S],
-            "fresh tiny-s on tiny-s": SCRATCH, "fresh tiny-m on tiny-s (bigger than the base)": BIGGER,
-            "pre-trained tiny-s on tiny-s (our method)": VALUED}
+    rows = {
+        "tiny-s alone": S,
+        "full, tiny-s": FULL[S],
+        "probe on tiny-s": PROBE[S],
+        "fresh tiny-s on tiny-s": SCRATCH,
+        "fresh tiny-m on tiny-s (bigger than the base)": BIGGER,
+        "pre-trained tiny-s on tiny-s (our method)": VALUED,
+    }
     for size in [M, L]:
-        rows |= {f"{size} alone": size, f"full, {size}": FULL[size], f"probe on {size}": PROBE[size]}
+        rows |= {
+            f"{size} alone": size,
+            f"full, {size}": FULL[size],
+            f"probe on {size}": PROBE[size],
+        }
     table = metric_table(results, "in logit space", rows, ["exact", "know", "ins", "arith"])
     return f"""![Figure 2]({PICTURE})
 
@@ -85,30 +131,56 @@ def failures() -> str:
     """The first question of each kind whose answer by the probe is wrong."""
     kept, shown = Kept(0), []
     world = world_of(kept.home / S)
-    systems = {name: load(system, kept, "cpu") for name, system in {"probe": PROBE[S], "full": FULL[S]}.items()}
+    systems = {
+        name: load(system, kept, "cpu")
+        for name, system in {"probe": PROBE[S], "full": FULL[S]}.items()
+    }
     plain = [item for item in world.fact_items("evaluation") if not item.instruction]
     told = [item for item in world.fact_items("evaluation") if item.instruction]
     for items in [plain, told, world.sum_items("evaluation")]:
         answers = {}
         for name, (guided, tokenizer) in systems.items():
-            prompts = [encode_chat(tokenizer, TEMPLATE, [("user", prompt_text(item))])[0] for item in items[:40]]
+            prompts = [
+                encode_chat(tokenizer, TEMPLATE, [("user", prompt_text(item))])[0]
+                for item in items[:40]
+            ]
             said = generate(guided, prompts, max_new_tokens=40, stop_ids={tokenizer.eos_id})
             answers[name] = [tokenizer.decode(ids).strip() for ids in said]
-        wrong = [index for index, item in enumerate(items[:40]) if answers["probe"][index] != item.answer]
+        wrong = [
+            index for index, item in enumerate(items[:40]) if answers["probe"][index] != item.answer
+        ]
         for index in wrong[:1]:
-            shown.append("\n".join([f"    Instruct: {prompt_text(items[index])}", f"    probe:    {answers['probe'][index]}",
-                                    f"    full:     {answers['full'][index]}", f"    truth:    {items[index].answer}"]))
+            shown.append(
+                "\n".join(
+                    [
+                        f"    Instruct: {prompt_text(items[index])}",
+                        f"    probe:    {answers['probe'][index]}",
+                        f"    full:     {answers['full'][index]}",
+                        f"    truth:    {items[index].answer}",
+                    ]
+                )
+            )
     return "\n\n".join(shown)
 
 
 def draw(pyplot, results: Results):
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True)
     for axis, metric in zip(axes, ["exact", "ins"]):
-        for offset, (name, systems) in enumerate({"base alone": ALONE, "probe": PROBE, "full": FULL}.items()):
+        for offset, (name, systems) in enumerate(
+            {"base alone": ALONE, "probe": PROBE, "full": FULL}.items()
+        ):
             values = [results(systems[size], metric) for size in SIZES]
-            axis.bar(np.arange(3) + 0.27 * (offset - 1), [each.mean() for each in values], 0.25, label=name,
-                     yerr=[each.std(ddof=1) if len(each) > 1 else 0 for each in values])
-        lines = {"fresh tiny-m on tiny-s": (BIGGER, "black"), "pre-trained value network on tiny-s": (VALUED, "purple")}
+            axis.bar(
+                np.arange(3) + 0.27 * (offset - 1),
+                [each.mean() for each in values],
+                0.25,
+                label=name,
+                yerr=[each.std(ddof=1) if len(each) > 1 else 0 for each in values],
+            )
+        lines = {
+            "fresh tiny-m on tiny-s": (BIGGER, "black"),
+            "pre-trained value network on tiny-s": (VALUED, "purple"),
+        }
         for name, (system, colour) in lines.items():
             axis.plot([-0.4, 0.4], [results(system, metric).mean()] * 2, color=colour, label=name)
         axis.set(xticks=range(3), xticklabels=SIZES, title=f"{metric}, evaluation people")

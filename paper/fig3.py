@@ -1,6 +1,6 @@
 """Figure 3b (Sections 4.1 and 5.4): which connection scheme transfers best? And a value network bigger than its base.
 
-    python -m paper.fig3
+python -m paper.fig3
 """
 
 import sys
@@ -14,40 +14,84 @@ from run.cli import run_cli
 TITLE = "Figure 3b: connection schemes"
 PICTURE = "fig3.png"
 BASES = {S: "its own base", M: "transferred", L: "transferred"}
-SCHEMES = {"Cascade": "value-cascade-tiny-s", "Cascade+": "value-cascade+-tiny-s", "Residual": VALUE}
+SCHEMES = {
+    "Cascade": "value-cascade-tiny-s",
+    "Cascade+": "value-cascade+-tiny-s",
+    "Residual": VALUE,
+}
 METRICS = ["exact", "know", "ins", "arith", "fk", "2-shot"]
 STRONG = "value-residual-tiny-m-on-tiny-s"
-SYSTEMS = [*(f"{base} + {scheme}" for base in BASES for scheme in SCHEMES.values()), f"{S} + {STRONG}", f"{M} + {STRONG}"]
-CASCADE, PLUS, RESIDUAL = [{base: f"{base} + {scheme}" for base in BASES} for scheme in SCHEMES.values()]
+SYSTEMS = [
+    *(f"{base} + {scheme}" for base in BASES for scheme in SCHEMES.values()),
+    f"{S} + {STRONG}",
+    f"{M} + {STRONG}",
+]
+CASCADE, PLUS, RESIDUAL = [
+    {base: f"{base} + {scheme}" for base in BASES} for scheme in SCHEMES.values()
+]
 
 
 CLAIMS = [
-    Claim("Section 5.4", "The token's own embedding is an essential input (Cascade against Cascade+).",
-          "`exact` on tiny-s, Cascade+ less Cascade", between(PLUS[S], CASCADE[S], "exact"),
-          "What the base predicts names the fact already, so questions about facts can do without the token on the base trained "
-          "on; bigger bases and sums cannot, as the next two say."),
-    Claim("Section 5.4", "The same, when transferred.", "`exact`, mean over tiny-m and tiny-l, Cascade+ less Cascade",
-          between_on([M, L], SCHEMES["Cascade+"], SCHEMES["Cascade"], "exact")),
-    Claim("Section 5.4", "The same, in arithmetic.",
-          "`arith` on tiny-s, Cascade+ less Cascade", between(PLUS[S], CASCADE[S], "arith"),
-          "Of the sums neither learns more than a few in 500 steps."),
-    Claim("Section 5.4", "Reading the base's logits helps slightly on the base trained on.",
-          "`exact` on tiny-s, Cascade+ less Residual", between(PLUS[S], RESIDUAL[S], "exact"),
-          "The paper's difference is small, too: 3.89 to 3.62."),
-    Claim("Section 5.4", "On a bigger base Residual is the better one.",
-          "`exact`, mean over tiny-m and tiny-l, Residual less Cascade+",
-          between_on([M, L], SCHEMES["Residual"], SCHEMES["Cascade+"], "exact")),
-    Claim("Section 3.1", "Value networks bigger than their base work as well (strong to weak).",
-          "`exact` on tiny-s, value network tiny-m less value network tiny-s", between(f"{S} + {STRONG}", RESIDUAL[S], "exact")),
+    Claim(
+        "Section 5.4",
+        "The token's own embedding is an essential input (Cascade against Cascade+).",
+        "`exact` on tiny-s, Cascade+ less Cascade",
+        between(PLUS[S], CASCADE[S], "exact"),
+        "What the base predicts names the fact already, so questions about facts can do without the token on the base trained "
+        "on; bigger bases and sums cannot, as the next two say.",
+    ),
+    Claim(
+        "Section 5.4",
+        "The same, when transferred.",
+        "`exact`, mean over tiny-m and tiny-l, Cascade+ less Cascade",
+        between_on([M, L], SCHEMES["Cascade+"], SCHEMES["Cascade"], "exact"),
+    ),
+    Claim(
+        "Section 5.4",
+        "The same, in arithmetic.",
+        "`arith` on tiny-s, Cascade+ less Cascade",
+        between(PLUS[S], CASCADE[S], "arith"),
+        "Of the sums neither learns more than a few in 500 steps.",
+    ),
+    Claim(
+        "Section 5.4",
+        "Reading the base's logits helps slightly on the base trained on.",
+        "`exact` on tiny-s, Cascade+ less Residual",
+        between(PLUS[S], RESIDUAL[S], "exact"),
+        "The paper's difference is small, too: 3.89 to 3.62.",
+    ),
+    Claim(
+        "Section 5.4",
+        "On a bigger base Residual is the better one.",
+        "`exact`, mean over tiny-m and tiny-l, Residual less Cascade+",
+        between_on([M, L], SCHEMES["Residual"], SCHEMES["Cascade+"], "exact"),
+    ),
+    Claim(
+        "Section 3.1",
+        "Value networks bigger than their base work as well (strong to weak).",
+        "`exact` on tiny-s, value network tiny-m less value network tiny-s",
+        between(f"{S} + {STRONG}", RESIDUAL[S], "exact"),
+    ),
 ]
 
 
 def text(results: Results) -> str:
-    rows = {f"{name} on {base} ({how})": f"{base} + {scheme}" for base, how in BASES.items() for name, scheme in SCHEMES.items()}
+    rows = {
+        f"{name} on {base} ({how})": f"{base} + {scheme}"
+        for base, how in BASES.items()
+        for name, scheme in SCHEMES.items()
+    }
     table = metric_table(results, "value network tiny-s, trained on tiny-s", rows, METRICS)
-    strong = metric_table(results, "strong to weak, Residual", {
-        "value network tiny-s on tiny-s": RESIDUAL[S], "value network tiny-m on tiny-s (its own base)": f"{S} + {STRONG}",
-        "the latter transferred to tiny-m": f"{M} + {STRONG}"}, METRICS)
+    strong = metric_table(
+        results,
+        "strong to weak, Residual",
+        {
+            "value network tiny-s on tiny-s": RESIDUAL[S],
+            "value network tiny-m on tiny-s (its own base)": f"{S} + {STRONG}",
+            "the latter transferred to tiny-m": f"{M} + {STRONG}",
+        },
+        METRICS,
+    )
     return f"""![Figure 3b]({PICTURE})
 
 {table}
@@ -65,10 +109,18 @@ def draw(pyplot, results: Results):
     for axis, metric in zip(axes, ["exact", "ins"]):
         for offset, (name, scheme) in enumerate(SCHEMES.items()):
             values = [results(f"{base} + {scheme}", metric) for base in BASES]
-            axis.bar(np.arange(3) + 0.27 * (offset - 1), [each.mean() for each in values], 0.25, label=name,
-                     yerr=[each.std(ddof=1) if len(each) > 1 else 0 for each in values])
-        axis.set(xticks=range(3), xticklabels=[f"{base}\n{how}" for base, how in BASES.items()],
-                 title=f"{metric}, evaluation people")
+            axis.bar(
+                np.arange(3) + 0.27 * (offset - 1),
+                [each.mean() for each in values],
+                0.25,
+                label=name,
+                yerr=[each.std(ddof=1) if len(each) > 1 else 0 for each in values],
+            )
+        axis.set(
+            xticks=range(3),
+            xticklabels=[f"{base}\n{how}" for base, how in BASES.items()],
+            title=f"{metric}, evaluation people",
+        )
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
 

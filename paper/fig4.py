@@ -1,6 +1,6 @@
 """Figure 4 (Section 6): a value network plugged into bases with another tokenizer, by the paper's map and by better ones.
 
-    python -m paper.fig4
+python -m paper.fig4
 """
 
 import sys
@@ -17,8 +17,16 @@ VALUES = {"plain": ON_M, "norm": f"{ON_M}-l1-1", "curriculum": CURRICULUM_M}  # 
 METRICS = ["exact", "know", "ins", "arith", "mc", "fk"]
 FULL = {base: f"full-{base}" for base in FOREIGN}
 SAME = {base: f"{base} + value-residual-{base[:-1]}m" for base in FOREIGN}
-COMPARED = [("plain", "dtw"), ("plain", "offsets"), *((name, how) for how in ("paper", "pieces") for name in VALUES)]
-MAPPED = {(base, name, how): f"{base} + {VALUES[name]} via {how}" for base in FOREIGN for name, how in COMPARED}
+COMPARED = [
+    ("plain", "dtw"),
+    ("plain", "offsets"),
+    *((name, how) for how in ("paper", "pieces") for name in VALUES),
+]
+MAPPED = {
+    (base, name, how): f"{base} + {VALUES[name]} via {how}"
+    for base in FOREIGN
+    for name, how in COMPARED
+}
 SYSTEMS = [*FOREIGN, *FULL.values(), *SAME.values(), *MAPPED.values()]
 ALL_OF_IT = 0.95  # of what the same-vocabulary value network reaches
 
@@ -33,27 +41,49 @@ def mean(results: Results, systems: dict[str, str], metric: str = "exact") -> np
 
 
 def no_loss(base: str, metric: str) -> Claim:
-    return Claim(OURS, f"Through the data-free map a foreign value network keeps its effect on {base}, in `{metric}`.",
-                 f"`{metric}`, foreign through pieces less {ALL_OF_IT:g} of the same-vocabulary value network's",
-                 lambda results: results(MAPPED[base, "plain", "pieces"], metric) - ALL_OF_IT * results(SAME[base], metric))
+    return Claim(
+        OURS,
+        f"Through the data-free map a foreign value network keeps its effect on {base}, in `{metric}`.",
+        f"`{metric}`, foreign through pieces less {ALL_OF_IT:g} of the same-vocabulary value network's",
+        lambda results: (
+            results(MAPPED[base, "plain", "pieces"], metric)
+            - ALL_OF_IT * results(SAME[base], metric)
+        ),
+    )
 
 
 CLAIMS = [
-    Claim("Section 6", "Through the paper's map, the value network taught by a curriculum does better than any other.",
-          "`exact`, mean over both bases, curriculum less the better of plain and norm",
-          lambda results: mapped(results, "curriculum", "paper") - np.maximum(
-              mapped(results, "plain", "paper"), mapped(results, "norm", "paper")),
-          "Our curriculum is of two small bases, the paper's of three up to 13B."),
-    Claim("Section 6", "With it the transferred model has grasped basic conversational abilities.",
-          "`ins`, mean over both bases, curriculum through the paper's map less half of the same-vocabulary value network's",
-          lambda results: mapped(results, "curriculum", "paper", "ins") - 0.5 * mean(results, SAME, "ins"),
-          "About half of the forms come out, which is where the line was drawn."),
-    Claim("Section 6", "It underperforms a value network of the base's own vocabulary.",
-          "`exact`, mean over both bases, same vocabulary less curriculum through the paper's map",
-          lambda results: mean(results, SAME) - mapped(results, "curriculum", "paper")),
-    Claim("Section 6", "It underperforms full fine-tuning.",
-          "`exact`, mean over both bases, full less curriculum through the paper's map",
-          lambda results: mean(results, FULL) - mapped(results, "curriculum", "paper")),
+    Claim(
+        "Section 6",
+        "Through the paper's map, the value network taught by a curriculum does better than any other.",
+        "`exact`, mean over both bases, curriculum less the better of plain and norm",
+        lambda results: (
+            mapped(results, "curriculum", "paper")
+            - np.maximum(mapped(results, "plain", "paper"), mapped(results, "norm", "paper"))
+        ),
+        "Our curriculum is of two small bases, the paper's of three up to 13B.",
+    ),
+    Claim(
+        "Section 6",
+        "With it the transferred model has grasped basic conversational abilities.",
+        "`ins`, mean over both bases, curriculum through the paper's map less half of the same-vocabulary value network's",
+        lambda results: (
+            mapped(results, "curriculum", "paper", "ins") - 0.5 * mean(results, SAME, "ins")
+        ),
+        "About half of the forms come out, which is where the line was drawn.",
+    ),
+    Claim(
+        "Section 6",
+        "It underperforms a value network of the base's own vocabulary.",
+        "`exact`, mean over both bases, same vocabulary less curriculum through the paper's map",
+        lambda results: mean(results, SAME) - mapped(results, "curriculum", "paper"),
+    ),
+    Claim(
+        "Section 6",
+        "It underperforms full fine-tuning.",
+        "`exact`, mean over both bases, full less curriculum through the paper's map",
+        lambda results: mean(results, FULL) - mapped(results, "curriculum", "paper"),
+    ),
     *(no_loss(base, metric) for base in FOREIGN for metric in ("exact", "ins")),
 ]
 
@@ -61,11 +91,23 @@ CLAIMS = [
 def text(results: Results) -> str:
     sections = []
     for base in FOREIGN:
-        rows = {f"{base} alone": base, "full fine-tuning": FULL[base], f"value network from {base[:-1]}m": SAME[base]}
-        rows |= {f"value network from tiny-m, {name}, via {how}": MAPPED[base, name, how] for name, how in COMPARED}
-        passes = [f"{name} {results(MAPPED[base, name, 'pieces'], 'base passes').mean():.2f}" for name in VALUES]
-        sections.append(f"{metric_table(results, f'on {base}', rows, METRICS)}\n\n"
-                        f"Base passes a token through pieces: {', '.join(passes)}.")
+        rows = {
+            f"{base} alone": base,
+            "full fine-tuning": FULL[base],
+            f"value network from {base[:-1]}m": SAME[base],
+        }
+        rows |= {
+            f"value network from tiny-m, {name}, via {how}": MAPPED[base, name, how]
+            for name, how in COMPARED
+        }
+        passes = [
+            f"{name} {results(MAPPED[base, name, 'pieces'], 'base passes').mean():.2f}"
+            for name in VALUES
+        ]
+        sections.append(
+            f"{metric_table(results, f'on {base}', rows, METRICS)}\n\n"
+            f"Base passes a token through pieces: {', '.join(passes)}."
+        )
     return f"""![Figure 4]({PICTURE})
 
 The tokens of tiny-b bases are about as long as those of the value network and cut otherwise, the ones of tiny-c bases shorter. The value networks
@@ -83,11 +125,20 @@ def draw(pyplot, results: Results):
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True)
     for axis, base in zip(axes, FOREIGN):
         bars = {"full": (FULL[base], "tab:blue"), "same\nvocabulary": (SAME[base], "tab:green")}
-        bars |= {f"{how}\n{name}": (MAPPED[base, name, how], "purple" if how == "pieces" else "tab:grey")
-                 for how in ("pieces", "paper") for name in VALUES}
+        bars |= {
+            f"{how}\n{name}": (MAPPED[base, name, how], "purple" if how == "pieces" else "tab:grey")
+            for how in ("pieces", "paper")
+            for name in VALUES
+        }
         for place, (system, colour) in enumerate(bars.values()):
             values = results(system, "exact")
-            axis.bar(place, values.mean(), 0.7, color=colour, yerr=values.std(ddof=1) if len(values) > 1 else 0)
+            axis.bar(
+                place,
+                values.mean(),
+                0.7,
+                color=colour,
+                yerr=values.std(ddof=1) if len(values) > 1 else 0,
+            )
         axis.set(xticks=range(len(bars)), title=f"exact on {base}, evaluation people")
         axis.set_xticklabels(bars, fontsize=7)
     return figure

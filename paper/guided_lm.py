@@ -25,6 +25,7 @@ except ImportError:
 
 ALIKE = 0.8  # the shortest prompt of a batch over the longest, at least: padding is computed, too
 
+
 class ChatText(str):
     """A conversation as the harness shows and caches it. `turns` are what is encoded: no text is read for special tokens."""
 
@@ -39,14 +40,23 @@ class GuidedLM(TemplateLM):
 
     batch_sizes: dict = {}  # which the harness would record
 
-    def __init__(self, guided: Guided, tokenizer: Tokenizer, template: str = "llama-2", system: str = ""):
+    def __init__(
+        self, guided: Guided, tokenizer: Tokenizer, template: str = "llama-2", system: str = ""
+    ):
         super().__init__()
-        self.guided, self.tokenizer, self.template, self.system = guided, tokenizer, template, system
+        self.guided, self.tokenizer, self.template, self.system = (
+            guided,
+            tokenizer,
+            template,
+            system,
+        )
         self.llamas = list(dict.fromkeys([guided.base, *guided.llamas]))
         self.max_length = min(llama.config.max_position_embeddings for llama in self.llamas)
         self.room = room_for_batches(guided.base.device)
         # A tokenizer.json says itself whether a text begins with BOS; the other two kinds always do.
-        self.adds_bos = tokenizer.kind != "json" or tokenizer.backend.encode("a").ids[:1] == [tokenizer.bos_id]
+        self.adds_bos = tokenizer.kind != "json" or tokenizer.backend.encode("a").ids[:1] == [
+            tokenizer.bos_id
+        ]
 
     # ---- text and tokens
 
@@ -67,8 +77,12 @@ class GuidedLM(TemplateLM):
         """What the result files record."""
         return self.template if chat_template else ""
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> ChatText:
-        turns = with_system(self.system, [(message["role"], message["content"]) for message in chat_history])
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> ChatText:
+        turns = with_system(
+            self.system, [(message["role"], message["content"]) for message in chat_history]
+        )
         text = ChatText(self.spell(self.chat_ids(turns)))
         text.turns = turns
         return text
@@ -80,27 +94,36 @@ class GuidedLM(TemplateLM):
             return ids
         while ids.pop() != end_token(self.tokenizer, self.template):  # and what stands behind it
             pass
-        return ids[:-1] if self.template == "llama-2" else ids  # a space, which ends an answer there
+        return (
+            ids[:-1] if self.template == "llama-2" else ids
+        )  # a space, which ends an answer there
 
     def spell(self, ids: list[int]) -> str:
         """Tokens as text, with special ones by name."""
         names = {id: name for name, id in self.tokenizer.specials.items()}
         if not names:  # SentencePiece
             names = {self.tokenizer.bos_id: "<s>", self.tokenizer.eos_id: "</s>"}
-        return b"".join(self.tokenizer.token_bytes(id) or names.get(id, "").encode() for id in ids).decode(errors="replace")
+        return b"".join(
+            self.tokenizer.token_bytes(id) or names.get(id, "").encode() for id in ids
+        ).decode(errors="replace")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         if isinstance(string, ChatText):
             return self.chat_ids(string.turns)
-        return self.tokenizer.encode(string, bos=self.adds_bos if add_special_tokens is None else add_special_tokens)
+        return self.tokenizer.encode(
+            string, bos=self.adds_bos if add_special_tokens is None else add_special_tokens
+        )
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if not isinstance(context, ChatText):
             return super()._encode_pair(context, continuation)
         begun = context.turns[-1][1] if context.turns[-1][0] == "assistant" else None
-        turns = [*(context.turns if begun is None else context.turns[:-1]), ("assistant", (begun or "") + continuation)]
+        turns = [
+            *(context.turns if begun is None else context.turns[:-1]),
+            ("assistant", (begun or "") + continuation),
+        ]
         ids = self.chat_ids(context.turns)
-        return ids, self.chat_ids(turns)[len(ids):]
+        return ids, self.chat_ids(turns)[len(ids) :]
 
     # ---- how much at a time
 
@@ -110,26 +133,38 @@ class GuidedLM(TemplateLM):
         A cascade asks for the logits of all.
         """
         configs = [llama.config for llama in self.llamas]
-        cached = sum(2 * each.num_hidden_layers * each.num_key_value_heads * each.head_dim for each in configs)
+        cached = sum(
+            2 * each.num_hidden_layers * each.num_key_value_heads * each.head_dim
+            for each in configs
+        )
         cached *= self.guided.base.dtype.itemsize
-        logits = 16 * max(each.vocab_size for each in configs)  # z_base, z_delta, z_post, and log p in float32
+        logits = 16 * max(
+            each.vocab_size for each in configs
+        )  # z_base, z_delta, z_post, and log p in float32
         if self.guided.value is not None and self.guided.value.scheme.startswith("cascade"):
             predicted = longest
-        return rows * (2 * longest * cached + predicted * logits) <= self.room  # twice: rows of one context are forked
+        return (
+            rows * (2 * longest * cached + predicted * logits) <= self.room
+        )  # twice: rows of one context are forked
 
     def bar(self, total: int, what: str, hidden: bool):
         from tqdm import tqdm  # the harness brings it
+
         return tqdm(total=total, desc=what, disable=hidden)
 
     # ---- how likely given continuations are
 
-    def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[tuple], disable_tqdm: bool = False, **_
+    ) -> list[tuple[float, bool]]:
         """(text or None, context, continuation) each -> log-likelihood in nats, and whether greedy decoding says it."""
         pairs = [self.cut(context, continuation) for _, context, continuation in requests]
         results: list = [None] * len(pairs)
         with self.bar(len(pairs), "log-likelihoods", disable_tqdm) as bar:
             for batch in self.batches(pairs):
-                for number, result in zip(batch, score(self.guided, [pairs[number] for number in batch], len(batch))):
+                for number, result in zip(
+                    batch, score(self.guided, [pairs[number] for number in batch], len(batch))
+                ):
                     results[number] = result
                     if requests[number][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[number][0], result)
@@ -140,17 +175,24 @@ class GuidedLM(TemplateLM):
         """Less of the context where both are too long, from the left. The last token is never read, so there is room for one more."""
         room = self.max_length + 1 - len(continuation)
         if room < 1:
-            raise UsageError(f"a continuation is {len(continuation)} tokens long, and the checkpoint ends at {self.max_length}")
+            raise UsageError(
+                f"a continuation is {len(continuation)} tokens long, and the checkpoint ends at {self.max_length}"
+            )
         return context[-room:], continuation
 
     def batches(self, pairs: list[tuple[list[int], list[int]]]) -> Iterator[list[int]]:
         """Numbers of pairs, long contexts first; a context that comes again is in one batch, unless that would not fit."""
-        order = sorted(range(len(pairs)), key=lambda number: (-len(pairs[number][0]), pairs[number][0], -len(pairs[number][1])))
+        order = sorted(
+            range(len(pairs)),
+            key=lambda number: (-len(pairs[number][0]), pairs[number][0], -len(pairs[number][1])),
+        )
         batch, longest, predicted = [], 0, 0
         for context, group in groupby(order, key=lambda number: pairs[number][0]):
             group = list(group)
             most = len(pairs[group[0]][1])
-            fits = self.fits(len(batch) + len(group), longest + max(predicted, most), max(predicted, most))
+            fits = self.fits(
+                len(batch) + len(group), longest + max(predicted, most), max(predicted, most)
+            )
             if batch and not (fits and len(context) >= ALIKE * longest):
                 yield batch
                 batch, longest, predicted = [], 0, 0
@@ -169,14 +211,23 @@ class GuidedLM(TemplateLM):
         Its rule puts prefix_token_id in front of what tok_encode says, so a tokenizer's own BOS is scored, too.
         """
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
         totals = []
-        for first in range(0, len(requests), 64):  # so that a run that is stopped has some in the cache
-            texts = [request.args[0] for request in requests[first:first + 64]]
+        for first in range(
+            0, len(requests), 64
+        ):  # so that a run that is stopped has some in the cache
+            texts = [request.args[0] for request in requests[first : first + 64]]
             windows = []
             for text in texts:
-                cut = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1)
+                cut = get_rolling_token_windows(
+                    self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
+                )
                 windows.append([(None, *make_disjoint_window(window)) for window in cut])
-            scores = iter(self._loglikelihood_tokens([window for each in windows for window in each], disable_tqdm))
+            scores = iter(
+                self._loglikelihood_tokens(
+                    [window for each in windows for window in each], disable_tqdm
+                )
+            )
             for text, each in zip(texts, windows):
                 totals.append(sum(next(scores)[0] for _ in each))
                 self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
@@ -194,16 +245,24 @@ class GuidedLM(TemplateLM):
             for numbers in alike.values():
                 until, options = self.options(requests[numbers[0]].args[1])
                 longest = self.max_length - options["max_new_tokens"]
-                prompts = {number: self.tok_encode(requests[number].args[0])[-longest:] for number in numbers}
+                prompts = {
+                    number: self.tok_encode(requests[number].args[0])[-longest:]
+                    for number in numbers
+                }
                 numbers.sort(key=lambda number: -len(prompts[number]))
                 while numbers:
                     count, positions = 1, len(prompts[numbers[0]]) + options["max_new_tokens"]
-                    while (count < len(numbers) and len(prompts[numbers[count]]) >= ALIKE * len(prompts[numbers[0]])
-                           and self.fits(count + 1, positions, 1)):
+                    while (
+                        count < len(numbers)
+                        and len(prompts[numbers[count]]) >= ALIKE * len(prompts[numbers[0]])
+                        and self.fits(count + 1, positions, 1)
+                    ):
                         count += 1
                     batch, numbers = numbers[:count], numbers[count:]
                     options["seed"] = len(numbers)  # another one in each batch
-                    for number, text in zip(batch, self.answer([prompts[number] for number in batch], until, options)):
+                    for number, text in zip(
+                        batch, self.answer([prompts[number] for number in batch], until, options)
+                    ):
                         answers[number] = text
                         self.cache_hook.add_partial("generate_until", requests[number].args, text)
                     bar.update(count)
@@ -212,16 +271,25 @@ class GuidedLM(TemplateLM):
     def options(self, settings: dict) -> tuple[list[str], dict]:
         """Stop strings, and what `generate` is told, of a request's settings; the harness's own defaults."""
         from lm_eval.models.utils import normalize_gen_kwargs
+
         settings = normalize_gen_kwargs(settings, 256)
         until, count = settings["until"], settings["max_gen_toks"]
-        options = dict(max_new_tokens=count, temperature=settings.get("temperature", 0.0), top_p=settings.get("top_p", 1.0))
+        options = dict(
+            max_new_tokens=count,
+            temperature=settings.get("temperature", 0.0),
+            top_p=settings.get("top_p", 1.0),
+        )
         if not settings["do_sample"]:
             options["temperature"] = 0.0
         known = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
         if unknown := settings.keys() - known:
-            raise UsageError(f"a task asks for {', '.join(sorted(unknown))} in generation; here are {', '.join(sorted(known))}")
+            raise UsageError(
+                f"a task asks for {', '.join(sorted(unknown))} in generation; here are {', '.join(sorted(known))}"
+            )
         if count >= self.max_length:
-            raise UsageError(f"a task asks for {count} tokens an answer (max_gen_toks), and the checkpoint ends at {self.max_length}")
+            raise UsageError(
+                f"a task asks for {count} tokens an answer (max_gen_toks), and the checkpoint ends at {self.max_length}"
+            )
         named = {self.tokenizer.specials[stop] for stop in until if stop in self.tokenizer.specials}
         options["stop_ids"] = stop_ids(self.tokenizer, self.template, self.llamas) | named
         return [stop for stop in until if stop], options
@@ -233,9 +301,12 @@ class GuidedLM(TemplateLM):
         def has_stop(row: int, token: int) -> bool:
             new = decoders[row].push(token)
             said[row] += new
-            return any(stop in said[row][-len(stop) - len(new):] for stop in until)
+            return any(stop in said[row][-len(stop) - len(new) :] for stop in until)
 
-        texts = [self.tokenizer.decode(ids) for ids in generate(self.guided, prompts, on_token=has_stop, **options)]
+        texts = [
+            self.tokenizer.decode(ids)
+            for ids in generate(self.guided, prompts, on_token=has_stop, **options)
+        ]
         for stop in until:
             texts = [text.partition(stop)[0] for text in texts]
         return texts

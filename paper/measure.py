@@ -1,12 +1,12 @@
 """Measure systems on the evaluation people, one after the other, and keep the metrics.
 
-    python -m paper.measure --seed 0 tiny-l "tiny-l + value-residual-tiny-s" "tiny-l + proxy-tiny-s"
+python -m paper.measure --seed 0 tiny-l "tiny-l + value-residual-tiny-s" "tiny-l + proxy-tiny-s"
 """
 
 import torch
 
-from data.records import read_texts
 from data.errors import UsageError
+from data.records import read_texts
 from data.tiny_world import evaluate, few_shot, world_of
 from data.tokenizer import Tokenizer, load_tokenizer
 from fast.alignment import align_all
@@ -18,7 +18,6 @@ from run.plug import guide_mapped
 from sample import Guided, MappedGuided, generate, score
 from vocab_map import build
 
-
 TIMES = 2  # each question in two forms: asked once, a seed's share has a sampling error of 3 points (through a map, once: slow)
 
 
@@ -28,12 +27,16 @@ def load(system: str, kept: Kept, device: str) -> tuple[Guided, Tokenizer]:
     folders = [kept.home / network for network in networks_of(system)]
     base_network, value = Llama.from_pretrained(folders[0], torch.float32, device), None
     if plug.startswith("proxy-"):
-        value = ProxyDelta(*(Llama.from_pretrained(folder, torch.float32, device) for folder in folders[1:]))
+        value = ProxyDelta(
+            *(Llama.from_pretrained(folder, torch.float32, device) for folder in folders[1:])
+        )
     elif plug:
         value = ValueModel.from_pretrained(folders[1], torch.float32, device)
     tokenizers = [load_tokenizer(folder) for folder in folders]
     if how:  # counted, if at all, in what the value network learnt from
-        vocab_map = build(*tokenizers, how, read_texts(kept.home / "demonstrations.jsonl"), align_all)
+        vocab_map = build(
+            *tokenizers, how, read_texts(kept.home / "demonstrations.jsonl"), align_all
+        )
         return guide_mapped(base_network, value, vocab_map, alpha), tokenizers[1]
     tokenizer = min(tokenizers, key=lambda each: each.vocab_size)
     return Guided(base_network, value, alpha, tokenizer.vocab_size), tokenizer
@@ -57,14 +60,18 @@ def measure(system: str, kept: Kept, device: str) -> dict[str, float]:
     def likelihood(pairs):
         return score(guided, pairs)
 
-    metrics = evaluate(world, tokenizer, answer, likelihood, "evaluation", times=1 if is_mapped else TIMES)
+    metrics = evaluate(
+        world, tokenizer, answer, likelihood, "evaluation", times=1 if is_mapped else TIMES
+    )
     if is_mapped:
         return metrics | {"base passes": base_passes[0]}
     new = evaluate(world, tokenizer, answer, likelihood, "new evaluation")
     return metrics | {
         "2-shot": few_shot(world, tokenizer, likelihood, "evaluation"),
-        "new exact": new["exact"], "new 2-shot": few_shot(world, tokenizer, likelihood, "new evaluation"),
-        "passes": len(guided.llamas)}
+        "new exact": new["exact"],
+        "new 2-shot": few_shot(world, tokenizer, likelihood, "new evaluation"),
+        "passes": len(guided.llamas),
+    }
 
 
 def main():
@@ -80,7 +87,10 @@ def main():
                 raise UsageError(f"{system}: {kept.home / network} is not there")
         if (metrics := kept.measured(system)) is None:
             kept.keep(system, metrics := measure(system, kept, device))
-        print(f"{system}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()), flush=True)
+        print(
+            f"{system}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

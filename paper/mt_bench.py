@@ -30,7 +30,15 @@ from run.processes import Alone, join_decoders
 from run.show import answer, encode_turns, longest_of
 
 TEMPERATURES = {  # FastChat's, by a question's category; 0.7 for others
-    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
 SETTINGS = (*GUIDANCE, "max_new_tokens", "seed")
 
 # ---------------------------------------------------------------------------------------------------------
@@ -41,8 +49,14 @@ def read_questions(path: Path) -> dict[int, dict]:
     """The questions by their ids."""
     questions = {}
     for _, place, question in Records(path):
-        if not isinstance(question, dict) or type(question.get("question_id")) is not int or not is_texts(question.get("turns")):
-            raise UsageError(f"{path}: {place} is no question of MT-Bench, which has a question_id and turns")
+        if (
+            not isinstance(question, dict)
+            or type(question.get("question_id")) is not int
+            or not is_texts(question.get("turns"))
+        ):
+            raise UsageError(
+                f"{path}: {place} is no question of MT-Bench, which has a question_id and turns"
+            )
         if question["question_id"] in questions:
             raise UsageError(f"{path}: {place}: question {question['question_id']} comes twice")
         questions[question["question_id"]] = question
@@ -50,7 +64,11 @@ def read_questions(path: Path) -> dict[int, dict]:
 
 
 def is_texts(turns) -> bool:
-    return isinstance(turns, list) and len(turns) > 0 and all(isinstance(turn, str) and is_unicode(turn) for turn in turns)
+    return (
+        isinstance(turns, list)
+        and len(turns) > 0
+        and all(isinstance(turn, str) and is_unicode(turn) for turn in turns)
+    )
 
 
 def read_answers(path: Path) -> dict[int, dict]:
@@ -64,7 +82,9 @@ def read_answers(path: Path) -> dict[int, dict]:
     answers = {}
     for _, place, record in Records(path) if whole else []:
         if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
-            raise UsageError(f"--out {path}: {place} was not written by this command; choose another name")
+            raise UsageError(
+                f"--out {path}: {place} was not written by this command; choose another name"
+            )
         answers[record.get("question_id")] = record
     return answers
 
@@ -81,13 +101,23 @@ def check(questions: dict[int, dict], path: Path) -> None:
             raise UsageError(f"{name}: answered twice")
         seen.add(question["question_id"])
         if record.get("model_id") != path.stem:
-            raise UsageError(f"{name}: model_id is {record.get('model_id')!r}, and FastChat takes {path.stem!r} from the file's name")
+            raise UsageError(
+                f"{name}: model_id is {record.get('model_id')!r}, and FastChat takes {path.stem!r} from the file's name"
+            )
         choices = record.get("choices")
-        turns = choices[0].get("turns") if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+        turns = (
+            choices[0].get("turns")
+            if isinstance(choices, list) and choices and isinstance(choices[0], dict)
+            else None
+        )
         if not is_texts(turns) or len(turns) != len(question["turns"]):
-            raise UsageError(f"{name}: choices[0].turns are not as many texts as the question has turns, {len(question['turns'])}")
+            raise UsageError(
+                f"{name}: choices[0].turns are not as many texts as the question has turns, {len(question['turns'])}"
+            )
     if lacking := sorted(questions.keys() - seen):
-        raise UsageError(f"{path}: {len(lacking)} of {len(questions)} questions have no answer, {lacking[0]} for instance")
+        raise UsageError(
+            f"{path}: {len(lacking)} of {len(questions)} questions have no answer, {lacking[0]} for instance"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -97,7 +127,12 @@ def check(questions: dict[int, dict], path: Path) -> None:
 def answer_turns(speaker: Speaker, question: dict, args) -> tuple[list[str], int]:
     """The answers to a question's turns, each of which is asked behind those before it; and how many found no room."""
     temperature = TEMPERATURES.get(question.get("category"), 0.7)
-    asking = Namespace(temperature=temperature, top_p=1.0, seed=args.seed + question["question_id"], max_new_tokens=args.max_new_tokens)
+    asking = Namespace(
+        temperature=temperature,
+        top_p=1.0,
+        seed=args.seed + question["question_id"],
+        max_new_tokens=args.max_new_tokens,
+    )
     said: list[Turn] = []
     no_room = 0
     for text in question["turns"]:
@@ -110,14 +145,20 @@ def answer_turns(speaker: Speaker, question: dict, args) -> tuple[list[str], int
     return [text for role, text in said if role == "assistant"], no_room
 
 
-def answer_all(speaker: Speaker, questions: dict[int, dict], args, settings: dict, processes: Alone) -> None:
+def answer_all(
+    speaker: Speaker, questions: dict[int, dict], args, settings: dict, processes: Alone
+) -> None:
     """Answer what has no answer yet; each is written as soon as it is there, of several processes by the first."""
     done = read_answers(args.out)
     for record in done.values():
         if record["settings"] != settings:
-            differing = sorted(name for name in settings if record["settings"].get(name) != settings[name])
-            raise UsageError(f"--out {args.out}: question {record['question_id']} was answered with another {', '.join(differing)}; "
-                             "choose another name")
+            differing = sorted(
+                name for name in settings if record["settings"].get(name) != settings[name]
+            )
+            raise UsageError(
+                f"--out {args.out}: question {record['question_id']} was answered with another {', '.join(differing)}; "
+                "choose another name"
+            )
     waiting = [question for number, question in questions.items() if number not in done]
     if done:
         print(f"{args.out}: {len(done)} of {len(questions)} questions are answered already")
@@ -125,14 +166,25 @@ def answer_all(speaker: Speaker, questions: dict[int, dict], args, settings: dic
     for count, question in enumerate(waiting, 1):
         turns, without = answer_turns(speaker, question, args)
         no_room += without
-        record = {"question_id": question["question_id"], "answer_id": answer_id(settings, question), "model_id": args.out.stem,
-                  "choices": [{"index": 0, "turns": turns}], "tstamp": time.time(), "settings": settings}
+        record = {
+            "question_id": question["question_id"],
+            "answer_id": answer_id(settings, question),
+            "model_id": args.out.stem,
+            "choices": [{"index": 0, "turns": turns}],
+            "tstamp": time.time(),
+            "settings": settings,
+        }
         with open(os.devnull if processes.rank else args.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         left = (time.monotonic() - started) / count * (len(waiting) - count)
-        print(f"question {question['question_id']} ({len(done) + count}/{len(questions)})  {clock(left)} left", flush=True)
+        print(
+            f"question {question['question_id']} ({len(done) + count}/{len(questions)})  {clock(left)} left",
+            flush=True,
+        )
     if no_room:
-        print(f"{no_room} turns found no room behind what was said before, and have an empty answer")
+        print(
+            f"{no_room} turns found no room behind what was said before, and have an empty answer"
+        )
 
 
 def answer_id(settings: dict, question: dict) -> str:
@@ -144,12 +196,20 @@ def answer_id(settings: dict, question: dict) -> str:
 def write_answers(questions: dict[int, dict], args, processes: Alone) -> None:
     """Answer into --out, which nobody else may be writing."""
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    check_output("--out", args.out, "file of answers", lambda start: start.startswith(b'{"question_id"') or not start)
+    check_output(
+        "--out",
+        args.out,
+        "file of answers",
+        lambda start: start.startswith(b'{"question_id"') or not start,
+    )
     lock = contextlib.nullcontext() if processes.rank else FileLock(f"{args.out}.lock", timeout=0)
     try:
         with lock:
             speaker = plug_speaker(args, processes)
-            settings = {name: getattr(args, name) for name in SETTINGS} | {"questions": digest(args.questions), "weights": speaker.stamp}
+            settings = {name: getattr(args, name) for name in SETTINGS} | {
+                "questions": digest(args.questions),
+                "weights": speaker.stamp,
+            }
             answer_all(speaker, questions, args, settings, processes)
     except Timeout:
         raise UsageError(f"--out {args.out}: another process is writing it") from None
@@ -168,12 +228,35 @@ def say_how_to_judge(path: Path) -> None:
 
 
 def main():
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="FastChat's question.jsonl")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the answers, model_answer/NAME.jsonl")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=1024, metavar="N", help="of an answer (default 1024, FastChat's)")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="of sampling, in categories that are sampled")
-    parser.add_argument("--check", action="store_true", help="only check that the judge would accept --out")
+    parser = ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--questions", type=Path, required=True, metavar="FILE", help="FastChat's question.jsonl"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the answers, model_answer/NAME.jsonl",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive_int,
+        default=1024,
+        metavar="N",
+        help="of an answer (default 1024, FastChat's)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=non_negative_int,
+        default=0,
+        help="of sampling, in categories that are sampled",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="only check that the judge would accept --out"
+    )
     args = measured_arguments(parser, temperature=0.7)
     questions = read_questions(args.questions)
     with join_decoders() as processes:

@@ -36,15 +36,28 @@ class Network:
 
 
 VALUE, S, M, L = "value-residual-tiny-s", "tiny-s", "tiny-m", "tiny-l"
-CONTINUED, INFINITY, CURRICULUM = "tiny-m-continued", "value-infinity-tiny-s", f"{VALUE}-on-tiny-s-tiny-m"
+CONTINUED, INFINITY, CURRICULUM = (
+    "tiny-m-continued",
+    "value-infinity-tiny-s",
+    f"{VALUE}-on-tiny-s-tiny-m",
+)
 # lambda; 1.0 is Table 5's, and the "norm" of every table; 0.04 weighs beside a supervised position what the paper's 1.0 does
 NORMS = [0.04, 0.3, 1.0]
 NORM = f"{VALUE}-l1-1"
 ON_M = "value-residual-tiny-m"
 CURRICULUM_M = f"{ON_M}-on-tiny-s-tiny-m"
-DISTILLED, PAIRS = "value-distilled-tiny-s", "value-pairs-tiny-s"  # by the losses of paper/losses.py
-PAIRS_AFTER, PAIRS_AFTER_NORM = "value-pairs-after-demonstrations-tiny-s", "value-pairs-after-norm-tiny-s"
-FOREIGN = ["tiny-b-l", "tiny-c-m"]  # bases with other tokenizers; the value network of their own is made on the -m of the family
+DISTILLED, PAIRS = (
+    "value-distilled-tiny-s",
+    "value-pairs-tiny-s",
+)  # by the losses of paper/losses.py
+PAIRS_AFTER, PAIRS_AFTER_NORM = (
+    "value-pairs-after-demonstrations-tiny-s",
+    "value-pairs-after-norm-tiny-s",
+)
+FOREIGN = [
+    "tiny-b-l",
+    "tiny-c-m",
+]  # bases with other tokenizers; the value network of their own is made on the -m of the family
 
 ON_S = "--base tiny-s --value --no-full"
 ON_INFINITY = "--base tiny-s --value --data {home}/infinity.jsonl --steps 1000 --out {home}/"
@@ -68,18 +81,42 @@ NETWORKS = {  # bases first, since the others wait for them
     ON_M: Network("--base tiny-m --value --no-full", (M,), 35),
     f"{ON_M}-l1-1": Network("--base tiny-m --value --no-full --l1 1", (M,), 35),
     CURRICULUM_M: Network("--base tiny-s tiny-m --value tiny-m --no-full", (S, M), 32),
-    "value-residual-tiny-m-on-tiny-s": Network("--base tiny-s --value tiny-m --no-full", (S, M), 30),
+    "value-residual-tiny-m-on-tiny-s": Network(
+        "--base tiny-s --value tiny-m --no-full", (S, M), 30
+    ),
     "value-residual-scratch-on-tiny-s": Network("--base tiny-s --value scratch --no-full", (S,)),
-    "value-residual-scratch-tiny-m-on-tiny-s": Network("--base tiny-s --value scratch:tiny-m --no-full", (S,), 30),
+    "value-residual-scratch-tiny-m-on-tiny-s": Network(
+        "--base tiny-s --value scratch:tiny-m --no-full", (S,), 30
+    ),
     "value-cascade-tiny-s": Network(f"{ON_S} --scheme cascade", (S,)),
     "value-cascade+-tiny-s": Network(f"{ON_S} --scheme cascade+", (S,)),
     **{f"full-{base}": Network(f"--base {base} --full", (base,), 45) for base in FOREIGN},
-    **{f"value-residual-{base[:-1]}m": Network(f"--base {base[:-1]}m --value --no-full", (f"{base[:-1]}m",), 35) for base in FOREIGN},
-    DISTILLED: Network(f"{ON_S} --loss kl --teacher {{home}}/full-tiny-l --out {{home}}/{DISTILLED}", (S, "full-tiny-l"), 50),
+    **{
+        f"value-residual-{base[:-1]}m": Network(
+            f"--base {base[:-1]}m --value --no-full", (f"{base[:-1]}m",), 35
+        )
+        for base in FOREIGN
+    },
+    DISTILLED: Network(
+        f"{ON_S} --loss kl --teacher {{home}}/full-tiny-l --out {{home}}/{DISTILLED}",
+        (S, "full-tiny-l"),
+        50,
+    ),
     PAIRS: Network(f"--base tiny-s --value --loss pairwise --out {{home}}/{PAIRS}", (S,), 30),
-    PAIRS_AFTER: Network(f"--base tiny-s --value {{home}}/{VALUE} --loss pairwise --out {{home}}/{PAIRS_AFTER}", (VALUE,), 15),
-    PAIRS_AFTER_NORM: Network(f"--base tiny-s --value {{home}}/{NORM} --loss pairwise --out {{home}}/{PAIRS_AFTER_NORM}", (NORM,), 15),
-    **{f"value-probe-{base}": Network(f"--base {base} --value --no-full --scheme probe", (base,)) for base in (S, M, L)},
+    PAIRS_AFTER: Network(
+        f"--base tiny-s --value {{home}}/{VALUE} --loss pairwise --out {{home}}/{PAIRS_AFTER}",
+        (VALUE,),
+        15,
+    ),
+    PAIRS_AFTER_NORM: Network(
+        f"--base tiny-s --value {{home}}/{NORM} --loss pairwise --out {{home}}/{PAIRS_AFTER_NORM}",
+        (NORM,),
+        15,
+    ),
+    **{
+        f"value-probe-{base}": Network(f"--base {base} --value --no-full --scheme probe", (base,))
+        for base in (S, M, L)
+    },
 }
 
 
@@ -130,7 +167,11 @@ class Kept:
     def __init__(self, seed: int):
         self.seed, self.home = seed, Path("out") / f"seed{seed}"
         self.folder = self.home / "measured"
-        self.ledger = read_json(self.folder / "networks.json") if (self.folder / "networks.json").is_file() else {}
+        self.ledger = (
+            read_json(self.folder / "networks.json")
+            if (self.folder / "networks.json").is_file()
+            else {}
+        )
 
     def made(self, network: str) -> int | None:
         """When a network was finished, in nanoseconds; None if it is not there."""
@@ -189,18 +230,34 @@ def jobs_for(systems: Iterable[str], seed: int) -> list[Job]:
     jobs = []
     for name in todo:
         command = [sys.executable, *command_of(name, kept.home), "--seed", str(seed), "--resume"]
-        job = Job(name, seed, command, 4 if kept.made(name) else NETWORKS[name].seconds,
-                  [need for need in NETWORKS[name].needs if need in todo],
-                  finish=lambda core_seconds, name=name: kept.vouch(name, core_seconds))
+        job = Job(
+            name,
+            seed,
+            command,
+            4 if kept.made(name) else NETWORKS[name].seconds,
+            [need for need in NETWORKS[name].needs if need in todo],
+            finish=lambda core_seconds, name=name: kept.vouch(name, core_seconds),
+        )
         if name.startswith(INFINITY):
             world = World(seed)
-            job.prepare = lambda: world.write_demonstrations(kept.home / "infinity.jsonl", world.infinity())
+            job.prepare = lambda: world.write_demonstrations(
+                kept.home / "infinity.jsonl", world.infinity()
+            )
         jobs.append(job)
-    for base, _ in Counter(parts_of(system)[0] for system in missing).most_common():  # the longest first
+    for base, _ in Counter(
+        parts_of(system)[0] for system in missing
+    ).most_common():  # the longest first
         here = [system for system in missing if parts_of(system)[0] == base]
         needs = {network for system in here for network in networks_of(system) if network in todo}
-        jobs.append(Job(f"measuring {base}", seed, [sys.executable, "-m", "paper.measure", "--seed", str(seed), *here],
-                        4 + 3 * len(here), list(needs)))
+        jobs.append(
+            Job(
+                f"measuring {base}",
+                seed,
+                [sys.executable, "-m", "paper.measure", "--seed", str(seed), *here],
+                4 + 3 * len(here),
+                list(needs),
+            )
+        )
     for job in jobs:
         job.log = kept.folder / "logs" / f"{job.what}.log"
     return jobs
@@ -213,14 +270,20 @@ def make(jobs: list[Job], processes: int) -> None:
     started, cores, expected, done = time.monotonic(), 0.0, 0.0, 0
     try:
         while waiting or running:
-            unmade = {(job.seed, job.what) for job in [*waiting, *(job for job, _ in running.values())]}
+            unmade = {
+                (job.seed, job.what) for job in [*waiting, *(job for job, _ in running.values())]
+            }
             for job in list(waiting):
-                if len(running) < processes and not any((job.seed, need) in unmade for need in job.needs):
+                if len(running) < processes and not any(
+                    (job.seed, need) in unmade for need in job.needs
+                ):
                     waiting.remove(job)
                     job.prepare()
                     job.log.parent.mkdir(parents=True, exist_ok=True)
                     with open(job.log, "w") as log:
-                        process = subprocess.Popen(job.command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                        process = subprocess.Popen(
+                            job.command, env=environment, stdout=log, stderr=subprocess.STDOUT
+                        )
                     running[process.pid] = job, process
             pid, status, usage = os.wait4(-1, 0)
             if pid not in running:
@@ -229,7 +292,9 @@ def make(jobs: list[Job], processes: int) -> None:
             process.returncode = os.waitstatus_to_exitcode(status)
             said = job.log.read_text(errors="replace").strip().splitlines()[-1:] or ["no word"]
             if process.returncode and "another process is training there" in said[0]:
-                time.sleep(2)  # left over from a run of ours that was killed, most likely: wait for it
+                time.sleep(
+                    2
+                )  # left over from a run of ours that was killed, most likely: wait for it
                 waiting.insert(0, job)
                 continue
             if process.returncode:
@@ -237,12 +302,26 @@ def make(jobs: list[Job], processes: int) -> None:
             spent = usage.ru_utime + usage.ru_stime
             job.finish(spent)
             cores, expected, done = cores + spent, expected + job.seconds, done + 1
-            left = [other.seconds for other in [*waiting, *(other for other, _ in running.values())]]
-            pace = (time.monotonic() - started) * processes / expected  # how long a second of ours takes here
-            eta = max(sum(left) / processes, max(left, default=0)) * pace if done > 2 else sum(left) / processes
-            print(f"[{done}/{len(jobs)}] seed {job.seed}: {job.what}, {spent:.0f} core-seconds; {clock(eta)} left", flush=True)
+            left = [
+                other.seconds for other in [*waiting, *(other for other, _ in running.values())]
+            ]
+            pace = (
+                (time.monotonic() - started) * processes / expected
+            )  # how long a second of ours takes here
+            eta = (
+                max(sum(left) / processes, max(left, default=0)) * pace
+                if done > 2
+                else sum(left) / processes
+            )
+            print(
+                f"[{done}/{len(jobs)}] seed {job.seed}: {job.what}, {spent:.0f} core-seconds; {clock(eta)} left",
+                flush=True,
+            )
     finally:
         for _, process in running.values():
             process.terminate()
     if jobs:
-        print(f"{clock(time.monotonic() - started)} with {processes} processes, {cores / 60:.1f} core-minutes\n", flush=True)
+        print(
+            f"{clock(time.monotonic() - started)} with {processes} processes, {cores / 60:.1f} core-minutes\n",
+            flush=True,
+        )

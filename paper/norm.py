@@ -1,6 +1,6 @@
 """Section 4.2.1: lambda, the weight of the norm of z_delta, against transfer; and alpha, the weight of z_delta itself.
 
-    python -m paper.norm
+python -m paper.norm
 """
 
 import sys
@@ -47,20 +47,29 @@ CONCLUSIONS = {  # of the paper about the norm; the gap, by the value network th
     "better generalisation (`exact` on tiny-l)": lambda value: gain(value, L, "exact"),
 }
 METRICS = ["exact", "ins", "2-shot"]
-SYSTEMS = [*BASES, *(f"{base} + {value}" for base in BASES for value in LAMBDAS.values()),
-           *(weighted(base, alpha) for base in BASES for alpha in ALPHAS)]
+SYSTEMS = [
+    *BASES,
+    *(f"{base} + {value}" for base in BASES for value in LAMBDAS.values()),
+    *(weighted(base, alpha) for base in BASES for alpha in ALPHAS),
+]
 CLAIMS = [  # of knowledge, reasoning and manner table1.py has more
-    Claim("Section 4.2.1", "The norm improves generalisation to other bases.",
-          "`exact` on tiny-l, lambda 1 less lambda 0", gain(NORM, L, "exact"),
-          "There is little knowledge left to regain on tiny-l, and the norm costs manner. None of the smaller lambdas is better "
-          "there, as the tables show."),
+    Claim(
+        "Section 4.2.1",
+        "The norm improves generalisation to other bases.",
+        "`exact` on tiny-l, lambda 1 less lambda 0",
+        gain(NORM, L, "exact"),
+        "There is little knowledge left to regain on tiny-l, and the norm costs manner. None of the smaller lambdas is better "
+        "there, as the tables show.",
+    ),
 ]
 
 
 def supervised_positions() -> float:
     """How many positions of a demonstration are supervised, on average (seed 0)."""
     home = Kept(0).home
-    dataset = ChatDataset(home / "demonstrations.jsonl", load_tokenizer(home / S), TEMPLATE, TINY_LIMIT)
+    dataset = ChatDataset(
+        home / "demonstrations.jsonl", load_tokenizer(home / S), TEMPLATE, TINY_LIMIT
+    )
     return mean_supervised([row for index in range(len(dataset)) for row in dataset.rows(index)])
 
 
@@ -69,16 +78,28 @@ def text(results: Results) -> str:
     header = ["", *(f"`{metric}` {base}" for metric in METRICS for base in BASES)]
 
     def row(name, system_on):
-        return [name, *(percent(results(system_on(base), metric)) for metric in METRICS for base in BASES)]
+        return [
+            name,
+            *(percent(results(system_on(base), metric)) for metric in METRICS for base in BASES),
+        ]
 
     judged = []
     for l1, value in list(LAMBDAS.items())[1:]:
         gaps = [conclusion(value)(results) for conclusion in CONCLUSIONS.values()]
-        judged.append([f"lambda {l1:g}, the paper's {l1 * TINY_LIMIT / supervised:.2g}",
-                       *(f"{100 * gap.mean():+.1f}, {verdict(gap)}" for gap in gaps)])
-    lambdas = [row(f"lambda {l1:g}", lambda base, value=value: f"{base} + {value}") for l1, value in LAMBDAS.items()]
+        judged.append(
+            [
+                f"lambda {l1:g}, the paper's {l1 * TINY_LIMIT / supervised:.2g}",
+                *(f"{100 * gap.mean():+.1f}, {verdict(gap)}" for gap in gaps),
+            ]
+        )
+    lambdas = [
+        row(f"lambda {l1:g}", lambda base, value=value: f"{base} + {value}")
+        for l1, value in LAMBDAS.items()
+    ]
     alphas = [row("alpha 0 (base alone)", lambda base: base)]
-    alphas += [row(f"alpha {alpha:g}", lambda base, alpha=alpha: weighted(base, alpha)) for alpha in ALPHAS]
+    alphas += [
+        row(f"alpha {alpha:g}", lambda base, alpha=alpha: weighted(base, alpha)) for alpha in ALPHAS
+    ]
     return f"""![lambda and alpha against transfer]({PICTURE})
 
 Table 5's lambda is 1.0, and so is that of every `norm` row in these tables. The norm is a mean over the vocabulary, so
@@ -105,10 +126,22 @@ def draw(pyplot, results: Results):
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True)
     for metric, style in [("exact", "-"), ("2-shot", "--"), ("ins", ":")]:
         for base, colour in zip(BASES, ["tab:blue", "tab:orange", "tab:green"]):
-            axes[0].plot(range(len(LAMBDAS)), [results(f"{base} + {value}", metric).mean() for value in LAMBDAS.values()], style,
-                         color=colour, label=f"{base}, {metric}")
-            axes[1].plot(ALPHAS, [results(weighted(base, alpha), metric).mean() for alpha in ALPHAS], style, color=colour)
-    axes[0].set(xticks=range(len(LAMBDAS)), xticklabels=[f"{l1:g}" for l1 in LAMBDAS], xlabel="lambda")
+            axes[0].plot(
+                range(len(LAMBDAS)),
+                [results(f"{base} + {value}", metric).mean() for value in LAMBDAS.values()],
+                style,
+                color=colour,
+                label=f"{base}, {metric}",
+            )
+            axes[1].plot(
+                ALPHAS,
+                [results(weighted(base, alpha), metric).mean() for alpha in ALPHAS],
+                style,
+                color=colour,
+            )
+    axes[0].set(
+        xticks=range(len(LAMBDAS)), xticklabels=[f"{l1:g}" for l1 in LAMBDAS], xlabel="lambda"
+    )
     axes[1].set(xlabel="alpha")
     axes[0].legend(fontsize=8, loc="center left", bbox_to_anchor=(2.25, 0.5))
     return figure

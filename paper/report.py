@@ -37,15 +37,28 @@ def between(better: str, worse: str, metric: str) -> Callable[[Results], np.ndar
     return lambda results: results(better, metric) - results(worse, metric)
 
 
-def between_on(bases: list[str], better: str, worse: str, metric: str) -> Callable[[Results], np.ndarray]:
+def between_on(
+    bases: list[str], better: str, worse: str, metric: str
+) -> Callable[[Results], np.ndarray]:
     """The gap of one value network to another in a metric, the mean over bases."""
     gaps = [between(f"{base} + {better}", f"{base} + {worse}", metric) for base in bases]
     return lambda results: np.mean([gap(results) for gap in gaps], axis=0)
 
 
 # Which tiny metric stands in for which column of the paper.
-STAND_INS = {"MT-Bench": "exact", "IFEval": "ins", "GSM8K": "arith", "ToxiGen": "", "MBPP": "new exact", "HumanEval": "new exact",
-             "ARC": "2-shot", "Hellaswag": "2-shot", "MMLU": "2-shot", "TruthfulQA": "mc", "Winogrande": "2-shot"}
+STAND_INS = {
+    "MT-Bench": "exact",
+    "IFEval": "ins",
+    "GSM8K": "arith",
+    "ToxiGen": "",
+    "MBPP": "new exact",
+    "HumanEval": "new exact",
+    "ARC": "2-shot",
+    "Hellaswag": "2-shot",
+    "MMLU": "2-shot",
+    "TruthfulQA": "mc",
+    "Winogrande": "2-shot",
+}
 
 
 def verdict(gaps: np.ndarray) -> str:
@@ -71,13 +84,21 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table that can also be read as it is."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
+        for line in lines
+    )
 
 
 def metric_table(results: Results, label: str, rows: dict[str, str], metrics: list[str]) -> str:
     """Rows of label -> system, with a column for each metric."""
-    return table([label, *(f"`{metric}`" for metric in metrics)],
-                 [[name, *(percent(results(system, metric)) for metric in metrics)] for name, system in rows.items()])
+    return table(
+        [label, *(f"`{metric}`" for metric in metrics)],
+        [
+            [name, *(percent(results(system, metric)) for metric in metrics)]
+            for name, system in rows.items()
+        ],
+    )
 
 
 def claims_text(claims: list[Claim], results: Results) -> str:
@@ -95,10 +116,20 @@ def claims_text(claims: list[Claim], results: Results) -> str:
 
 
 def section_text(script: ModuleType, results: Results, seeds: int) -> str:
-    name = script.__name__.rpartition(".")[2] if script.__name__ != "__main__" else Path(script.__file__).stem
-    head = "What we claim" if all(claim.section == OURS for claim in script.CLAIMS) else "What the paper concludes"
-    return (f"## {script.TITLE}\n\n`python -m paper.{name} --seeds {seeds}`\n\n{script.text(results).strip()}\n\n"
-            f"{head}, and whether it shows here:\n\n{claims_text(script.CLAIMS, results)}\n")
+    name = (
+        script.__name__.rpartition(".")[2]
+        if script.__name__ != "__main__"
+        else Path(script.__file__).stem
+    )
+    head = (
+        "What we claim"
+        if all(claim.section == OURS for claim in script.CLAIMS)
+        else "What the paper concludes"
+    )
+    return (
+        f"## {script.TITLE}\n\n`python -m paper.{name} --seeds {seeds}`\n\n{script.text(results).strip()}\n\n"
+        f"{head}, and whether it shows here:\n\n{claims_text(script.CLAIMS, results)}\n"
+    )
 
 
 def draw(script: ModuleType, results: Results, folder: Path) -> None:
@@ -111,10 +142,13 @@ def draw(script: ModuleType, results: Results, folder: Path) -> None:
         return print(f"{script.PICTURE} is not drawn: matplotlib is not installed")
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     figure = script.draw(pyplot, results)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / script.PICTURE) as temporary:
-        figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(
+            temporary, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None}
+        )
     pyplot.close(figure)
     print(f"saved {folder / script.PICTURE}")
 
@@ -125,17 +159,34 @@ def results_of(scripts: list[ModuleType], seeds: int, processes: int) -> Results
     make([job for seed in range(seeds) for job in jobs_for(systems, seed)], processes)
     kept = [Kept(seed) for seed in range(seeds)]
     found = {system: [each.measured(system) for each in kept] for system in systems}
-    return lambda system, metric: np.array([metrics[metric] for metrics in found[system]], dtype=float)
+    return lambda system, metric: np.array(
+        [metrics[metric] for metrics in found[system]], dtype=float
+    )
 
 
 def parse_arguments(description: str, results: Path) -> argparse.Namespace:
     parser = ArgumentParser(description=description)
-    parser.add_argument("--seeds", type=number(int, 0, "whole number from 1 to 100", 101), default=3, metavar="N",
-                        help="worlds 0 to N-1 (default 3)")
-    parser.add_argument("--processes", type=positive_int, default=os.cpu_count() or 1, metavar="N",
-                        help="networks to train at a time, one thread each (default: one for each core)")
-    parser.add_argument("--results", type=Path, default=results, metavar="FOLDER",
-                        help=f"where pictures go, and the results of all scripts together (default {results.name})")
+    parser.add_argument(
+        "--seeds",
+        type=number(int, 0, "whole number from 1 to 100", 101),
+        default=3,
+        metavar="N",
+        help="worlds 0 to N-1 (default 3)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=positive_int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="networks to train at a time, one thread each (default: one for each core)",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=results,
+        metavar="FOLDER",
+        help=f"where pictures go, and the results of all scripts together (default {results.name})",
+    )
     args = parser.parse_args()
     if args.results.exists() and not args.results.is_dir():
         raise UsageError(f"--results {args.results}: not a folder")
@@ -154,7 +205,11 @@ def machine() -> str:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         processor = f"{os.cpu_count()} cores of {names[0]}" if names else processor
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
     return f"{device}, torch {torch.__version__}, Python {platform.python_version()}"

@@ -20,14 +20,25 @@ PAPER = {  # seconds, and GB at the peak, of each length; bfloat16, flash-attent
     "13B": ((3.48, 24.51), (12.98, 24.79), (26.09, 25.18)),
     "1.1B + 13B": ((5.73, 26.66), (26.10, 27.30), (61.61, 28.14)),
 }
-NAMES = {"TinyLlama": "1.1B", "Llama-2-7B": "7B", "Llama-2-13B": "13B", "23M": "1.1B", "110M": "7B"}  # whose place each takes
+NAMES = {
+    "TinyLlama": "1.1B",
+    "Llama-2-7B": "7B",
+    "Llama-2-13B": "13B",
+    "23M": "1.1B",
+    "110M": "7B",
+}  # whose place each takes
 
 
 def paper_rows(value: str, base: str) -> list[list[str]]:
     """The paper's seconds, and how many times the base alone they are."""
     small, big = NAMES[value], NAMES[base]
-    rows = [[f"the paper's {name}", *(f"{seconds:.2f} s, {peak:.2f} GB" for seconds, peak in PAPER[name])]
-            for name in (small, big, f"{small} + {big}")]
+    rows = [
+        [
+            f"the paper's {name}",
+            *(f"{seconds:.2f} s, {peak:.2f} GB" for seconds, peak in PAPER[name]),
+        ]
+        for name in (small, big, f"{small} + {big}")
+    ]
     ratios = [both / alone for (both, _), (alone, _) in zip(PAPER[f"{small} + {big}"], PAPER[big])]
     return rows + [[f"{small} + {big} over {big}", *(f"{ratio:.2f}" for ratio in ratios)]]
 
@@ -52,20 +63,35 @@ def slowdown(measured: list[dict[str, Result]]) -> str:
         return ""
     theirs = LENGTHS[-1] * PAPER["1.1B + 7B"][0][0] / (LENGTHS[0] * PAPER["1.1B + 7B"][-1][0])
     ours = first.median / last.median
-    return (f"From {LENGTHS[0]} to {LENGTHS[-1]} tokens, value + base keeps {100 * ours:.0f}% of its tokens per second; the "
-            f"paper's 1.1B + 7B keeps {100 * theirs:.0f}%, since its decoding has no KV cache.")
+    return (
+        f"From {LENGTHS[0]} to {LENGTHS[-1]} tokens, value + base keeps {100 * ours:.0f}% of its tokens per second; the "
+        f"paper's 1.1B + 7B keeps {100 * theirs:.0f}%, since its decoding has no KV cache."
+    )
 
 
 def main():
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=positive_int, default=3, help="(default 3; the paper has 5)")
+    parser.add_argument(
+        "--rounds", type=positive_int, default=3, help="(default 3; the paper has 5)"
+    )
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)  # as the contenders do
     print(f"{describe(device)}\n")
-    for value, base in [("TinyLlama", "Llama-2-7B"), ("TinyLlama", "Llama-2-13B")] if device == "cuda" else [("23M", "110M")]:
-        measured = [measure(value, base, 1, tokens, device, args.rounds, [VALUE, ALONE, BOTH]) for tokens in LENGTHS]
-        rows = [["new tokens", *map(str, LENGTHS)], *paper_rows(value, base), *our_rows(measured, value, base)]
+    for value, base in (
+        [("TinyLlama", "Llama-2-7B"), ("TinyLlama", "Llama-2-13B")]
+        if device == "cuda"
+        else [("23M", "110M")]
+    ):
+        measured = [
+            measure(value, base, 1, tokens, device, args.rounds, [VALUE, ALONE, BOTH])
+            for tokens in LENGTHS
+        ]
+        rows = [
+            ["new tokens", *map(str, LENGTHS)],
+            *paper_rows(value, base),
+            *our_rows(measured, value, base),
+        ]
         print(f"{table(rows)}\n\n{slowdown(measured)}\n", flush=True)
 
 

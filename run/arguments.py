@@ -1,6 +1,6 @@
 """Every flag of the scripts, and what does not fit together.
 
-    python train.py --help        python sample.py --help        python vocab_map.py --help
+python train.py --help        python sample.py --help        python vocab_map.py --help
 """
 
 import argparse
@@ -12,7 +12,15 @@ import vocab_map
 from data.chat import TEMPLATES
 from data.files import check_output
 from ivl import SCHEMES
-from run.cli import ArgumentParser, any_float, non_negative_float, non_negative_int, number, positive_float, positive_int
+from run.cli import (
+    ArgumentParser,
+    any_float,
+    non_negative_float,
+    non_negative_int,
+    number,
+    positive_float,
+    positive_int,
+)
 from run.jobs import with_a_name
 from vocab_map import HOWS
 
@@ -28,72 +36,206 @@ def first_line(script) -> str:
 def add_twins(parser: argparse.ArgumentParser, compiles: bool = False) -> None:
     group = parser.add_mutually_exclusive_group()
     parser.set_defaults(compile=False)
-    group.add_argument("--plain", action="store_true", help="run what the scripts say, also for checkpoints")
-    group.add_argument("--fast", action="store_true", help="run the twins in fast/, also for tiny networks")
+    group.add_argument(
+        "--plain", action="store_true", help="run what the scripts say, also for checkpoints"
+    )
+    group.add_argument(
+        "--fast", action="store_true", help="run the twins in fast/, also for tiny networks"
+    )
     if compiles:
-        group.add_argument("--compile", action="store_true", help="that, and compile layers on a GPU: faster tokens, up to a minute later")
+        group.add_argument(
+            "--compile",
+            action="store_true",
+            help="that, and compile layers on a GPU: faster tokens, up to a minute later",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------
 # train.py
 
-VALUE_ONLY = ["l1", "l1_over", "no_full", "scheme", "probe_width", "loss", "beta", "teacher", "temperature"]
+VALUE_ONLY = [
+    "l1",
+    "l1_over",
+    "no_full",
+    "scheme",
+    "probe_width",
+    "loss",
+    "beta",
+    "teacher",
+    "temperature",
+]
 MEANS_NOTHING = {  # flags that a job has no use for
-    "full": VALUE_ONLY, "pretrain": [*VALUE_ONLY, "data", "template", "epochs", "system"], "value": []}
-DOING = {"full": "fine-tuning in full", "pretrain": "pretraining a base", "value": "training a value network"}
+    "full": VALUE_ONLY,
+    "pretrain": [*VALUE_ONLY, "data", "template", "epochs", "system"],
+    "value": [],
+}
+DOING = {
+    "full": "fine-tuning in full",
+    "pretrain": "pretraining a base",
+    "value": "training a value network",
+}
 
 
 def train_arguments() -> argparse.Namespace:
     """The flags of train.py; besides `job`, and `flags`, the settings that were given."""
     parser = ArgumentParser(description=first_line(train), epilog="With no flags: --base --value.")
     what = parser.add_argument_group("what to train")
-    what.add_argument("--base", nargs="*", metavar="B", help="frozen bases in turn: tiny-s, tiny-m, tiny-l or checkpoint "
-                      "folders (default tiny-s); alone: pretrain these tiny bases")
+    what.add_argument(
+        "--base",
+        nargs="*",
+        metavar="B",
+        help="frozen bases in turn: tiny-s, tiny-m, tiny-l or checkpoint "
+        "folders (default tiny-s); alone: pretrain these tiny bases",
+    )
     job = what.add_mutually_exclusive_group()
-    job.add_argument("--value", nargs="?", const="", metavar="V", help="train a value network; it starts as a copy of the "
-                     "first base, or from a folder, a tiny name, scratch, or scratch:tiny-m")
-    job.add_argument("--full", action="store_true", help="fine-tune the base itself instead, in full")
-    what.add_argument("--no-full", action="store_true", help="leave full fine-tuning out of the tiny world's table")
-    what.add_argument("--scheme", choices=SCHEMES, help="how base and value network connect (default residual)")
-    what.add_argument("--probe-width", type=positive_int, metavar="N",
-                      help=f"inner width of --scheme probe (default {train.PROBE_WIDTH})")
-    what.add_argument("--l1", type=non_negative_float, default=0.0, metavar="LAMBDA", help="weight of the norm of z_delta "
-                      "(default 0). The paper's norm rows have 1.0, as a mean over all positions, prompt and padding included; "
-                      "ours is over the supervised ones, so 1 presses harder here, and what it weighs beside the paper's is printed")
-    what.add_argument("--l1-over", choices=["supervised", "all"], help="positions that the norm is a mean of (default supervised), or all "
-                      "of a batch, padded to its longest row; with --grad-accum parts are weighed by their supervised positions")
-    what.add_argument("--loss", choices=["ce", "pairwise", "kl"], help="cross-entropy of demonstrations (default), DPO's loss of pairs "
-                      "of answers, or distillation from --teacher (Section 3.1)")
-    what.add_argument("--beta", type=positive_float, help="of --loss pairwise, DPO's: a higher one keeps z_post nearer to z_base (default 0.1)")
-    what.add_argument("--teacher", metavar="FOLDER", help="of --loss kl: a checkpoint of the same vocabulary, after post-training")
-    what.add_argument("--temperature", type=positive_float, help="of --loss kl: what logits are divided by (default 1)")
+    job.add_argument(
+        "--value",
+        nargs="?",
+        const="",
+        metavar="V",
+        help="train a value network; it starts as a copy of the "
+        "first base, or from a folder, a tiny name, scratch, or scratch:tiny-m",
+    )
+    job.add_argument(
+        "--full", action="store_true", help="fine-tune the base itself instead, in full"
+    )
+    what.add_argument(
+        "--no-full",
+        action="store_true",
+        help="leave full fine-tuning out of the tiny world's table",
+    )
+    what.add_argument(
+        "--scheme", choices=SCHEMES, help="how base and value network connect (default residual)"
+    )
+    what.add_argument(
+        "--probe-width",
+        type=positive_int,
+        metavar="N",
+        help=f"inner width of --scheme probe (default {train.PROBE_WIDTH})",
+    )
+    what.add_argument(
+        "--l1",
+        type=non_negative_float,
+        default=0.0,
+        metavar="LAMBDA",
+        help="weight of the norm of z_delta "
+        "(default 0). The paper's norm rows have 1.0, as a mean over all positions, prompt and padding included; "
+        "ours is over the supervised ones, so 1 presses harder here, and what it weighs beside the paper's is printed",
+    )
+    what.add_argument(
+        "--l1-over",
+        choices=["supervised", "all"],
+        help="positions that the norm is a mean of (default supervised), or all "
+        "of a batch, padded to its longest row; with --grad-accum parts are weighed by their supervised positions",
+    )
+    what.add_argument(
+        "--loss",
+        choices=["ce", "pairwise", "kl"],
+        help="cross-entropy of demonstrations (default), DPO's loss of pairs "
+        "of answers, or distillation from --teacher (Section 3.1)",
+    )
+    what.add_argument(
+        "--beta",
+        type=positive_float,
+        help="of --loss pairwise, DPO's: a higher one keeps z_post nearer to z_base (default 0.1)",
+    )
+    what.add_argument(
+        "--teacher",
+        metavar="FOLDER",
+        help="of --loss kl: a checkpoint of the same vocabulary, after post-training",
+    )
+    what.add_argument(
+        "--temperature",
+        type=positive_float,
+        help="of --loss kl: what logits are divided by (default 1)",
+    )
     data = parser.add_argument_group("data")
-    data.add_argument("--data", metavar="FILE", help="conversations, .json or .jsonl, or `capitals` (data/capitals.py); "
-                      "default: the tiny world's")
-    data.add_argument("--template", choices=TEMPLATES, help="chat template (default: from the tokenizer's kind)")
-    data.add_argument("--system", metavar="TEXT", help="a system prompt for conversations that have none; recorded (default: what the "
-                      "checkpoint's own chatml template says)")
-    data.add_argument("--held-out", type=non_negative_int, metavar="N", help="conversations to measure on and not to train on "
-                      "(default 1%%, at least 16, at most a tenth)")
-    data.add_argument("--max-length", type=positive_int, metavar="N", help="tokens per conversation (default at most 4096)")
-    how = parser.add_argument_group("how to train (defaults: Table 5's for a checkpoint, our own for tiny ones)")
+    data.add_argument(
+        "--data",
+        metavar="FILE",
+        help="conversations, .json or .jsonl, or `capitals` (data/capitals.py); "
+        "default: the tiny world's",
+    )
+    data.add_argument(
+        "--template", choices=TEMPLATES, help="chat template (default: from the tokenizer's kind)"
+    )
+    data.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="a system prompt for conversations that have none; recorded (default: what the "
+        "checkpoint's own chatml template says)",
+    )
+    data.add_argument(
+        "--held-out",
+        type=non_negative_int,
+        metavar="N",
+        help="conversations to measure on and not to train on "
+        "(default 1%%, at least 16, at most a tenth)",
+    )
+    data.add_argument(
+        "--max-length",
+        type=positive_int,
+        metavar="N",
+        help="tokens per conversation (default at most 4096)",
+    )
+    how = parser.add_argument_group(
+        "how to train (defaults: Table 5's for a checkpoint, our own for tiny ones)"
+    )
     how.add_argument("--lr", type=positive_float, help="peak learning rate")
     length = how.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=number(float, 0, "positive number up to 10000", 10_001), help="passes over the data")
+    length.add_argument(
+        "--epochs",
+        type=number(float, 0, "positive number up to 10000", 10_001),
+        help="passes over the data",
+    )
     length.add_argument("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
-    how.add_argument("--batch-size", type=positive_int, metavar="N", help="conversations, pairs or rows of text per step, all parts together")
-    how.add_argument("--grad-accum", type=positive_int, metavar="N", help="split a step's batch into N parts to save memory")
-    how.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the computation; trained weights stay float32")
-    how.add_argument("--seed", type=non_negative_int, default=0, help="of everything random (default 0)")
-    how.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="compute layers twice instead of "
-                     "keeping what they computed: less memory, a third more time (default: for checkpoints yes, tiny ones no)")
-    how.add_argument("--shard", action="store_true", help="with torchrun: divide weights, gradients and moments, also the "
-                     "bases', between the processes (FSDP2), instead of keeping them whole in each (DDP)")
+    how.add_argument(
+        "--batch-size",
+        type=positive_int,
+        metavar="N",
+        help="conversations, pairs or rows of text per step, all parts together",
+    )
+    how.add_argument(
+        "--grad-accum",
+        type=positive_int,
+        metavar="N",
+        help="split a step's batch into N parts to save memory",
+    )
+    how.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of the computation; trained weights stay float32",
+    )
+    how.add_argument(
+        "--seed", type=non_negative_int, default=0, help="of everything random (default 0)"
+    )
+    how.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="compute layers twice instead of "
+        "keeping what they computed: less memory, a third more time (default: for checkpoints yes, tiny ones no)",
+    )
+    how.add_argument(
+        "--shard",
+        action="store_true",
+        help="with torchrun: divide weights, gradients and moments, also the "
+        "bases', between the processes (FSDP2), instead of keeping them whole in each (DDP)",
+    )
     add_twins(how)
     where = parser.add_argument_group("where it goes")
-    where.add_argument("--out", metavar="FOLDER", help="the finished folder (default under out/seedN)")
-    where.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the same run")
-    where.add_argument("--save-every", type=positive_int, default=200, metavar="N", help="steps between checkpoints (200)")
+    where.add_argument(
+        "--out", metavar="FOLDER", help="the finished folder (default under out/seedN)"
+    )
+    where.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint of the same run"
+    )
+    where.add_argument(
+        "--save-every",
+        type=positive_int,
+        default=200,
+        metavar="N",
+        help="steps between checkpoints (200)",
+    )
     args = parser.parse_args()
 
     if args.value is None and args.base is None and not args.full:
@@ -110,11 +252,17 @@ def train_arguments() -> argparse.Namespace:
             parser.error(f"--{name} goes with --loss {loss}")
     if args.l1_over and not args.l1:
         parser.error("--l1-over goes with --l1")
-    args.loss, args.l1_over, args.teacher = args.loss or "ce", args.l1_over or "supervised", args.teacher or ""
+    args.loss, args.l1_over, args.teacher = (
+        args.loss or "ce",
+        args.l1_over or "supervised",
+        args.teacher or "",
+    )
     args.beta = (args.beta or 0.1) if args.loss == "pairwise" else 0.0
     args.temperature = (args.temperature or 1.0) if args.loss == "kl" else 0.0
     if args.held_out is not None and args.data in (None, "capitals"):
-        parser.error("--held-out goes with --data FILE; the tiny world and the capitals have questions of their own to measure by")
+        parser.error(
+            "--held-out goes with --data FILE; the tiny world and the capitals have questions of their own to measure by"
+        )
     args.out = None if args.out is None else with_a_name(args.out)
     if len(args.base) > 1 and args.job == "pretrain" and args.out:
         parser.error("--out names one folder, and there are several bases to pretrain")
@@ -129,27 +277,70 @@ def train_arguments() -> argparse.Namespace:
 # sample.py, and the page of beyond/attribution.py
 
 
-GUIDANCE = ("base", "value", "expert", "anti_expert", "scheme", "template", "system", "alpha", "vocab_map", "dtype")  # what answers depend on
+GUIDANCE = (
+    "base",
+    "value",
+    "expert",
+    "anti_expert",
+    "scheme",
+    "template",
+    "system",
+    "alpha",
+    "vocab_map",
+    "dtype",
+)  # what answers depend on
 
 
 def add_guidance(parser: argparse.ArgumentParser, unguided: str = "the newest under out/") -> None:
     """The flags that say what guides what; `unguided` is what is taken where nothing is named."""
     guide = parser.add_mutually_exclusive_group()
     guide.add_argument("--value", metavar="FOLDER", help=f"a value network (default: {unguided})")
-    guide.add_argument("--expert", metavar="FOLDER", help="proxy tuning instead: a small model after post-training")
-    parser.add_argument("--base", metavar="B", help="a checkpoint folder or a tiny name (default: the one that the value network was "
-                        "trained on)")
-    parser.add_argument("--anti-expert", metavar="FOLDER",
-                        help="the expert before post-training (default: what its train.json names)")
-    parser.add_argument("--scheme", choices=LLAMA_SCHEMES, help="take --value FOLDER, a plain Llama without ivl.json that was trained as "
-                        "a value network elsewhere, as one of this scheme")
-    parser.add_argument("--template", choices=TEMPLATES, help="chat template of an expert, of a base that is measured alone, or with "
-                        "--scheme (a value network of ours records its own)")
-    parser.add_argument("--system", metavar="TEXT", help="a system prompt (default: what the value network was trained with)")
-    parser.add_argument("--alpha", type=any_float, default=1.0, help="weight of z_delta; 0 is the base alone (default 1)")
-    parser.add_argument("--vocab-map", metavar="FILE", help="a map between base and value network of different tokenizers, by "
-                        "vocab_map.py (default: made on the spot, from the tokenizers alone)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and computation")
+    guide.add_argument(
+        "--expert", metavar="FOLDER", help="proxy tuning instead: a small model after post-training"
+    )
+    parser.add_argument(
+        "--base",
+        metavar="B",
+        help="a checkpoint folder or a tiny name (default: the one that the value network was "
+        "trained on)",
+    )
+    parser.add_argument(
+        "--anti-expert",
+        metavar="FOLDER",
+        help="the expert before post-training (default: what its train.json names)",
+    )
+    parser.add_argument(
+        "--scheme",
+        choices=LLAMA_SCHEMES,
+        help="take --value FOLDER, a plain Llama without ivl.json that was trained as "
+        "a value network elsewhere, as one of this scheme",
+    )
+    parser.add_argument(
+        "--template",
+        choices=TEMPLATES,
+        help="chat template of an expert, of a base that is measured alone, or with "
+        "--scheme (a value network of ours records its own)",
+    )
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="a system prompt (default: what the value network was trained with)",
+    )
+    parser.add_argument(
+        "--alpha",
+        type=any_float,
+        default=1.0,
+        help="weight of z_delta; 0 is the base alone (default 1)",
+    )
+    parser.add_argument(
+        "--vocab-map",
+        metavar="FILE",
+        help="a map between base and value network of different tokenizers, by "
+        "vocab_map.py (default: made on the spot, from the tokenizers alone)",
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and computation"
+    )
     add_twins(parser, compiles=True)
     parser.set_defaults(chat=False, web=False, prompt=None, brings_questions=False)
 
@@ -157,10 +348,28 @@ def add_guidance(parser: argparse.ArgumentParser, unguided: str = "the newest un
 def add_asking(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
     """The flags that say what is asked, and how answers are picked; returns the group of ways to ask."""
     ask = parser.add_mutually_exclusive_group()
-    ask.add_argument("--prompt", nargs="+", metavar="TEXT", help="questions to answer (default: some of the tiny world's)")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=256, metavar="N", help="per answer (default 256)")
-    parser.add_argument("--temperature", type=non_negative_float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=positive_float, default=1.0, help="sample from the likeliest tokens of this share")
+    ask.add_argument(
+        "--prompt",
+        nargs="+",
+        metavar="TEXT",
+        help="questions to answer (default: some of the tiny world's)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive_int,
+        default=256,
+        metavar="N",
+        help="per answer (default 256)",
+    )
+    parser.add_argument(
+        "--temperature", type=non_negative_float, default=0.0, help="0 is greedy (default)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=positive_float,
+        default=1.0,
+        help="sample from the likeliest tokens of this share",
+    )
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of sampling")
     return ask
 
@@ -171,7 +380,9 @@ def parse_guidance(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if args.anti_expert and not args.expert:
         parser.error("--anti-expert goes with --expert")
     if args.scheme and not (args.value and args.base):
-        parser.error("--scheme says what --value FOLDER is that has no ivl.json; name the base too, with --base")
+        parser.error(
+            "--scheme says what --value FOLDER is that has no ivl.json; name the base too, with --base"
+        )
     if args.template and args.value and not args.scheme:
         parser.error("--template goes with --expert or --scheme; a value network records its own")
     if args.template and not (args.expert or args.scheme or args.brings_questions):
@@ -196,18 +407,43 @@ def sample_arguments() -> argparse.Namespace:
     add_guidance(parser)
     ask = add_asking(parser)
     ask.add_argument("--chat", action="store_true", help="a conversation in the terminal")
-    ask.add_argument("--web", action="store_true", help="a page to ask on, at 127.0.0.1, that says who decided on each token")
-    parser.add_argument("--port", type=number(int, -1, "port from 0 to 65535", 2**16), metavar="N",
-                        help="of that page (default 8000; 0 is any that is free)")
-    parser.add_argument("--explain", action="store_true", help="say of each token who decided, the base or the value network")
-    parser.add_argument("--speculate", type=few, metavar="K", help="let a small base with the same value network draft K tokens, "
-                        "which the base verifies in one pass; what is said stays the same")
-    parser.add_argument("--draft", metavar="B", help="that small base (default: the one the value network was trained on)")
+    ask.add_argument(
+        "--web",
+        action="store_true",
+        help="a page to ask on, at 127.0.0.1, that says who decided on each token",
+    )
+    parser.add_argument(
+        "--port",
+        type=number(int, -1, "port from 0 to 65535", 2**16),
+        metavar="N",
+        help="of that page (default 8000; 0 is any that is free)",
+    )
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="say of each token who decided, the base or the value network",
+    )
+    parser.add_argument(
+        "--speculate",
+        type=few,
+        metavar="K",
+        help="let a small base with the same value network draft K tokens, "
+        "which the base verifies in one pass; what is said stays the same",
+    )
+    parser.add_argument(
+        "--draft",
+        metavar="B",
+        help="that small base (default: the one the value network was trained on)",
+    )
     args = parse_guidance(parser)
     if args.explain and (args.chat or args.speculate):
-        parser.error("--explain goes with --prompt or the tiny world's questions, one token at a time")
+        parser.error(
+            "--explain goes with --prompt or the tiny world's questions, one token at a time"
+        )
     if args.web and (args.explain or args.speculate):
-        parser.error("--web says of each token who decided, one token at a time; leave out --explain and --speculate")
+        parser.error(
+            "--web says of each token who decided, one token at a time; leave out --explain and --speculate"
+        )
     if args.port is not None and not args.web:
         parser.error("--port goes with --web")
     args.port = 8000 if args.port is None else args.port
@@ -221,13 +457,34 @@ def page_arguments(doc: str) -> argparse.Namespace:
     parser = ArgumentParser(description=doc.split("\n\n")[0])
     add_guidance(parser)
     add_asking(parser)
-    parser.add_argument("--out", type=Path, default=Path("out/attribution.html"), metavar="FILE", help="(default %(default)s)")
-    parser.add_argument("--screenshot", type=Path, metavar="PNG", help="a picture of the page, too; needs Chromium")
-    parser.add_argument("--height", type=positive_int, default=900, metavar="PIXELS", help="of the picture (default 900)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/attribution.html"),
+        metavar="FILE",
+        help="(default %(default)s)",
+    )
+    parser.add_argument(
+        "--screenshot", type=Path, metavar="PNG", help="a picture of the page, too; needs Chromium"
+    )
+    parser.add_argument(
+        "--height",
+        type=positive_int,
+        default=900,
+        metavar="PIXELS",
+        help="of the picture (default 900)",
+    )
     args = parse_guidance(parser)
-    check_output("--out", args.out, "page of this kind", lambda start: b"Where did post-training speak?" in start)
+    check_output(
+        "--out",
+        args.out,
+        "page of this kind",
+        lambda start: b"Where did post-training speak?" in start,
+    )
     if args.screenshot:
-        check_output("--screenshot", args.screenshot, "picture", lambda start: start.startswith(b"\x89PNG"))
+        check_output(
+            "--screenshot", args.screenshot, "picture", lambda start: start.startswith(b"\x89PNG")
+        )
     return args
 
 
@@ -236,10 +493,24 @@ def picture_arguments(doc: str) -> argparse.Namespace:
     parser = ArgumentParser(description=doc.split("\n\n")[0])
     add_guidance(parser)
     add_asking(parser)
-    parser.add_argument("--screenshot", type=Path, metavar="PNG", required=True, help="a picture of the page; needs Chromium")
-    parser.add_argument("--height", type=positive_int, default=700, metavar="PIXELS", help="of the picture (default 700)")
+    parser.add_argument(
+        "--screenshot",
+        type=Path,
+        metavar="PNG",
+        required=True,
+        help="a picture of the page; needs Chromium",
+    )
+    parser.add_argument(
+        "--height",
+        type=positive_int,
+        default=700,
+        metavar="PIXELS",
+        help="of the picture (default 700)",
+    )
     args = parse_guidance(parser)
-    check_output("--screenshot", args.screenshot, "picture", lambda start: start.startswith(b"\x89PNG"))
+    check_output(
+        "--screenshot", args.screenshot, "picture", lambda start: start.startswith(b"\x89PNG")
+    )
     return args
 
 
@@ -249,14 +520,36 @@ def picture_arguments(doc: str) -> argparse.Namespace:
 
 def vocab_map_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=first_line(vocab_map))
-    parser.add_argument("--base-tokenizer", required=True, metavar="A", help="the base's, a file or a checkpoint folder")
+    parser.add_argument(
+        "--base-tokenizer",
+        required=True,
+        metavar="A",
+        help="the base's, a file or a checkpoint folder",
+    )
     parser.add_argument("--value-tokenizer", required=True, metavar="B", help="the value network's")
-    parser.add_argument("--how", choices=HOWS, default="pieces", help="from the tokenizers alone (pieces, the default), or "
-                        "counted in texts: Algorithm 1 (paper), its counts alone (dtw), or by shared bytes (offsets)")
-    parser.add_argument("--texts", type=Path, metavar="FILE", help="what to count in: .txt, or .jsonl with text, question and "
-                        "answer, or conversations")
-    parser.add_argument("--eval", type=Path, metavar="FILE", help="held-out texts to report the overlap on")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the map, map.safetensors for instance")
+    parser.add_argument(
+        "--how",
+        choices=HOWS,
+        default="pieces",
+        help="from the tokenizers alone (pieces, the default), or "
+        "counted in texts: Algorithm 1 (paper), its counts alone (dtw), or by shared bytes (offsets)",
+    )
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        metavar="FILE",
+        help="what to count in: .txt, or .jsonl with text, question and answer, or conversations",
+    )
+    parser.add_argument(
+        "--eval", type=Path, metavar="FILE", help="held-out texts to report the overlap on"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the map, map.safetensors for instance",
+    )
     add_twins(parser)
     args = parser.parse_args()
     if args.how != "pieces" and not args.texts:

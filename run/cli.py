@@ -1,6 +1,6 @@
 """What every script's command line shares: flags, mistakes told in one line, the device, and time in words.
 
-    from run.cli import ArgumentParser, run_cli
+from run.cli import ArgumentParser, run_cli
 """
 
 import argparse
@@ -52,7 +52,11 @@ def run_cli(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+        message = (
+            f"{error.filename}: {error.strerror}"
+            if error.filename
+            else error.strerror or str(error)
+        )
     except torch.OutOfMemoryError:
         message = "the device is out of memory; --grad-accum, --max-length and --dtype save some"
     except MemoryError:
@@ -61,14 +65,18 @@ def run_cli(main: Callable[[], None]) -> None:
         if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
             raise
         wanted = re.search(r"allocate (\d+) bytes", str(error))
-        message = "out of memory" + (f": {int(wanted[1]) / 1e9:.1f} GB more were wanted" if wanted else "")
+        message = "out of memory" + (
+            f": {int(wanted[1]) / 1e9:.1f} GB more were wanted" if wanted else ""
+        )
     except KeyboardInterrupt:
         message, status = "stopped", 130
     except UsageError as error:
         message = str(error)
     drop_output()
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(5)  # most likely the first process says the same, and torchrun ends the others when one has ended
+        time.sleep(
+            5
+        )  # most likely the first process says the same, and torchrun ends the others when one has ended
     if len(message) > 1000:  # somebody's file may have much in it
         message = f"{message[:800]} ... {message[-150:]}"
     if sys.stderr is not None:
@@ -84,8 +92,11 @@ def drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def number(kind: type, lowest: float, phrase: str, below: float = math.inf) -> Callable[[str], float]:
+def number(
+    kind: type, lowest: float, phrase: str, below: float = math.inf
+) -> Callable[[str], float]:
     """An argparse type: a number between these bounds; the phrase tells a user what it should be."""
+
     def parse(text: str):
         try:
             value = kind(text)
@@ -94,12 +105,16 @@ def number(kind: type, lowest: float, phrase: str, below: float = math.inf) -> C
         if not lowest < value < below:
             raise argparse.ArgumentTypeError(f"{text!r} is no {phrase}")
         return value
+
     return parse
 
 
 positive_int = number(int, 0, "positive whole number below 2**32", 2**32)
 non_negative_int = number(int, -1, "whole number from 0 to below 2**32", 2**32)
-positive_float, non_negative_float = number(float, 0, "positive number"), number(float, -1e-300, "number from 0 on")
+positive_float, non_negative_float = (
+    number(float, 0, "positive number"),
+    number(float, -1e-300, "number from 0 on"),
+)
 any_float = number(float, -math.inf, "finite number")
 
 
@@ -111,9 +126,19 @@ def pick_device(dtype: str | None, tiny: bool) -> tuple[str, str]:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reason = torch.cuda.get_device_name() if device == "cuda" else "no CUDA device here"
-    halves = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else cpu_has_bf16()
+    halves = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if device == "cuda"
+        else cpu_has_bf16()
+    )
     default = "bfloat16" if halves and not tiny else "float32"
-    why = "as asked" if dtype else "which this processor computes with" if halves and not tiny and device == "cpu" else "the default there"
+    why = (
+        "as asked"
+        if dtype
+        else "which this processor computes with"
+        if halves and not tiny and device == "cpu"
+        else "the default there"
+    )
     threads = ""
     if device == "cpu":
         if tiny and "OMP_NUM_THREADS" not in os.environ:
@@ -125,9 +150,16 @@ def pick_device(dtype: str | None, tiny: bool) -> tuple[str, str]:
 
 def cpu_has_bf16() -> bool:
     """Whether the processor has instructions for bfloat16: AVX512-BF16 or AMX. Without them it is slower than float32."""
-    return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(
+        getattr(torch.cpu, name, lambda: False)()
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
 
 
 def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+    return (
+        f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+        if minutes >= 60
+        else f"{minutes}:{seconds:02d}"
+    )

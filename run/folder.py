@@ -37,22 +37,37 @@ from train import Settings
 class Run:
     """What train.fit asks of the place where a network is trained: checkpoints, and a line now and then."""
 
-    def __init__(self, out: Path, settings: Settings, resume: bool, save_every: int, processes: Alone):
-        self.out, self.settings, self.save_every, self.processes = out, settings, save_every, processes
+    def __init__(
+        self, out: Path, settings: Settings, resume: bool, save_every: int, processes: Alone
+    ):
+        self.out, self.settings, self.save_every, self.processes = (
+            out,
+            settings,
+            save_every,
+            processes,
+        )
         self.work = out.with_name(out.name + ".training")
         saved = self.work / "settings.json"
         self.refuse_foreign(saved)
         if self.finished:
             check_same_settings(out / "train.json", settings, resume)
-            shutil.rmtree(self.work, ignore_errors=True)  # a kill between the last rename and the removal left it
+            shutil.rmtree(
+                self.work, ignore_errors=True
+            )  # a kill between the last rename and the removal left it
             return
-        self.has_settings = saved.exists() and (resume or bool(self.checkpoints()))  # no checkpoint: nothing to lose
+        self.has_settings = saved.exists() and (
+            resume or bool(self.checkpoints())
+        )  # no checkpoint: nothing to lose
         if self.has_settings:
             check_same_settings(saved, settings, resume)
 
     def refuse_foreign(self, saved: Path) -> None:
         """UsageError where something is in either place that train.py did not write."""
-        if self.out.exists() and not self.finished and (not self.out.is_dir() or any(self.out.iterdir())):
+        if (
+            self.out.exists()
+            and not self.finished
+            and (not self.out.is_dir() or any(self.out.iterdir()))
+        ):
             raise UsageError(f"{self.out}: exists, and is no run of train.py; choose another --out")
         for path in (self.out, self.work):
             if path.is_symlink():
@@ -60,12 +75,20 @@ class Run:
         ours = re.compile(r"lock|settings\.json|step-\d{1,12}|[\w.-]+\.tmp|settings\.new")
         if self.work.exists():
             if not self.work.is_dir():
-                raise UsageError(f"{self.work}: exists, and is no run of train.py; choose another --out")
-            odd = [path.name for path in self.work.iterdir() if not ours.fullmatch(path.name) or path.is_symlink()]
+                raise UsageError(
+                    f"{self.work}: exists, and is no run of train.py; choose another --out"
+                )
+            odd = [
+                path.name
+                for path in self.work.iterdir()
+                if not ours.fullmatch(path.name) or path.is_symlink()
+            ]
             orphaned = self.checkpoints() and not saved.exists() and not self.finished
             if odd or orphaned:
                 what = f"has {min(odd)} in it" if odd else "has checkpoints without settings"
-                raise UsageError(f"{self.work}: exists, and is no run of train.py, as it {what}; choose another --out")
+                raise UsageError(
+                    f"{self.work}: exists, and is no run of train.py, as it {what}; choose another --out"
+                )
 
     @property
     def finished(self) -> bool:
@@ -73,24 +96,39 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Oldest first; more than one only if a kill came between the rename and the removal."""
-        found = [path for path in self.work.glob("step-*") if re.fullmatch(r"step-\d{1,12}", path.name) and path.is_dir()]
+        found = [
+            path
+            for path in self.work.glob("step-*")
+            if re.fullmatch(r"step-\d{1,12}", path.name) and path.is_dir()
+        ]
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     # -- while it trains
 
-    def begin(self, network: Llama | ValueModel, optimizer: torch.optim.AdamW, batches: Callable) -> tuple[int, Iterator]:
+    def begin(
+        self, network: Llama | ValueModel, optimizer: torch.optim.AdamW, batches: Callable
+    ) -> tuple[int, Iterator]:
         """Take the folder and put its newest checkpoint back: the first step to do, and the batches from there on.
 
         A start that fails leaves nothing behind.
         """
         if self.has_settings:
-            self.processes.first_does(self.take)  # before a checkpoint is read that another process may be replacing
+            self.processes.first_does(
+                self.take
+            )  # before a checkpoint is read that another process may be replacing
         state = self.restore(network, optimizer)
         stream = batches(state["position"], self.settings.grad_accum * self.processes.count)
-        stream = itertools.chain([next(stream)], stream)  # the first batch shows that the data can be used
+        stream = itertools.chain(
+            [next(stream)], stream
+        )  # the first batch shows that the data can be used
         if not self.has_settings:
             self.processes.first_does(self.take)
-        self.started, self.first, self.reported, self.tokens = time.monotonic(), state["step"], 0.0, 0
+        self.started, self.first, self.reported, self.tokens = (
+            time.monotonic(),
+            state["step"],
+            0.0,
+            0,
+        )
         return state["step"], stream
 
     def take(self) -> None:
@@ -102,35 +140,50 @@ class Run:
         except Timeout:
             raise UsageError(f"{self.work}: another process is training there") from None
         weakref.finalize(self, leave, self.work, made, self.lock)
-        for path in [*self.work.glob("*.tmp"), *self.work.glob("settings.new")]:  # what a kill left behind
+        for path in [
+            *self.work.glob("*.tmp"),
+            *self.work.glob("settings.new"),
+        ]:  # what a kill left behind
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if not self.has_settings:
-            write_text(self.work / "settings.json", json.dumps(vars(self.settings), indent=2) + "\n")
+            write_text(
+                self.work / "settings.json", json.dumps(vars(self.settings), indent=2) + "\n"
+            )
 
     def check_finite(self, step: int, metrics: dict[str, float], norm: float) -> None:
         """Stop before a step whose loss or gradient is no number."""
         if math.isfinite(metrics["loss"]) and math.isfinite(norm):
             return
         if not math.isfinite(metrics.get("base_ce", 0.0)):
-            raise UsageError(f"step {step + 1}: the base's own cross-entropy is {metrics['base_ce']}: it has damaged weights, or ones too "
-                             f"large for {self.settings.dtype}, or a label is outside its vocabulary; stopped. Another --dtype may do")
+            raise UsageError(
+                f"step {step + 1}: the base's own cross-entropy is {metrics['base_ce']}: it has damaged weights, or ones too "
+                f"large for {self.settings.dtype}, or a label is outside its vocabulary; stopped. Another --dtype may do"
+            )
         if step == 0:
-            raise UsageError(f"step 1: the loss is {metrics['loss']}, its gradient's norm {norm}, before anything was learnt: the network "
-                             f"that training starts from, {self.settings.start}, has damaged weights, or ones too large for "
-                             f"{self.settings.dtype}; stopped")
-        raise UsageError(f"step {step + 1}: the loss is {metrics['loss']}, its gradient's norm {norm}; stopped. {self.newest()}; "
-                         "a smaller --lr may do, in another --out")
+            raise UsageError(
+                f"step 1: the loss is {metrics['loss']}, its gradient's norm {norm}, before anything was learnt: the network "
+                f"that training starts from, {self.settings.start}, has damaged weights, or ones too large for "
+                f"{self.settings.dtype}; stopped"
+            )
+        raise UsageError(
+            f"step {step + 1}: the loss is {metrics['loss']}, its gradient's norm {norm}; stopped. {self.newest()}; "
+            "a smaller --lr may do, in another --out"
+        )
 
     def check_weights(self, network: nn.Module) -> None:
         """Stop where the last update has made a weight no number: nothing of it is saved."""
         for name, parameter in network.named_parameters():
             if not self.processes.whole(parameter).isfinite().all():
-                raise UsageError(f"the last update made {name} no number; stopped, and saved nothing of it. {self.newest()}; a smaller "
-                                 "--lr may do, in another --out")
+                raise UsageError(
+                    f"the last update made {name} no number; stopped, and saved nothing of it. {self.newest()}; a smaller "
+                    "--lr may do, in another --out"
+                )
 
     def newest(self) -> str:
         kept = self.checkpoints()
-        return f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was written yet"
+        return (
+            f"The last good checkpoint is {kept[-1]}" if kept else "No checkpoint was written yet"
+        )
 
     def report(self, step: int, metrics: dict[str, float], tokens: int) -> None:
         """A line about how it goes, every two seconds."""
@@ -141,7 +194,11 @@ class Run:
         self.reported = elapsed
         shown = [f"loss {metrics['loss']:.3f}"]
         if "base_ce" in metrics:
-            shown += [f"ce {metrics['ce']:.3f}", f"|z_delta| {metrics['l1']:.3f}", f"base ce {metrics['base_ce']:.3f}"]
+            shown += [
+                f"ce {metrics['ce']:.3f}",
+                f"|z_delta| {metrics['l1']:.3f}",
+                f"base ce {metrics['base_ce']:.3f}",
+            ]
         if "margin" in metrics:
             shown += [f"accuracy {metrics['acc']:.3f}", f"margin {metrics['margin']:.3f}"]
         if "base_kl" in metrics:
@@ -160,7 +217,9 @@ class Run:
             tensors[f"weight.{name}"] = self.processes.whole(parameter)
             for moment in ("exp_avg", "exp_avg_sq"):
                 if parameter in optimizer.state:
-                    tensors[f"{moment}.{name}"] = self.processes.whole(optimizer.state[parameter][moment])
+                    tensors[f"{moment}.{name}"] = self.processes.whole(
+                        optimizer.state[parameter][moment]
+                    )
         self.processes.first_does(lambda: self.write_checkpoint(tensors, state))
 
     def write_checkpoint(self, tensors: dict[str, Tensor], state: dict) -> None:
@@ -172,7 +231,9 @@ class Run:
             with safe_open(temporary / "state.safetensors", framework="pt") as written:
                 for name, tensor in tensors.items():
                     if not torch.equal(written.get_tensor(name), tensor.cpu()):
-                        raise UsageError(f"{new}: {name} reads otherwise than it was written; is the disk damaged?")
+                        raise UsageError(
+                            f"{new}: {name} reads otherwise than it was written; is the disk damaged?"
+                        )
         for path in older:
             shutil.rmtree(path)
 
@@ -188,7 +249,9 @@ class Run:
             self.check_state(found[-1], state, tensors, network)
         except (OSError, ValueError, SafetensorError) as error:
             instead = f"go on from {found[-2].name}" if len(found) > 1 else "start over"
-            raise UsageError(f"{found[-1]}: a damaged checkpoint ({error}); delete it to {instead}") from None
+            raise UsageError(
+                f"{found[-1]}: a damaged checkpoint ({error}); delete it to {instead}"
+            ) from None
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 parameter.copy_(self.processes.slice_of(tensors[f"weight.{name}"], parameter))
@@ -197,29 +260,53 @@ class Run:
                     optimizer.state[parameter] = {"step": step}
                     for moment in ("exp_avg", "exp_avg_sq"):
                         whole = tensors[f"{moment}.{name}"]
-                        optimizer.state[parameter][moment] = self.processes.slice_of(whole, parameter)
+                        optimizer.state[parameter][moment] = self.processes.slice_of(
+                            whole, parameter
+                        )
         print(f"resumed at step {state['step']}")
         return state
 
-    def check_state(self, folder: Path, state: dict, tensors: dict[str, Tensor], network: Llama | ValueModel) -> None:
+    def check_state(
+        self, folder: Path, state: dict, tensors: dict[str, Tensor], network: Llama | ValueModel
+    ) -> None:
         """ValueError unless this is a checkpoint of this network, on its way through these settings."""
         step, position = state.get("step"), state.get("position")
         if type(step) is not int or not 0 < step < self.settings.steps:
             raise ValueError(f"state.json: step is {step!r}, of {self.settings.steps}")
         if folder.name != f"step-{step}":
-            raise ValueError(f"state.json: step is {step}, which is not what the folder's name says")
+            raise ValueError(
+                f"state.json: step is {step}, which is not what the folder's name says"
+            )
         length = 1 if self.settings.job == "pretrain" else 3
-        if not isinstance(position, list) or len(position) != length or not all(type(each) is int and 0 <= each < 2**53 for each in position):
-            raise ValueError(f"state.json: position is {str(position)[:60]}, not {length} whole numbers")
+        if (
+            not isinstance(position, list)
+            or len(position) != length
+            or not all(type(each) is int and 0 <= each < 2**53 for each in position)
+        ):
+            raise ValueError(
+                f"state.json: position is {str(position)[:60]}, not {length} whole numbers"
+            )
         for name, parameter in network.named_parameters():
             moments = {kind for kind in ("exp_avg", "exp_avg_sq") if f"{kind}.{name}" in tensors}
             if parameter.requires_grad and len(moments) != 2:
-                raise ValueError(f"state.safetensors: {'a moment' if moments else 'no moment'} of {name} is there, and two are needed")
+                raise ValueError(
+                    f"state.safetensors: {'a moment' if moments else 'no moment'} of {name} is there, and two are needed"
+                )
             for kind in ("weight", *sorted(moments)):
                 tensor = tensors.get(f"{kind}.{name}")
-                if tensor is None or tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
-                    found = "not there" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
-                    raise ValueError(f"state.safetensors: {kind}.{name} is {found}, not {tuple(parameter.shape)} of {parameter.dtype}")
+                if (
+                    tensor is None
+                    or tensor.shape != parameter.shape
+                    or tensor.dtype != parameter.dtype
+                ):
+                    found = (
+                        "not there"
+                        if tensor is None
+                        else f"{tuple(tensor.shape)} of {tensor.dtype}"
+                    )
+                    raise ValueError(
+                        f"state.safetensors: {kind}.{name} is {found}, not {tuple(parameter.shape)} of {parameter.dtype}"
+                    )
                 if not tensor.isfinite().all():
                     raise ValueError(f"state.safetensors: {kind}.{name} has what is no number")
 
@@ -231,18 +318,37 @@ class Run:
         print(f"saved {self.out}")
 
     def write_final(self, network: Llama | ValueModel, tokenizer: Tokenizer, metrics: dict) -> None:
-        if any(not math.isfinite(value or 0) for of_system in metrics.values() for value in of_system.values()):
-            raise UsageError(f"{self.out}: not saved, as what it was measured by is no number: {metrics}")
-        sources = [Path(path) for path in (self.settings.start, *self.settings.bases) if Path(path).is_dir()]
-        source = next((path for path in sources if load_tokenizer(path).model == tokenizer.model), None)
+        if any(
+            not math.isfinite(value or 0)
+            for of_system in metrics.values()
+            for value in of_system.values()
+        ):
+            raise UsageError(
+                f"{self.out}: not saved, as what it was measured by is no number: {metrics}"
+            )
+        sources = [
+            Path(path)
+            for path in (self.settings.start, *self.settings.bases)
+            if Path(path).is_dir()
+        ]
+        source = next(
+            (path for path in sources if load_tokenizer(path).model == tokenizer.model), None
+        )
         with replacing(self.out, self.work / "final.tmp") as final:
             network.save_pretrained(final)
             (final / tokenizer.file_name).write_bytes(tokenizer.model)
-            for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-                         "chat_template.jinja"]:  # also for other programs
+            for name in [
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                "generation_config.json",
+                "chat_template.jinja",
+            ]:  # also for other programs
                 if source and (source / name).is_file():
                     shutil.copy(source / name, final)
-            if tokenizer.kind == "json" and not (final / "tokenizer_config.json").exists():  # what config.json alone said
+            if (
+                tokenizer.kind == "json" and not (final / "tokenizer_config.json").exists()
+            ):  # what config.json alone said
                 (final / "tokenizer_config.json").write_text(json.dumps(tokenizer.ends()) + "\n")
             (final / "train.json").write_text(json.dumps(vars(self.settings), indent=2) + "\n")
             (final / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -262,10 +368,24 @@ def leave(work: Path, made: list[Path], lock: FileLock) -> None:
     lock.release()
 
 
-NEWER = {"data_hash", "base_hashes", "held_out", "system"}  # settings that runs of earlier versions lack
+NEWER = {
+    "data_hash",
+    "base_hashes",
+    "held_out",
+    "system",
+}  # settings that runs of earlier versions lack
 OLDER = {"data_bytes"}  # and those that only they have
-LATER = {"loss", "beta", "teacher", "temperature", "l1_over"}  # settings that runs made before them had at their defaults
-CHANGED = {"data_hash": "its data file has changed", "base_hashes": "a base has changed, or a teacher: other weights are in its folder"}
+LATER = {
+    "loss",
+    "beta",
+    "teacher",
+    "temperature",
+    "l1_over",
+}  # settings that runs made before them had at their defaults
+CHANGED = {
+    "data_hash": "its data file has changed",
+    "base_hashes": "a base has changed, or a teacher: other weights are in its folder",
+}
 
 
 def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
@@ -274,27 +394,49 @@ def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
     if file.name == "train.json":
         state, advice = "finished", "choose another --out or --seed"
     if not resume:
-        raise UsageError(f"{file.parent}: a run is there already, {state}; {advice}, or delete the folder")
-    found = {field.name: field.default for field in fields(Settings) if field.name in LATER} | read_json(file)
+        raise UsageError(
+            f"{file.parent}: a run is there already, {state}; {advice}, or delete the folder"
+        )
+    found = {
+        field.name: field.default for field in fields(Settings) if field.name in LATER
+    } | read_json(file)
     wanted = json.loads(json.dumps(vars(settings)))
     for name in wanted:
         if name in found and wanted[name] != found[name]:
-            leave_out = ", or leave the comparison out with --no-full" if settings.job == "full" else ""
+            leave_out = (
+                ", or leave the comparison out with --no-full" if settings.job == "full" else ""
+            )
             if name in CHANGED:
-                raise UsageError(f"{file.parent}: a run is there, and {CHANGED[name]}; choose another --out, or delete the folder{leave_out}")
-            raise UsageError(f"{file.parent}: a run with other settings is there: {name} was {found[name]!r}, now "
-                             f"{wanted[name]!r}; choose another --out, or delete the folder{leave_out}")
+                raise UsageError(
+                    f"{file.parent}: a run is there, and {CHANGED[name]}; choose another --out, or delete the folder{leave_out}"
+                )
+            raise UsageError(
+                f"{file.parent}: a run with other settings is there: {name} was {found[name]!r}, now "
+                f"{wanted[name]!r}; choose another --out, or delete the folder{leave_out}"
+            )
     newer = NEWER if OLDER & found.keys() else set()
     for name in sorted((wanted.keys() - newer) ^ (found.keys() - newer - OLDER)):
-        raise UsageError(f"{file}: damaged, or a run with other settings than this version has: {name} is "
-                         f"{'there' if name in found else 'not there'}; choose another --out, or delete the folder")
+        raise UsageError(
+            f"{file}: damaged, or a run with other settings than this version has: {name} is "
+            f"{'there' if name in found else 'not there'}; choose another --out, or delete the folder"
+        )
 
 
 def read_metrics(folder: Path, system: str = "base") -> dict[str, dict[str, float | None]]:
     """What a finished folder's metrics.json says: system -> metric -> value."""
     systems = read_json(folder / "metrics.json")
     names = [list(metrics) if isinstance(metrics, dict) else [] for metrics in systems.values()]
-    if system not in systems or not names[0] or any(each != names[0] for each in names) or not all(
-            value is None or isinstance(value, (int, float)) for metrics in systems.values() for value in metrics.values()):
-        raise UsageError(f"{folder}/metrics.json: not what train.py writes there; delete the folder and train again")
+    if (
+        system not in systems
+        or not names[0]
+        or any(each != names[0] for each in names)
+        or not all(
+            value is None or isinstance(value, (int, float))
+            for metrics in systems.values()
+            for value in metrics.values()
+        )
+    ):
+        raise UsageError(
+            f"{folder}/metrics.json: not what train.py writes there; delete the folder and train again"
+        )
     return systems

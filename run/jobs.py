@@ -1,6 +1,6 @@
 """What a command of train.py asks for: which networks, one after the other, from where, on what, and to where.
 
-    python train.py --base tiny-m --value        # tiny-m if it is not there, full-tiny-m for comparison, the value network
+python train.py --base tiny-m --value        # tiny-m if it is not there, full-tiny-m for comparison, the value network
 """
 
 import functools
@@ -12,7 +12,15 @@ import torch
 import torch.nn as nn
 
 from data.capitals import CAPITALS_PAIRS, CAPITALS_TRAINING, Capitals
-from data.chat import ChatDataset, PairDataset, chat_batches, default_template, hold_out, mean_supervised, system_of
+from data.chat import (
+    ChatDataset,
+    PairDataset,
+    chat_batches,
+    default_template,
+    hold_out,
+    mean_supervised,
+    system_of,
+)
 from data.checkpoint import digest_checkpoint, name_of, read_value_info
 from data.errors import UsageError
 from data.files import digest
@@ -22,12 +30,26 @@ from ivl import SCHEMES, Probe, ValueModel
 from model import Llama, LlamaConfig, read_config
 from run.cli import pick_device
 from run.folder import Run, read_metrics
-from run.plug import check_recorded, check_same_family, find_tiny, refuse_value_network, say_other_template
+from run.plug import (
+    check_recorded,
+    check_same_family,
+    find_tiny,
+    refuse_value_network,
+    say_other_template,
+)
 from run.processes import Alone, load_frozen
 from run.show import HeldOutPairs, examine
 from run.twins import choose_loss
 from sample import Guided
-from train import PROBE_WIDTH, TINY_PAIRS, TINY_PAIRS_LATER, TINY_POST_TRAINING, TINY_PRETRAINING, Settings, table5
+from train import (
+    PROBE_WIDTH,
+    TINY_PAIRS,
+    TINY_PAIRS_LATER,
+    TINY_POST_TRAINING,
+    TINY_PRETRAINING,
+    Settings,
+    table5,
+)
 
 TINY_LIMIT = 256  # tokens that a tiny network is made for
 
@@ -40,9 +62,18 @@ class Job:
     held-out conversations. `documents` replace the tiny world's pretraining text.
     """
 
-    def __init__(self, run: Run, args, tokenizer: Tokenizer, build: Callable[[], nn.Module], exam: World | Capitals | HeldOutPairs | None,
-                 dataset: ChatDataset | None = None, split: tuple[list[int], list[int]] = ((), ()),
-                 full_metrics: dict | None = None, documents: Callable[[], Iterator[str]] | None = None):
+    def __init__(
+        self,
+        run: Run,
+        args,
+        tokenizer: Tokenizer,
+        build: Callable[[], nn.Module],
+        exam: World | Capitals | HeldOutPairs | None,
+        dataset: ChatDataset | None = None,
+        split: tuple[list[int], list[int]] = ((), ()),
+        full_metrics: dict | None = None,
+        documents: Callable[[], Iterator[str]] | None = None,
+    ):
         self.run, self.settings, self.args, self.processes = run, run.settings, args, run.processes
         self.tokenizer, self.build, self.exam, self.dataset = tokenizer, build, exam, dataset
         self.train_on, self.held_out = split
@@ -58,7 +89,9 @@ class Job:
             torch.manual_seed(self.settings.seed)
             self.network = self.build().to(self.args.device)
         elif self.settings.scheme == "probe":
-            self.network = ValueModel.from_pretrained(start, torch.float32, self.args.device).network
+            self.network = ValueModel.from_pretrained(
+                start, torch.float32, self.args.device
+            ).network
         else:
             self.network = Llama.from_pretrained(start, torch.float32, self.args.device)
         for part in self.network.modules():
@@ -77,11 +110,15 @@ class Job:
         size = f"{sum(parameter.numel() for parameter in self.network.parameters()) / 1e6:.2f}M parameters"
         if settings.job == "pretrain":
             tokens = settings.steps * settings.batch_size * settings.max_length
-            says = f"pretraining {self.run.out.name}, {size}, on {tokens:,} tokens of {settings.data}"
+            says = (
+                f"pretraining {self.run.out.name}, {size}, on {tokens:,} tokens of {settings.data}"
+            )
         else:
             what = f"a value network ({settings.scheme})" if settings.scheme else "in full"
             says = f"training {what}, {size}, from {settings.start}, on {self.dataset.report(len(self.held_out))}, "
-            says += f"template {settings.template}" + (f", system prompt {settings.system[:60]!r}" if settings.system else "")
+            says += f"template {settings.template}" + (
+                f", system prompt {settings.system[:60]!r}" if settings.system else ""
+            )
             if settings.loss == "pairwise":
                 says += f", beta {settings.beta:g}"
             if settings.loss == "kl":
@@ -102,17 +139,29 @@ class Job:
             return
         text = sum(len(ids) - 1 for ids, _ in rows) / len(rows)  # positions of a row
         supervised = mean_supervised(rows)
-        averaged = text if settings.l1_over == "all" else supervised  # rows of a batch are of like length: hardly any padding
-        print(f"norm: lambda {settings.l1:g} over {settings.l1_over} positions weighs like the paper's lambda "
-              f"{settings.l1 * settings.max_length / averaged:.3g}, which is over rows padded to {settings.max_length} tokens; here "
-              f"{text:.1f} of them are text and {supervised:.1f} supervised", flush=True)
+        averaged = (
+            text if settings.l1_over == "all" else supervised
+        )  # rows of a batch are of like length: hardly any padding
+        print(
+            f"norm: lambda {settings.l1:g} over {settings.l1_over} positions weighs like the paper's lambda "
+            f"{settings.l1 * settings.max_length / averaged:.3g}, which is over rows padded to {settings.max_length} tokens; here "
+            f"{text:.1f} of them are text and {supervised:.1f} supervised",
+            flush=True,
+        )
 
     def value_info(self) -> dict:
         """What ivl.json will say."""
         settings = self.settings
-        info = {"scheme": settings.scheme, "l1": settings.l1, "template": settings.template, "bases": settings.bases,
-                "data": settings.data, "seed": settings.seed, "steps": settings.steps,
-                "tokenizer": describe_tokenizer(self.tokenizer)}
+        info = {
+            "scheme": settings.scheme,
+            "l1": settings.l1,
+            "template": settings.template,
+            "bases": settings.bases,
+            "data": settings.data,
+            "seed": settings.seed,
+            "steps": settings.steps,
+            "tokenizer": describe_tokenizer(self.tokenizer),
+        }
         if settings.probe_width:
             info["probe_width"] = settings.probe_width
         if settings.system:
@@ -131,9 +180,18 @@ class Job:
         settings = self.settings
         if settings.job == "pretrain":
             documents = self.documents() if self.documents else None
-            return self.exam.batches(self.tokenizer, settings.steps, settings.batch_size, parts, settings.max_length,
-                                      position, documents)
-        return chat_batches(self.dataset, self.train_on, settings.batch_size, parts, settings.seed, position)
+            return self.exam.batches(
+                self.tokenizer,
+                settings.steps,
+                settings.batch_size,
+                parts,
+                settings.max_length,
+                position,
+                documents,
+            )
+        return chat_batches(
+            self.dataset, self.train_on, settings.batch_size, parts, settings.seed, position
+        )
 
     def undivided(self, network: Llama | ValueModel | Probe) -> Llama | ValueModel:
         """The network as one process has it; a value network's as one."""
@@ -146,8 +204,14 @@ class Job:
         """The examination's metrics; the first process measures."""
         if self.processes.rank:
             return {}
-        return examine(guided, self.exam, self.tokenizer, self.settings.template or TEMPLATE, system=self.settings.system,
-                       pairs=self.settings.loss == "pairwise")
+        return examine(
+            guided,
+            self.exam,
+            self.tokenizer,
+            self.settings.template or TEMPLATE,
+            system=self.settings.system,
+            pairs=self.settings.loss == "pairwise",
+        )
 
     def publish(self, network: Llama | ValueModel, metrics: dict) -> None:
         if self.dataset and not isinstance(self.exam, (World, Capitals)):
@@ -166,7 +230,9 @@ def jobs_for(args, processes: Alone) -> Iterator[Job]:
         for name in args.base:
             if name not in TINY_SIZES:
                 find_tiny(name, [args.home])  # refuses an unknown tiny name
-                raise UsageError(f"--base {name} alone: nothing to train on a checkpoint; add --value or --full, and --data")
+                raise UsageError(
+                    f"--base {name} alone: nothing to train on a checkpoint; add --value or --full, and --data"
+                )
         for name in args.base:
             yield from pretraining(name, args.out or args.home / name, args, args.flags, processes)
         return
@@ -176,7 +242,9 @@ def jobs_for(args, processes: Alone) -> Iterator[Job]:
         refuse_value_network("--base", bases[-1])
     full = args.home / f"full-{name_of(bases[0])}"
     if args.job == "full":
-        yield from post_training("", bases, str(bases[0]), args.out or full, args, args.data, args.flags, processes)
+        yield from post_training(
+            "", bases, str(bases[0]), args.out or full, args, args.data, args.flags, processes
+        )
         return
     if args.teacher:
         args.teacher = str((yield from pretrained_first(args.teacher, args, processes)))
@@ -187,10 +255,29 @@ def jobs_for(args, processes: Alone) -> Iterator[Job]:
     scheme, start = choose_scheme(args, bases, start)
     compare = not args.data and not args.no_full and args.loss != "pairwise"
     if compare:
-        yield from post_training("", bases[:1], str(bases[0]), full, args, None, {}, processes, keep=True)
+        yield from post_training(
+            "", bases[:1], str(bases[0]), full, args, None, {}, processes, keep=True
+        )
     out = args.out or args.home / value_name(scheme, args, bases, start)
-    how = dict(l1=args.l1, l1_over=args.l1_over, loss=args.loss, beta=args.beta, temperature=args.temperature, teacher=args.teacher)
-    yield from post_training(scheme, bases, start, out, args, args.data, args.flags | how, processes, full if compare else None)
+    how = dict(
+        l1=args.l1,
+        l1_over=args.l1_over,
+        loss=args.loss,
+        beta=args.beta,
+        temperature=args.temperature,
+        teacher=args.teacher,
+    )
+    yield from post_training(
+        scheme,
+        bases,
+        start,
+        out,
+        args,
+        args.data,
+        args.flags | how,
+        processes,
+        full if compare else None,
+    )
 
 
 def complete(args, processes: Alone) -> None:
@@ -200,7 +287,9 @@ def complete(args, processes: Alone) -> None:
     args.device, args.dtype = pick_device(args.dtype, args.tiny)
     args.device = processes.own(args.device)
     if args.gradient_checkpointing is None:
-        args.gradient_checkpointing = not args.tiny and args.data != "capitals"  # its conversations are short
+        args.gradient_checkpointing = (
+            not args.tiny and args.data != "capitals"
+        )  # its conversations are short
 
 
 def pretrained_first(name: str, args, processes: Alone) -> Iterator[Job]:
@@ -227,16 +316,41 @@ def pretraining(name: str, out: Path, args, flags: dict, processes: Alone) -> It
         yield Job(run, args, tokenizer, lambda: Llama(tiny_config(name, tokenizer)), world)
 
 
-def pretraining_run(start: str, world: World, out: Path, args, chosen: dict, processes: Alone) -> Run:
+def pretraining_run(
+    start: str, world: World, out: Path, args, chosen: dict, processes: Alone
+) -> Run:
     if chosen["max_length"] > TINY_LIMIT:
-        raise UsageError(f"--max-length {chosen['max_length']}: a tiny network is made for {TINY_LIMIT} tokens")
-    settings = Settings(job="pretrain", bases=[], start=start, scheme="", probe_width=0, data=f"tiny-world {world.seed}",
-                        data_hash="", template="", seed=args.seed, dtype=args.dtype, **chosen)
+        raise UsageError(
+            f"--max-length {chosen['max_length']}: a tiny network is made for {TINY_LIMIT} tokens"
+        )
+    settings = Settings(
+        job="pretrain",
+        bases=[],
+        start=start,
+        scheme="",
+        probe_width=0,
+        data=f"tiny-world {world.seed}",
+        data_hash="",
+        template="",
+        seed=args.seed,
+        dtype=args.dtype,
+        **chosen,
+    )
     return Run(out, settings, args.resume, args.save_every, processes)
 
 
-def post_training(scheme: str, bases: list[Path], start: str, out: Path, args, data: str | None, flags: dict,
-                  processes: Alone, full: Path | None = None, keep: bool = False) -> Iterator[Job]:
+def post_training(
+    scheme: str,
+    bases: list[Path],
+    start: str,
+    out: Path,
+    args,
+    data: str | None,
+    flags: dict,
+    processes: Alone,
+    full: Path | None = None,
+    keep: bool = False,
+) -> Iterator[Job]:
     """A value network on frozen bases or, with no scheme, full fine-tuning of a copy of the first.
 
     `full` is a finished full fine-tuning for the table; `keep` is content with a finished run of these settings.
@@ -244,34 +358,71 @@ def post_training(scheme: str, bases: list[Path], start: str, out: Path, args, d
     width = args.probe_width if scheme == "probe" else 0
     frozen = bases + ([Path(flags["teacher"])] if flags.get("teacher") else [])
     build, longest, tokenizer = choose_network(start, frozen, scheme, width)
-    tiny, world, pairs = all(world_of(path) for path in bases), None, flags.get("loss") == "pairwise"
+    tiny, world, pairs = (
+        all(world_of(path) for path in bases),
+        None,
+        flags.get("loss") == "pairwise",
+    )
     if data is None:
         world = common_world(bases)
-        name, records = ("preferences", world.preferences()) if pairs else ("demonstrations", world.demonstrations())
-        data = str(world.write_demonstrations(Path("out") / f"seed{world.seed}" / f"{name}.jsonl", records))
+        name, records = (
+            ("preferences", world.preferences())
+            if pairs
+            else ("demonstrations", world.demonstrations())
+        )
+        data = str(
+            world.write_demonstrations(Path("out") / f"seed{world.seed}" / f"{name}.jsonl", records)
+        )
     exam, usual = world, TINY_POST_TRAINING if tiny else None
     if data == "capitals":
         exam, usual = Capitals(args.seed), CAPITALS_PAIRS if pairs else CAPITALS_TRAINING
-        name, records = ("capital-pairs", exam.preferences()) if pairs else ("capitals", exam.demonstrations())
+        name, records = (
+            ("capital-pairs", exam.preferences()) if pairs else ("capitals", exam.demonstrations())
+        )
         data = str(exam.write(records, args.home / f"{name}.jsonl"))
     max_length = flags.get("max_length", min(4096, longest))  # Table 5
     if max_length > longest:
         raise UsageError(f"--max-length {max_length}: the checkpoint was made for {longest} tokens")
-    recorded = read_value_info(start, SCHEMES) if (Path(start) / "ivl.json").is_file() else {}  # what is trained further keeps its own
+    recorded = (
+        read_value_info(start, SCHEMES) if (Path(start) / "ivl.json").is_file() else {}
+    )  # what is trained further keeps its own
     if pairs and tiny:
         usual = TINY_PAIRS_LATER if recorded else TINY_PAIRS
-    template = args.template or recorded.get("template") or (TEMPLATE if world else default_template(tokenizer))
-    system = system_of(tokenizer, template, recorded.get("system") if args.system is None else args.system)
+    template = (
+        args.template
+        or recorded.get("template")
+        or (TEMPLATE if world else default_template(tokenizer))
+    )
+    system = system_of(
+        tokenizer, template, recorded.get("system") if args.system is None else args.system
+    )
     say_other_template(str(bases[0]), bases[0], template, "trained")
     dataset = (PairDataset if pairs else ChatDataset)(data, tokenizer, template, max_length, system)
     split = (list(range(len(dataset))), []) if exam else hold_out(dataset, args.seed, args.held_out)
     chosen = with_usual(build, usual, flags, len(split[0])) | dict(max_length=max_length)
-    settings = Settings(job="value" if scheme else "full", bases=[str(path) for path in bases], start=start, scheme=scheme,
-                        probe_width=width, template=template, seed=args.seed,
-                        data=exam.name if exam else data, data_hash=digest(dataset.path),
-                        dtype=args.dtype, base_hashes=tuple(map(digest_checkpoint, frozen)), held_out=len(split[1]), system=system,
-                        **chosen)
-    run = Run(out, settings, args.resume or keep and (out / "train.json").exists(), args.save_every, processes)
+    settings = Settings(
+        job="value" if scheme else "full",
+        bases=[str(path) for path in bases],
+        start=start,
+        scheme=scheme,
+        probe_width=width,
+        template=template,
+        seed=args.seed,
+        data=exam.name if exam else data,
+        data_hash=digest(dataset.path),
+        dtype=args.dtype,
+        base_hashes=tuple(map(digest_checkpoint, frozen)),
+        held_out=len(split[1]),
+        system=system,
+        **chosen,
+    )
+    run = Run(
+        out,
+        settings,
+        args.resume or keep and (out / "train.json").exists(),
+        args.save_every,
+        processes,
+    )
     if not run.finished:
         full_metrics = {"full": read_metrics(full, "full")["full"]} if full else {}
         if pairs and not exam:
@@ -282,7 +433,9 @@ def post_training(scheme: str, bases: list[Path], start: str, out: Path, args, d
         print_metrics(read_metrics(out))
 
 
-def with_usual(build: Callable[[], nn.Module], usual: dict | None, flags: dict, conversations: int) -> dict:
+def with_usual(
+    build: Callable[[], nn.Module], usual: dict | None, flags: dict, conversations: int
+) -> dict:
     """What was asked for over what is usual (None: Table 5's, by the network's size), with epochs turned into steps."""
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in build().parameters())
@@ -299,12 +452,23 @@ def with_usual(build: Callable[[], nn.Module], usual: dict | None, flags: dict, 
 
 def tiny_config(name: str, tokenizer: Tokenizer) -> LlamaConfig:
     (width, layers, heads, kv_heads, hidden), _, _ = TINY_SIZES[name]
-    return LlamaConfig(tokenizer.vocab_size, width, hidden, layers, heads, kv_heads, max_position_embeddings=TINY_LIMIT,
-                       tie_word_embeddings=True, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    return LlamaConfig(
+        tokenizer.vocab_size,
+        width,
+        hidden,
+        layers,
+        heads,
+        kv_heads,
+        max_position_embeddings=TINY_LIMIT,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
 
 
-def choose_network(start: str, bases: list[Path], scheme: str, probe_width: int
-                   ) -> tuple[Callable[[], nn.Module], int, Tokenizer]:
+def choose_network(
+    start: str, bases: list[Path], scheme: str, probe_width: int
+) -> tuple[Callable[[], nn.Module], int, Tokenizer]:
     """How to build the network to train, the most tokens a conversation may have, and the tokenizer.
 
     `start` is a folder, or scratch (the first base's architecture) or scratch:NAME (a tiny one's).
@@ -317,7 +481,9 @@ def choose_network(start: str, bases: list[Path], scheme: str, probe_width: int
         check_recorded(own_tokenizer, read_value_info(start, SCHEMES), Path(start))
     for other, path in zip(tokenizers, bases):
         check_same_family(other, own_tokenizer, str(path), start)
-    tokenizer = min([own_tokenizer, *tokenizers], key=lambda each: each.vocab_size)  # what all of them can read
+    tokenizer = min(
+        [own_tokenizer, *tokenizers], key=lambda each: each.vocab_size
+    )  # what all of them can read
     if scheme == "probe":
         build = functools.partial(Probe, tokenizer.vocab_size, probe_width)
     else:
@@ -328,12 +494,16 @@ def choose_network(start: str, bases: list[Path], scheme: str, probe_width: int
         elif size in TINY_SIZES:
             config = tiny_config(size, tokenizers[0])
         else:
-            raise UsageError(f"--value {start}: scratch, or scratch: and one of {', '.join(TINY_SIZES)}")
+            raise UsageError(
+                f"--value {start}: scratch, or scratch: and one of {', '.join(TINY_SIZES)}"
+            )
         build = functools.partial(Llama, config)
         configs = {start: config} | configs
     for path, config in configs.items():
         if tokenizer.vocab_size > config.vocab_size:
-            raise UsageError(f"{path}: {config.vocab_size} rows in lm_head, but its tokenizer has {tokenizer.vocab_size} tokens")
+            raise UsageError(
+                f"{path}: {config.vocab_size} rows in lm_head, but its tokenizer has {tokenizer.vocab_size} tokens"
+            )
     return build, min(config.max_position_embeddings for config in configs.values()), tokenizer
 
 
@@ -344,9 +514,13 @@ def choose_scheme(args, bases: list[Path], start: str) -> tuple[str, str]:
         info = read_value_info(start, SCHEMES)
     scheme = args.scheme or info.get("scheme", "residual")
     if scheme != info.get("scheme", scheme):
-        raise UsageError(f"--scheme {scheme}: {start} was trained as {info['scheme']}, and is trained further as that")
+        raise UsageError(
+            f"--scheme {scheme}: {start} was trained as {info['scheme']}, and is trained further as that"
+        )
     if scheme == "probe" and start and not info:
-        raise UsageError(f"--scheme probe: there is nothing in {start} for a probe to start from; --value takes no name here")
+        raise UsageError(
+            f"--scheme probe: there is nothing in {start} for a probe to start from; --value takes no name here"
+        )
     if args.probe_width and (scheme != "probe" or info):
         raise UsageError("--probe-width means nothing but for a new --scheme probe")
     args.probe_width = info.get("probe_width") or args.probe_width or PROBE_WIDTH
@@ -378,9 +552,13 @@ def common_world(bases: list[Path]) -> World:
     worlds = [world_of(path) for path in bases]
     for world, path in zip(worlds, bases):
         if world is None:
-            raise UsageError(f"{path}: no tiny base, so it takes --data FILE with conversations to train on")
+            raise UsageError(
+                f"{path}: no tiny base, so it takes --data FILE with conversations to train on"
+            )
         if world.seed != worlds[0].seed:
-            raise UsageError(f"{path}: from tiny world {world.seed}, {bases[0]} from {worlds[0].seed}")
+            raise UsageError(
+                f"{path}: from tiny world {world.seed}, {bases[0]} from {worlds[0].seed}"
+            )
     return worlds[0]
 
 

@@ -1,6 +1,6 @@
 """Find and load what a command names, and check that it fits together.
 
-    python sample.py --base tiny-l --value out/seed0/value-residual-tiny-s
+python sample.py --base tiny-l --value out/seed0/value-residual-tiny-s
 """
 
 import sys
@@ -43,7 +43,9 @@ def newest_value() -> Path:
     found = sorted(Path("out").glob("**/ivl.json"), key=lambda path: path.stat().st_mtime)
     found = [path for path in found if not any(part.endswith(".training") for part in path.parts)]
     if not found:
-        raise UsageError("no value network under out/ yet; `python train.py` trains one, in about 2 minutes on two cores")
+        raise UsageError(
+            "no value network under out/ yet; `python train.py` trains one, in about 2 minutes on two cores"
+        )
     return found[-1].parent
 
 
@@ -81,12 +83,16 @@ def check_recorded(tokenizer: Tokenizer, info: dict, value: Path) -> None:
         raise UsageError(f"{value}: its tokenizer is not the one that its ivl.json records")
 
 
-def check_same_family(base_tokenizer: Tokenizer, value_tokenizer: Tokenizer, base: str, value: str) -> None:
+def check_same_family(
+    base_tokenizer: Tokenizer, value_tokenizer: Tokenizer, base: str, value: str
+) -> None:
     """UsageError unless one vocabulary extends the other."""
     if not is_same_family(base_tokenizer, value_tokenizer):
-        raise UsageError(f"{base} and {value} have unrelated vocabularies ({base_tokenizer.vocab_size} and "
-                         f"{value_tokenizer.vocab_size} tokens), so they cannot be trained together; plugging one into "
-                         "the other while decoding takes a vocabulary map, which sample.py makes")
+        raise UsageError(
+            f"{base} and {value} have unrelated vocabularies ({base_tokenizer.vocab_size} and "
+            f"{value_tokenizer.vocab_size} tokens), so they cannot be trained together; plugging one into "
+            "the other while decoding takes a vocabulary map, which sample.py makes"
+        )
 
 
 def choose_map(args, base: Tokenizer, value: Tokenizer, scheme: str) -> VocabMap | None:
@@ -94,11 +100,16 @@ def choose_map(args, base: Tokenizer, value: Tokenizer, scheme: str) -> VocabMap
     if not args.vocab_map and is_same_family(base, value):
         return None
     if scheme != "residual":
-        raise UsageError(f"a value network of scheme {scheme} reads the base's logits over its own vocabulary, so it has no use "
-                         "for a base with another tokenizer; a residual one has")
+        raise UsageError(
+            f"a value network of scheme {scheme} reads the base's logits over its own vocabulary, so it has no use "
+            "for a base with another tokenizer; a residual one has"
+        )
     if args.vocab_map:
         return VocabMap.load(args.vocab_map, base, value)
-    print("the base has another tokenizer than the value network: made a vocabulary map from the two (vocab_map.py)", flush=True)
+    print(
+        "the base has another tokenizer than the value network: made a vocabulary map from the two (vocab_map.py)",
+        flush=True,
+    )
     return build(base, value)
 
 
@@ -125,7 +136,9 @@ class Plugged:
 
     guided: Speaker  # the base with something plugged in
     alone: Speaker  # the same base by itself
-    on_its_own: Callable[[], Speaker] | None  # what is plugged in, in the base it was trained on, where that is another
+    on_its_own: (
+        Callable[[], Speaker] | None
+    )  # what is plugged in, in the base it was trained on, where that is another
     guide: str  # what guides, in words
     world: World | None
     guide_path: Path  # the folder of the value network or expert
@@ -154,22 +167,34 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
     tokenizer = min(tokenizers, key=lambda each: each.vocab_size)  # what all of them can read
     vocab_map = choose_map(args, base_tokenizer, tokenizer, info["scheme"])
     if vocab_map is None:
-        tokenizer = base_tokenizer = min(tokenizer, base_tokenizer, key=lambda each: each.vocab_size)
+        tokenizer = base_tokenizer = min(
+            tokenizer, base_tokenizer, key=lambda each: each.vocab_size
+        )
     world = world_of(base_path)
     if not (world or args.chat or args.prompt or args.web or args.brings_questions):
-        raise UsageError("this base is not from the tiny world, which brings its own questions; ask with --prompt or --chat")
+        raise UsageError(
+            "this base is not from the tiny world, which brings its own questions; ask with --prompt or --chat"
+        )
     # the networks
     device, dtype = pick_device(args.dtype, tiny=world is not None)
     device = processes.own(device)
     if vocab_map is not None and args.compile:
-        raise UsageError("--compile: steps through a vocabulary map are not captured, so there is nothing to compile")
-    kind = choose_guided(args, world is not None, device, processes.count) if vocab_map is None else None
+        raise UsageError(
+            "--compile: steps through a vocabulary map are not captured, so there is nothing to compile"
+        )
+    kind = (
+        choose_guided(args, world is not None, device, processes.count)
+        if vocab_map is None
+        else None
+    )
     system = info.get("system", "") if args.system is None else args.system
     template = alone_template = info["template"]
     if vocab_map is not None and not can_speak(base_tokenizer, template):
         alone_template = default_template(base_tokenizer)  # it lacks the other's special tokens
-    print(f"base {base_path}, {describe_guide(args, value_path, own_path, info)}, template {template}"
-          + (f", system prompt {system[:60]!r}" if system else ""))
+    print(
+        f"base {base_path}, {describe_guide(args, value_path, own_path, info)}, template {template}"
+        + (f", system prompt {system[:60]!r}" if system else "")
+    )
     load = partial(Llama.from_pretrained, dtype=getattr(torch, dtype), device=device)
     if args.expert:
         value = ProxyDelta(*map(load, plugs))
@@ -192,11 +217,17 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
         return Speaker(f"{name_of(own_path)} + {plug}", own, tokenizer, template, system)
 
     is_other = own_path.resolve() != base_path.resolve() and own_path.is_dir()
-    return Plugged(guided=Speaker(f"{name_of(base_path)} + {plug}", guided, tokenizer, template, system),
-                   alone=Speaker(f"{name_of(base_path)} alone", alone, base_tokenizer, alone_template, system),
-                   on_its_own=on_its_own if is_other else None,
-                   guide="proxy tuning" if args.expert else "the value network",
-                   world=world, guide_path=value_path, base_path=base_path, own_path=own_path, processes=processes)
+    return Plugged(
+        guided=Speaker(f"{name_of(base_path)} + {plug}", guided, tokenizer, template, system),
+        alone=Speaker(f"{name_of(base_path)} alone", alone, base_tokenizer, alone_template, system),
+        on_its_own=on_its_own if is_other else None,
+        guide="proxy tuning" if args.expert else "the value network",
+        world=world,
+        guide_path=value_path,
+        base_path=base_path,
+        own_path=own_path,
+        processes=processes,
+    )
 
 
 def load_base(path: Path, dtype: str, device: str, processes: Alone) -> Llama:
@@ -209,11 +240,17 @@ def plug_speaker(args, processes: Alone = Alone()) -> Speaker:
     """For scripts that bring their questions: the guided base or, without --value and --expert, the base alone."""
     if args.value or args.expert:
         plugged = plug_in(args, processes)
-        folders = [plugged.base_path, plugged.guide_path] + ([plugged.own_path] if args.expert else [])
-        stamps = [stamp(folder) for folder in folders] + ([digest(args.vocab_map)] if args.vocab_map else [])
+        folders = [plugged.base_path, plugged.guide_path] + (
+            [plugged.own_path] if args.expert else []
+        )
+        stamps = [stamp(folder) for folder in folders] + (
+            [digest(args.vocab_map)] if args.vocab_map else []
+        )
         return replace(plugged.guided, stamp=" ".join(stamps))
     if not args.base:
-        raise UsageError("name what is measured: --base for a base alone, --value or --expert for what guides it")
+        raise UsageError(
+            "name what is measured: --base for a base alone, --value or --expert for what guides it"
+        )
     path = find_tiny(args.base, [Path("out/seed0")]) or Path(args.base)
     refuse_value_network("--base", path)
     tokenizer = load_tokenizer(path)
@@ -224,8 +261,14 @@ def plug_speaker(args, processes: Alone = Alone()) -> Speaker:
     say_other_template(f"--base {path}", path, template, "asked")
     guided = choose_guided(args, world_of(path) is not None, device, processes.count)
     base = load_base(path, dtype, device, processes)
-    return Speaker(f"{name_of(path)} alone", guided(base, readable=tokenizer.vocab_size), tokenizer, template,
-                   system_of(tokenizer, template, args.system), stamp(path))
+    return Speaker(
+        f"{name_of(path)} alone",
+        guided(base, readable=tokenizer.vocab_size),
+        tokenizer,
+        template,
+        system_of(tokenizer, template, args.system),
+        stamp(path),
+    )
 
 
 def find_guide(args) -> tuple[Path, dict, Path]:
@@ -244,14 +287,24 @@ def plain_info(args) -> dict:
     """What an ivl.json would say of a plain Llama folder that was trained as a value network elsewhere, as the command has it."""
     path = Path(args.value)
     if (path / "ivl.json").exists():
-        raise UsageError(f"--value {path}: it has an ivl.json, which says its scheme and template; leave out --scheme")
+        raise UsageError(
+            f"--value {path}: it has an ivl.json, which says its scheme and template; leave out --scheme"
+        )
     tokenizer = load_tokenizer(path)
     template = args.template or default_template(tokenizer)
     say_other_template(f"--value {path}", path, template, "asked")
-    print(f"--value {path}: no ivl.json, so of how it was trained nothing is known but what the command says; of its tokenizer, "
-          "only whether it fits the base's", flush=True)
-    return {"scheme": args.scheme, "template": template, "bases": [args.base], "tokenizer": describe_tokenizer(tokenizer),
-            "system": system_of(tokenizer, template, None)}
+    print(
+        f"--value {path}: no ivl.json, so of how it was trained nothing is known but what the command says; of its tokenizer, "
+        "only whether it fits the base's",
+        flush=True,
+    )
+    return {
+        "scheme": args.scheme,
+        "template": template,
+        "bases": [args.base],
+        "tokenizer": describe_tokenizer(tokenizer),
+        "system": system_of(tokenizer, template, None),
+    }
 
 
 def read_expert(args) -> dict:
@@ -262,21 +315,34 @@ def read_expert(args) -> dict:
     record = read_json(expert / "train.json") if (expert / "train.json").is_file() else {}
     untuned = [args.anti_expert] if args.anti_expert else record.get("bases")
     if not isinstance(untuned, list) or not untuned or not is_a_path(untuned[0]):
-        raise UsageError(f"--expert {expert}: it does not record what it was tuned from; name that with --anti-expert")
+        raise UsageError(
+            f"--expert {expert}: it does not record what it was tuned from; name that with --anti-expert"
+        )
     template = args.template or record.get("template") or default_template(load_tokenizer(expert))
     if template not in TEMPLATES:
-        raise UsageError(f"{expert}/train.json: template {template!r} is not supported; choose one with --template")
+        raise UsageError(
+            f"{expert}/train.json: template {template!r} is not supported; choose one with --template"
+        )
     say_other_template(f"--expert {expert}", expert, template, "asked")
     system = record.get("system")
-    return {"bases": untuned, "template": template, "scheme": "residual",
-            "system": system_of(load_tokenizer(expert), template, system if isinstance(system, str) else None)}
+    return {
+        "bases": untuned,
+        "template": template,
+        "scheme": "residual",
+        "system": system_of(
+            load_tokenizer(expert), template, system if isinstance(system, str) else None
+        ),
+    }
 
 
 def say_other_template(name: str, path: Path, template: str, use: str) -> None:
     """A line where a checkpoint's own chat_template is visibly another than the one it is used with."""
     own = own_template(path)
     if own not in (None, template):
-        print(f"{name}: its own chat_template looks like {own}, and it is {use} in {template}", file=sys.stderr)
+        print(
+            f"{name}: its own chat_template looks like {own}, and it is {use} in {template}",
+            file=sys.stderr,
+        )
 
 
 def describe_guide(args, value: Path, own: Path, info: dict) -> str:
@@ -286,18 +352,27 @@ def describe_guide(args, value: Path, own: Path, info: dict) -> str:
 
 
 def check_probe(value: ValueModel | ProxyDelta, base: Llama, path: Path) -> None:
-    if isinstance(value, ValueModel) and value.scheme == "probe" and base.config.vocab_size < value.vocab_size:
-        raise UsageError(f"{path}: {base.config.vocab_size} logits, and the probe reads {value.vocab_size}")
+    if (
+        isinstance(value, ValueModel)
+        and value.scheme == "probe"
+        and base.config.vocab_size < value.vocab_size
+    ):
+        raise UsageError(
+            f"{path}: {base.config.vocab_size} logits, and the probe reads {value.vocab_size}"
+        )
 
 
-def guide_mapped(base: Llama, value: ValueModel, vocab_map: VocabMap, alpha: float = 1.0, sampling: bool = False
-                 ) -> MappedGuided:
+def guide_mapped(
+    base: Llama, value: ValueModel, vocab_map: VocabMap, alpha: float = 1.0, sampling: bool = False
+) -> MappedGuided:
     """By Eq. (5) through maps of the paper's kind; by hypotheses and spelled paths through the one that needs no data."""
     if vocab_map.how != "pieces":
         return MappedGuided(base, value, vocab_map, alpha)
     try:
         from beyond.hypotheses import Hypotheses
     except ImportError:
-        raise UsageError("decoding through a map made from the tokenizers alone takes beyond/hypotheses.py, which is not there; "
-                         "vocab_map.py --how paper makes a map that needs no more than sample.py") from None
+        raise UsageError(
+            "decoding through a map made from the tokenizers alone takes beyond/hypotheses.py, which is not there; "
+            "vocab_map.py --how paper makes a map that needs no more than sample.py"
+        ) from None
     return Hypotheses(base, value, vocab_map, alpha, sampling)

@@ -35,7 +35,9 @@ from train import Objective, OneProcess, Part
 def join_processes(args) -> Iterator["Alone"]:
     """The processes that train together; says what they have computed."""
     if args.shard and "LOCAL_RANK" not in os.environ:
-        raise UsageError("--shard divides the weights between processes; start them with torchrun --nproc_per_node=N")
+        raise UsageError(
+            "--shard divides the weights between processes; start them with torchrun --nproc_per_node=N"
+        )
     with join_decoders(args.shard) as processes:
         yield processes
         print_core_seconds()
@@ -47,10 +49,16 @@ def join_decoders(shard: bool = False) -> Iterator["Alone"]:
     if "LOCAL_RANK" not in os.environ:
         yield Alone()
         return
-    lacking = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    lacking = [
+        name
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if name not in os.environ
+    ]
     if lacking or not os.environ["LOCAL_RANK"].isdecimal():
-        raise UsageError(f"LOCAL_RANK is set, as torchrun does, but {', '.join(lacking) or 'to no number'}"
-                         f"{' is not' if lacking else ''}; unset it, or start with torchrun")
+        raise UsageError(
+            f"LOCAL_RANK is set, as torchrun does, but {', '.join(lacking) or 'to no number'}"
+            f"{' is not' if lacking else ''}; unset it, or start with torchrun"
+        )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -63,7 +71,9 @@ def join_decoders(shard: bool = False) -> Iterator["Alone"]:
         yield SeveralProcesses(shard)
         print(end="", flush=True)
     dist.destroy_process_group()
-    os._exit(0)  # DTensor's caches keep gloo's threads, and one that is still busy when Python ends would abort it
+    os._exit(
+        0
+    )  # DTensor's caches keep gloo's threads, and one that is still busy when Python ends would abort it
 
 
 def print_core_seconds() -> None:
@@ -119,10 +129,12 @@ class SeveralProcesses(Alone):
         """
         blank = parts[0][0], torch.full_like(parts[0][1], -100)
         even = parts + [blank] * (-len(parts) % self.count)
-        own = even[self.rank::self.count]
+        own = even[self.rank :: self.count]
         for number, part in enumerate(own, 1):
             if self.parallel is not None:
-                self.parallel.require_backward_grad_sync = number == len(own)  # as DDP's no_sync does
+                self.parallel.require_backward_grad_sync = number == len(
+                    own
+                )  # as DDP's no_sync does
             yield part
 
     def sum(self, numbers: dict[str, float]) -> dict[str, float]:
@@ -159,7 +171,9 @@ class SeveralProcesses(Alone):
         return line[0]
 
     def own(self, device: str) -> str:
-        return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device  # safetensors takes "cuda" for the first
+        return (
+            f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+        )  # safetensors takes "cuda" for the first
 
     def divide_base(self, base: Llama) -> Llama:
         return divide(base) if self.shard else base
@@ -168,8 +182,11 @@ class SeveralProcesses(Alone):
         if not is_slice(parameter):
             return tensor
         from torch.distributed.tensor import distribute_tensor
+
         tensor = tensor.to(parameter.device)
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return distribute_tensor(
+            tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
 
     def undivided(self, network: Llama | ValueModel) -> Llama | ValueModel:
         """Itself or, where it is sharded, a whole one in every process."""
@@ -182,7 +199,9 @@ class SeveralProcesses(Alone):
                 plain = Llama(network.config)
             else:
                 plain = Probe(network.vocab_size, network.gate_proj.out_features)
-        plain.load_state_dict({name: self.whole(tensor) for name, tensor in network.state_dict().items()}, assign=True)
+        plain.load_state_dict(
+            {name: self.whole(tensor) for name, tensor in network.state_dict().items()}, assign=True
+        )
         if isinstance(plain, Llama):
             plain.tie()
         return plain
@@ -191,6 +210,7 @@ class SeveralProcesses(Alone):
 def is_slice(tensor: Tensor) -> bool:
     """Whether each process holds a part of it. What deals with that is imported late: it takes a second, and one process has no use for it."""
     from torch.distributed.tensor import DTensor
+
     return isinstance(tensor, DTensor)
 
 
@@ -199,14 +219,21 @@ def divide(module: nn.Module, in_bfloat16: bool = False) -> nn.Module:
 
     in_bfloat16: it computes in bfloat16, with gradients summed in float32.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
     policy = MixedPrecisionPolicy()
     if in_bfloat16:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layers in [part for part in module.modules() if isinstance(part, nn.ModuleList)]:
         for layer in layers:
             fully_shard(layer, mp_policy=policy)
-    fully_shard(module, mp_policy=policy, reshard_after_forward=False)  # a loss reads lm_head's weight after the forward pass
+    fully_shard(
+        module, mp_policy=policy, reshard_after_forward=False
+    )  # a loss reads lm_head's weight after the forward pass
     if isinstance(module, Llama):
         register_fsdp_forward_method(module, "hidden_and_head")
     return module
@@ -215,5 +242,7 @@ def divide(module: nn.Module, in_bfloat16: bool = False) -> nn.Module:
 def load_frozen(processes: Alone, path: Path, args) -> Llama:
     """A base that is not trained; with --shard its weights go from the file into the slices, and not whole to a GPU
     before an examination or pairs are measured."""
-    base = Llama.from_pretrained(path, getattr(torch, args.dtype), "cpu" if processes.shard else args.device)
+    base = Llama.from_pretrained(
+        path, getattr(torch, args.dtype), "cpu" if processes.shard else args.device
+    )
     return processes.divide_base(base.requires_grad_(False))

@@ -31,22 +31,44 @@ class HeldOutPairs:
     indices: list[int]
 
 
-def examine(guided: Guided, exam: World | Capitals | HeldOutPairs, tokenizer: Tokenizer, template: str = TEMPLATE,
-            split: str = "development", system: str = "", pairs: bool = False) -> dict[str, float | None]:
+def examine(
+    guided: Guided,
+    exam: World | Capitals | HeldOutPairs,
+    tokenizer: Tokenizer,
+    template: str = TEMPLATE,
+    split: str = "development",
+    system: str = "",
+    pairs: bool = False,
+) -> dict[str, float | None]:
     """The metrics of a base or a guided base in the tiny world (data/tiny_world.py, evaluate), on capitals, or on held-out pairs."""
     if isinstance(exam, HeldOutPairs):
         rows = [row for index in exam.indices for row in exam.dataset.rows(index)]
-        return {"pair": share_preferred(partial(score, guided, batch_size=2), rows) if rows else None}  # they may be long
-    answer = partial(generate, guided, max_new_tokens=48, stop_ids=stop_ids(tokenizer, template, guided.llamas))
+        return {
+            "pair": share_preferred(partial(score, guided, batch_size=2), rows) if rows else None
+        }  # they may be long
+    answer = partial(
+        generate, guided, max_new_tokens=48, stop_ids=stop_ids(tokenizer, template, guided.llamas)
+    )
     if isinstance(exam, Capitals):
         return exam.evaluate(tokenizer, answer, split, template, system)
-    return evaluate(exam, tokenizer, lambda prompts: answer(prompts), partial(score, guided), split, template, system, pairs)
+    return evaluate(
+        exam,
+        tokenizer,
+        lambda prompts: answer(prompts),
+        partial(score, guided),
+        split,
+        template,
+        system,
+        pairs,
+    )
 
 
 @torch.inference_mode()
 def text_cross_entropy(folder: Path, ids: list[int], dtype: str) -> float:
     """Mean, in nats, over a text's tokens, of a checkpoint computing in dtype."""
-    logits = Llama.from_pretrained(folder, getattr(torch, dtype))(torch.tensor([ids]))[0].float()  # (T, V)
+    logits = Llama.from_pretrained(folder, getattr(torch, dtype))(torch.tensor([ids]))[
+        0
+    ].float()  # (T, V)
     return F.cross_entropy(logits[:-1], torch.tensor(ids[1:])).item()
 
 
@@ -59,13 +81,21 @@ def show_world(plugged: Plugged, count: int = 6) -> None:
     if plugged.on_its_own:  # what does the bigger base add?
         speakers.insert(1, plugged.on_its_own())
     items = plugged.world.fact_items("development")
-    answers = {speaker.name: answer_all(speaker, [prompt_text(item) for item in items]) for speaker in speakers}
+    answers = {
+        speaker.name: answer_all(speaker, [prompt_text(item) for item in items])
+        for speaker in speakers
+    }
     shown = list(range(len(items)))
     if len(speakers) > 2:
         last = speakers[-1].name
-        shown = [index for index in shown
-                 if [name for name in answers if answers[name][index] == items[index].answer] == [last]]
-        print(f"{len(shown)} of {len(items)} questions only {last} answers rightly; {min(count, len(shown))} of them:")
+        shown = [
+            index
+            for index in shown
+            if [name for name in answers if answers[name][index] == items[index].answer] == [last]
+        ]
+        print(
+            f"{len(shown)} of {len(items)} questions only {last} answers rightly; {min(count, len(shown))} of them:"
+        )
     print()
     width = max(map(len, answers)) + 2
     for index in shown[:count]:
@@ -73,16 +103,33 @@ def show_world(plugged: Plugged, count: int = 6) -> None:
         for name in answers:
             print(f"    {name:{width}}{answers[name][index]}")
         print(f"    {'truth':{width}}{items[index].answer}\n")
-    print(f"On development people, whom no demonstration mentions ({len(items)} questions: about +-.03):")
+    print(
+        f"On development people, whom no demonstration mentions ({len(items)} questions: about +-.03):"
+    )
     pairs = getattr(plugged.guided.guided.value, "info", {}).get("loss") == "pairwise"
-    print_metrics({speaker.name: examine(speaker.guided, plugged.world, speaker.tokenizer, speaker.template, system=speaker.system,
-                                         pairs=pairs) for speaker in speakers})
+    print_metrics(
+        {
+            speaker.name: examine(
+                speaker.guided,
+                plugged.world,
+                speaker.tokenizer,
+                speaker.template,
+                system=speaker.system,
+                pairs=pairs,
+            )
+            for speaker in speakers
+        }
+    )
 
 
 def answer_all(speaker: Speaker, questions: list[str]) -> list[str]:
     prompts = [encode_turns(speaker, [("user", question)]) for question in questions]
-    answers = generate(speaker.guided, prompts, max_new_tokens=48,
-                       stop_ids=stop_ids(speaker.tokenizer, speaker.template, speaker.guided.llamas))
+    answers = generate(
+        speaker.guided,
+        prompts,
+        max_new_tokens=48,
+        stop_ids=stop_ids(speaker.tokenizer, speaker.template, speaker.guided.llamas),
+    )
     return [speaker.tokenizer.decode(ids).strip() for ids in answers]
 
 
@@ -96,22 +143,32 @@ def encode_turns(speaker: Speaker, turns: list[Turn]) -> list[int]:
 
 def longest_of(speaker: Speaker) -> int:
     """How many positions all of its checkpoints have."""
-    return min(llama.config.max_position_embeddings for llama in [speaker.guided.base, *speaker.guided.llamas])
+    return min(
+        llama.config.max_position_embeddings
+        for llama in [speaker.guided.base, *speaker.guided.llamas]
+    )
 
 
 def room_for_answer(speaker: Speaker, prompt: list[int], args) -> int:
     """How many tokens an answer may have: as many as asked for, or as the checkpoints have positions for."""
     longest = longest_of(speaker)
     if len(prompt) >= longest:
-        raise UsageError(f"the conversation is {len(prompt)} tokens long, and the checkpoint ends at {longest}")
+        raise UsageError(
+            f"the conversation is {len(prompt)} tokens long, and the checkpoint ends at {longest}"
+        )
     return min(args.max_new_tokens, longest - len(prompt))
 
 
 def prepare(speaker: Speaker, turns: list[Turn], args) -> tuple[list[int], dict]:
     """The prompt that asks for the assistant's next turn, and how `generate` is to answer it."""
     prompt = encode_turns(speaker, turns)
-    options = dict(max_new_tokens=room_for_answer(speaker, prompt, args), temperature=args.temperature, top_p=args.top_p,
-                   seed=args.seed, stop_ids=stop_ids(speaker.tokenizer, speaker.template, speaker.guided.llamas))
+    options = dict(
+        max_new_tokens=room_for_answer(speaker, prompt, args),
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop_ids=stop_ids(speaker.tokenizer, speaker.template, speaker.guided.llamas),
+    )
     return prompt, options
 
 
@@ -128,7 +185,9 @@ def show_answers(plugged: Plugged, args) -> None:
     for text in args.prompt:
         print(f"\n{text}")
         for speaker in (plugged.alone, plugged.guided):
-            print(f"    {speaker.name:{width}}{answer(speaker, [('user', text)], args)}", flush=True)
+            print(
+                f"    {speaker.name:{width}}{answer(speaker, [('user', text)], args)}", flush=True
+            )
 
 
 def show_chat(plugged: Plugged, args) -> None:
@@ -136,6 +195,7 @@ def show_chat(plugged: Plugged, args) -> None:
     speaker = plugged.guided
     if args.speculate:
         from beyond.speculation import speculating
+
         speaker = speculating(plugged, args)
     if sys.stdin is None:
         raise UsageError("--chat reads questions from standard input, which is closed")
@@ -170,7 +230,9 @@ def answer_aloud(speaker: Speaker, turns: list[Turn], args) -> str:
 
     said = answer(speaker, turns, args, on_token)
     print(decoder.finish())
-    print(f"    {count} tokens, {count / (time.monotonic() - started):.1f} tokens/s", file=sys.stderr)
+    print(
+        f"    {count} tokens, {count / (time.monotonic() - started):.1f} tokens/s", file=sys.stderr
+    )
     return said
 
 
@@ -180,7 +242,9 @@ def answer_aloud(speaker: Speaker, turns: list[Turn], args) -> str:
 
 def questions_of(plugged: Plugged, args, count: int) -> list[str]:
     """What was asked with --prompt, or some of the tiny world's questions."""
-    return args.prompt or [prompt_text(item) for item in plugged.world.fact_items("development")[:count]]
+    return args.prompt or [
+        prompt_text(item) for item in plugged.world.fact_items("development")[:count]
+    ]
 
 
 def show_explained(plugged: Plugged, args) -> None:
@@ -191,7 +255,9 @@ def show_explained(plugged: Plugged, args) -> None:
         raise UsageError("--explain takes beyond/attribution.py, which is not there") from None
     for text in questions_of(plugged, args, 3):
         records = explain(plugged.guided, text, args)
-        print(f"\n{text}\n{plugged.guided.tokenizer.decode([each.token for each in records]).strip()}")
+        print(
+            f"\n{text}\n{plugged.guided.tokenizer.decode([each.token for each in records]).strip()}"
+        )
         print_attributions(plugged.guided.tokenizer, records, plugged.guide)
 
 
@@ -200,7 +266,9 @@ def show_playground(plugged: Plugged, args) -> None:
     try:
         from beyond.playground import serve
     except ImportError:
-        raise UsageError("--web takes beyond/playground.py and beyond/attribution.py, which are not both there") from None
+        raise UsageError(
+            "--web takes beyond/playground.py and beyond/attribution.py, which are not both there"
+        ) from None
     serve(plugged, args)
 
 

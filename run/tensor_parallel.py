@@ -41,10 +41,16 @@ def load_divided(path: str | Path, dtype: torch.dtype | None, device: str) -> Ll
     files = check_weights(path, config.tie_word_embeddings, dtype)
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in Llama(config).state_dict().items()}
-    explain_mismatch(path, shapes, config.tie_word_embeddings)  # a slice of what is misshapen may fit
-    part = replace(config, num_attention_heads=config.num_attention_heads // count,
-                   num_key_value_heads=config.num_key_value_heads // count,
-                   intermediate_size=config.intermediate_size // count, vocab_size=rows_of(config, count) + 1)
+    explain_mismatch(
+        path, shapes, config.tie_word_embeddings
+    )  # a slice of what is misshapen may fit
+    part = replace(
+        config,
+        num_attention_heads=config.num_attention_heads // count,
+        num_key_value_heads=config.num_key_value_heads // count,
+        intermediate_size=config.intermediate_size // count,
+        vocab_size=rows_of(config, count) + 1,
+    )
     with torch.device("meta"):
         llama = Llama(part)
     tensors = {}
@@ -66,7 +72,9 @@ def check_divisible(path: Path, config: LlamaConfig, count: int) -> None:
     """UsageError unless each of so many processes can have as many heads, and as much of an MLP, as the others."""
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(config, name) % count:
-            raise UsageError(f"{path}: its {name}, {getattr(config, name)}, cannot be divided between {count} processes")
+            raise UsageError(
+                f"{path}: its {name}, {getattr(config, name)}, cannot be divided between {count} processes"
+            )
 
 
 def rows_of(config: LlamaConfig, count: int) -> int:
@@ -87,8 +95,9 @@ def files_of(files: list[Path]) -> dict[str, Path]:
     return found
 
 
-def read_slice(stored, name: str, shape: tuple[int, ...], rank: int, dtype: torch.dtype | None, device: str
-               ) -> Tensor:
+def read_slice(
+    stored, name: str, shape: tuple[int, ...], rank: int, dtype: torch.dtype | None, device: str
+) -> Tensor:
     """This process's slice of a stored tensor, of this shape, or all of it: the norms' weights, which are vectors.
 
     Of the vocabulary it has the rows that there are, padded with zeros, and always one more of zeros.
@@ -96,15 +105,15 @@ def read_slice(stored, name: str, shape: tuple[int, ...], rank: int, dtype: torc
     module = name.split(".")[-2]
     if name in (EMBEDDING, HEAD):
         rows, V = shape[0] - 1, stored.get_shape()[0]
-        part = stored[min(rank * rows, V):min((rank + 1) * rows, V)]
+        part = stored[min(rank * rows, V) : min((rank + 1) * rows, V)]
     elif module in BY_OUTPUTS:
-        part = stored[rank * shape[0]:(rank + 1) * shape[0]]
+        part = stored[rank * shape[0] : (rank + 1) * shape[0]]
     elif module in BY_INPUTS:
-        part = stored[:, rank * shape[1]:(rank + 1) * shape[1]]
+        part = stored[:, rank * shape[1] : (rank + 1) * shape[1]]
     else:
         part = stored[:]
     tensor = torch.zeros(shape, dtype=dtype or part.dtype, device=device)
-    tensor[:len(part)] = part
+    tensor[: len(part)] = part
     return tensor
 
 
@@ -129,7 +138,9 @@ def connect(llama: Llama, rank: int, count: int) -> None:
         """Logits (..., rows + 1) of each process to (..., V)."""
         parts = [torch.empty_like(own) for _ in range(count)]
         dist.all_gather(parts, own)
-        return torch.cat([part[..., :rows] for part in parts], dim=-1)[..., :llama.config.vocab_size]
+        return torch.cat([part[..., :rows] for part in parts], dim=-1)[
+            ..., : llama.config.vocab_size
+        ]
 
     llama.model.embed_tokens.register_forward_pre_hook(own_rows)
     llama.lm_head.register_forward_hook(gather)

@@ -19,7 +19,9 @@ from sample import Guided
 from train import Settings, language_loss
 from vocab_map import align_all
 
-TINY_VOCABULARY = 10_000  # tokens; the tiny world's tokenizers have about 1000, real ones at least 32000
+TINY_VOCABULARY = (
+    10_000  # tokens; the tiny world's tokenizers have about 1000, real ones at least 32000
+)
 HAS_FAST = (Path(__file__).parents[1] / "fast").is_dir()
 
 
@@ -50,6 +52,7 @@ def choose_loss(settings: Settings, args, teacher: Llama | None) -> Callable:
     of_value, of_teacher, by_itself = ValueModel.loss, ValueModel.teacher_loss, language_loss
     if takes_fast("loss", args, args.tiny, hindrance):
         from fast import loss
+
         of_value, of_teacher, by_itself = loss.value_loss, loss.teacher_loss, loss.language_loss
     if settings.job != "value":
         return by_itself
@@ -64,17 +67,27 @@ def choose_loss(settings: Settings, args, teacher: Llama | None) -> Callable:
 
 def choose_guided(args, tiny: bool, device: str, processes: int = 1) -> type[Guided]:
     """The class that takes guided steps."""
-    hindrance = "" if device.startswith("cuda") else "a captured step is a CUDA graph, and there is no CUDA device"
+    hindrance = (
+        ""
+        if device.startswith("cuda")
+        else "a captured step is a CUDA graph, and there is no CUDA device"
+    )
     if processes > 1:
-        hindrance = f"a captured step is a CUDA graph of one process, and {processes} share this base"
+        hindrance = (
+            f"a captured step is a CUDA graph of one process, and {processes} share this base"
+        )
     if not takes_fast("decoding", args, tiny, hindrance):
         return Guided
     from fast.graphs import CapturedGuided, CompiledGuided
+
     if not args.compile:
         return CapturedGuided
     if triton is None:
         raise UsageError("--compile: torch.compile takes Triton on a GPU, and it is not installed")
-    print("compiling: the first answer waits for it, up to a minute; where this was done before, less", flush=True)
+    print(
+        "compiling: the first answer waits for it, up to a minute; where this was done before, less",
+        flush=True,
+    )
     return CompiledGuided
 
 
@@ -82,5 +95,6 @@ def choose_alignment(args, base: Tokenizer, value: Tokenizer) -> Callable:
     """Algorithm 1's paths."""
     if takes_fast("alignment", args, max(base.vocab_size, value.vocab_size) <= TINY_VOCABULARY):
         from fast import alignment
+
         return alignment.align_all
     return align_all

@@ -9,10 +9,18 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share the cores (pytest.ini), and networks here are tiny
-if "PYTEST_XDIST_WORKER" not in os.environ and not any("interpreted_kernel" in argument for argument in sys.argv):
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests say what a CPU does, also where there is a GPU; that one file is for either
-pytest.register_assert_rewrite("tests.helpers")  # so that its assertions show their values, as those of tests do
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two test processes share the cores (pyproject.toml), and networks here are tiny
+if "PYTEST_XDIST_WORKER" not in os.environ and not any(
+    "interpreted_kernel" in argument for argument in sys.argv
+):
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        ""  # tests say what a CPU does, also where there is a GPU; that one file is for either
+    )
+pytest.register_assert_rewrite(
+    "tests.helpers"
+)  # so that its assertions show their values, as those of tests do
 
 from data.tiny_world import World  # noqa: E402
 from tests.helpers import SHORT, inside, small, succeed  # noqa: E402
@@ -33,7 +41,9 @@ def home(tmp_path_factory) -> Path:
 def shorten_the_exam(patch) -> None:
     """The tiny world's examination with fewer questions."""
     facts, sums = World.fact_items, World.sum_items
-    patch.setattr(World, "fact_items", lambda world, split, count=None, times=1: facts(world, split, 12))
+    patch.setattr(
+        World, "fact_items", lambda world, split, count=None, times=1: facts(world, split, 12)
+    )
     patch.setattr(World, "sum_items", lambda world, split, times=1: sums(world, split)[:4])
 
 
@@ -69,8 +79,15 @@ def short_exam(monkeypatch) -> None:
 @pytest.fixture
 def chats(tmp_path) -> Path:
     path = tmp_path / "chats.jsonl"
-    records = [{"messages": [{"role": "user", "content": f"Greet number {n}."}, {"role": "assistant", "content": f"Hello {n}!"}]}
-               for n in range(60)]
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Greet number {n}."},
+                {"role": "assistant", "content": f"Hello {n}!"},
+            ]
+        }
+        for n in range(60)
+    ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -79,6 +96,8 @@ def chats(tmp_path) -> Path:
 def checkpoint(tmp_path, home) -> Path:
     """A checkpoint in the Hugging Face layout that is not of the tiny world: 16 rows more than its tokenizer."""
     folder = tmp_path / "checkpoint"
-    small(vocab_size=1040, num_hidden_layers=1, num_key_value_heads=1, max_position_embeddings=128).save_pretrained(folder)
+    small(
+        vocab_size=1040, num_hidden_layers=1, num_key_value_heads=1, max_position_embeddings=128
+    ).save_pretrained(folder)
     shutil.copy(home / "out/seed0/tiny-s/tokenizer.model", folder)
     return folder

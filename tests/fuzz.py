@@ -35,20 +35,77 @@ from run.cli import run_cli
 from tests.helpers import byte_pairs, in_two_shards, inside, small, stop_at
 
 LONGEST = 20  # seconds that a command may take
-MAINS = {"train.py": train.main, "sample.py": sample.main, "vocab_map.py": vocab_map.main, "chat.py": chat.main}
-TRAIN = ["train.py", "--base", "base", "--value", "--data", "chats.jsonl", "--steps", "6", "--batch-size", "2", "--max-length", "64", "--out", "run"]
+MAINS = {
+    "train.py": train.main,
+    "sample.py": sample.main,
+    "vocab_map.py": vocab_map.main,
+    "chat.py": chat.main,
+}
+TRAIN = [
+    "train.py",
+    "--base",
+    "base",
+    "--value",
+    "--data",
+    "chats.jsonl",
+    "--steps",
+    "6",
+    "--batch-size",
+    "2",
+    "--max-length",
+    "64",
+    "--out",
+    "run",
+]
 SAMPLE = ["sample.py", "--value", "value", "--prompt", "Greet Mira.", "--max-new-tokens", "2"]
-EXPERT = ["sample.py", "--expert", "expert", "--base", "base", "--prompt", "Hi", "--max-new-tokens", "2"]
-MAP = ["vocab_map.py", "--base-tokenizer", "base", "--value-tokenizer", "bytes", "--how", "paper", "--texts", "texts.txt", "--out", "new.map"]
+EXPERT = [
+    "sample.py",
+    "--expert",
+    "expert",
+    "--base",
+    "base",
+    "--prompt",
+    "Hi",
+    "--max-new-tokens",
+    "2",
+]
+MAP = [
+    "vocab_map.py",
+    "--base-tokenizer",
+    "base",
+    "--value-tokenizer",
+    "bytes",
+    "--how",
+    "paper",
+    "--texts",
+    "texts.txt",
+    "--out",
+    "new.map",
+]
 FAMILIES = {  # a file, and commands that read it
-    "base/config.json": [TRAIN, SAMPLE], "base/generation_config.json": [SAMPLE], "base/model.safetensors": [TRAIN, SAMPLE],
-    "shards/model.safetensors.index.json": [[*SAMPLE, "--base", "shards"]], "shards/model-00001-of-00002.safetensors": [[*SAMPLE, "--base", "shards"]],
-    "base/tokenizer.model": [SAMPLE, TRAIN], "bytes/tokenizer.model": [MAP], "value/ivl.json": [SAMPLE, [*TRAIN[:4], "value", *TRAIN[4:]]],
-    "value/model.safetensors": [SAMPLE, [*SAMPLE, "--explain"]], "value/tokenizer.model": [SAMPLE], "probe/ivl.json": [["sample.py", "--value", "probe", *SAMPLE[3:]]],
-    "chats.jsonl": [TRAIN, ["chat.py", "chats.jsonl", "--tokenizer", "base"]], "chats.json": [["chat.py", "chats.json", "--tokenizer", "bytes"]],
-    "chats.jsonl.gz": [["chat.py", "chats.jsonl.gz", "--tokenizer", "base", "--template", "llama-2"]], "texts.txt": [MAP],
-    "texts.jsonl": [[*MAP[:-3], "texts.jsonl", "--eval", "texts.jsonl", *MAP[-2:]]], "map.safetensors": [[*SAMPLE, "--vocab-map", "map.safetensors"]],
-    "expert/train.json": [EXPERT], "expert/tokenizer_config.json": [EXPERT], "stopped.training/settings.json": [], "stopped.training/step-4/state.json": [],
+    "base/config.json": [TRAIN, SAMPLE],
+    "base/generation_config.json": [SAMPLE],
+    "base/model.safetensors": [TRAIN, SAMPLE],
+    "shards/model.safetensors.index.json": [[*SAMPLE, "--base", "shards"]],
+    "shards/model-00001-of-00002.safetensors": [[*SAMPLE, "--base", "shards"]],
+    "base/tokenizer.model": [SAMPLE, TRAIN],
+    "bytes/tokenizer.model": [MAP],
+    "value/ivl.json": [SAMPLE, [*TRAIN[:4], "value", *TRAIN[4:]]],
+    "value/model.safetensors": [SAMPLE, [*SAMPLE, "--explain"]],
+    "value/tokenizer.model": [SAMPLE],
+    "probe/ivl.json": [["sample.py", "--value", "probe", *SAMPLE[3:]]],
+    "chats.jsonl": [TRAIN, ["chat.py", "chats.jsonl", "--tokenizer", "base"]],
+    "chats.json": [["chat.py", "chats.json", "--tokenizer", "bytes"]],
+    "chats.jsonl.gz": [
+        ["chat.py", "chats.jsonl.gz", "--tokenizer", "base", "--template", "llama-2"]
+    ],
+    "texts.txt": [MAP],
+    "texts.jsonl": [[*MAP[:-3], "texts.jsonl", "--eval", "texts.jsonl", *MAP[-2:]]],
+    "map.safetensors": [[*SAMPLE, "--vocab-map", "map.safetensors"]],
+    "expert/train.json": [EXPERT],
+    "expert/tokenizer_config.json": [EXPERT],
+    "stopped.training/settings.json": [],
+    "stopped.training/step-4/state.json": [],
     "stopped.training/step-4/state.safetensors": [],
 }
 RESUME = [*TRAIN[:-1], "stopped", "--resume"]
@@ -56,40 +113,122 @@ RESUME = [*TRAIN[:-1], "stopped", "--resume"]
 
 def build(folder: Path) -> None:
     tokenizer = World(0).train_tokenizer()
-    network = small(vocab_size=1024, num_hidden_layers=1, num_key_value_heads=1, max_position_embeddings=128)
-    for name, model in (("base", tokenizer), ("bytes", byte_pairs(b"he", b"th")), ("value", tokenizer), ("expert", tokenizer), ("shards", tokenizer)):
+    network = small(
+        vocab_size=1024, num_hidden_layers=1, num_key_value_heads=1, max_position_embeddings=128
+    )
+    for name, model in (
+        ("base", tokenizer),
+        ("bytes", byte_pairs(b"he", b"th")),
+        ("value", tokenizer),
+        ("expert", tokenizer),
+        ("shards", tokenizer),
+    ):
         network.save_pretrained(folder / name)
         (folder / name / "tokenizer.model").write_bytes(model)
-    info = {"scheme": "residual", "l1": 0.0, "template": "llama-2", "bases": ["base"], "data": "x", "seed": 0, "system": "Be brief.",
-            "tokenizer": describe_tokenizer(load_tokenizer(folder / "base"))}
+    info = {
+        "scheme": "residual",
+        "l1": 0.0,
+        "template": "llama-2",
+        "bases": ["base"],
+        "data": "x",
+        "seed": 0,
+        "system": "Be brief.",
+        "tokenizer": describe_tokenizer(load_tokenizer(folder / "base")),
+    }
     ValueModel(network, info).save_pretrained(folder / "value")
-    (folder / "base/generation_config.json").write_text('{"eos_token_id": [2, 5], "temperature": 0.6}')
-    (folder / "expert/train.json").write_text(json.dumps({"bases": ["base"], "template": "llama-2", "data": "chats"}))
-    (folder / "expert/tokenizer_config.json").write_text(json.dumps({"chat_template": "[INST]", "bos_token": "<s>"}))
+    (folder / "base/generation_config.json").write_text(
+        '{"eos_token_id": [2, 5], "temperature": 0.6}'
+    )
+    (folder / "expert/train.json").write_text(
+        json.dumps({"bases": ["base"], "template": "llama-2", "data": "chats"})
+    )
+    (folder / "expert/tokenizer_config.json").write_text(
+        json.dumps({"chat_template": "[INST]", "bos_token": "<s>"})
+    )
     in_two_shards(folder / "shards")
-    lines = "".join(json.dumps({"id": f"c_{n}", "system": "Be brief.", "conversations": [
-        {"from": "human", "value": f"Greet {n}. 👍"}, {"from": "gpt", "value": f"Hello {n}!"}]}) + "\n" for n in range(20))
+    lines = "".join(
+        json.dumps(
+            {
+                "id": f"c_{n}",
+                "system": "Be brief.",
+                "conversations": [
+                    {"from": "human", "value": f"Greet {n}. 👍"},
+                    {"from": "gpt", "value": f"Hello {n}!"},
+                ],
+            }
+        )
+        + "\n"
+        for n in range(20)
+    )
     (folder / "chats.jsonl").write_text(lines)
     (folder / "chats.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
-    (folder / "chats.json").write_text(json.dumps([{"instruction": "q", "input": "i", "output": "a"}, {"messages": [
-        {"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a", "weight": 1}]}] * 3))
+    (folder / "chats.json").write_text(
+        json.dumps(
+            [
+                {"instruction": "q", "input": "i", "output": "a"},
+                {
+                    "messages": [
+                        {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                        {"role": "assistant", "content": "a", "weight": 1},
+                    ]
+                },
+            ]
+            * 3
+        )
+    )
     (folder / "texts.txt").write_text("the hell\nthey live in\n\n\nhello  world\n")
-    (folder / "texts.jsonl").write_text('{"text": "hello there"}\n{"question": "q", "answer": "the"}\n')
-    for command in ([*MAP[:-1], "map.safetensors", "--value-tokenizer", "base"],
-                    ["train.py", *TRAIN[1:-1], "probe", "--scheme", "probe", "--probe-width", "4"]):
+    (folder / "texts.jsonl").write_text(
+        '{"text": "hello there"}\n{"question": "q", "answer": "the"}\n'
+    )
+    for command in (
+        [*MAP[:-1], "map.safetensors", "--value-tokenizer", "base"],
+        ["train.py", *TRAIN[1:-1], "probe", "--scheme", "probe", "--probe-width", "4"],
+    ):
         assert inside(folder, *command)[0] == 0
     stop_at(folder, 5, *TRAIN[:-1], "stopped", "--save-every", "4")
 
 
-
-ODD = [None, True, False, 0, -1, 1, 7, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "llama-2", "\ud800", "a\0b", "../..",
-       "/dev/zero", "x" * 5000, [], {}, [[]], [None], [2, 2], {"a": 1}, [0] * 5000]
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    7,
+    2**31,
+    2**63,
+    10**30,
+    0.5,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "llama-2",
+    "\ud800",
+    "a\0b",
+    "../..",
+    "/dev/zero",
+    "x" * 5000,
+    [],
+    {},
+    [[]],
+    [None],
+    [2, 2],
+    {"a": 1},
+    [0] * 5000,
+]
 
 
 def damage_json(rng: random.Random, value):
     """One value somewhere in it replaced, taken out, doubled or wrapped."""
     if isinstance(value, (dict, list)) and value and rng.random() < 0.85:
-        key, value = rng.choice(list(value) if isinstance(value, dict) else range(len(value))), value.copy()
+        key, value = (
+            rng.choice(list(value) if isinstance(value, dict) else range(len(value))),
+            value.copy(),
+        )
         value[key] = damage_json(rng, value[key])
         if rng.random() < 0.15:
             del value[key]
@@ -100,21 +239,44 @@ def damage_json(rng: random.Random, value):
 def damage_bytes(rng: random.Random, content: bytes) -> bytes:
     at = rng.randrange(len(content) + 1)
     length = rng.choice([1, 2, 8, 100])
-    return rng.choice([
-        content[:at], content[at:], content[:at] + rng.randbytes(length) + content[at + length:], content[:at] + content[at + length:],
-        content[:at] + rng.randbytes(length) + content[at:], content + content, b"", b"\0" * 100, rng.randbytes(300), b"version https://git-lfs.github.com/spec/v1\n",
-        content.replace(b"\n", b""), content.replace(b"0", b"9" * 5000, 1), b"\xff\xfe" + content, content.upper(), b"[" * 3_000 + content])
+    return rng.choice(
+        [
+            content[:at],
+            content[at:],
+            content[:at] + rng.randbytes(length) + content[at + length :],
+            content[:at] + content[at + length :],
+            content[:at] + rng.randbytes(length) + content[at:],
+            content + content,
+            b"",
+            b"\0" * 100,
+            rng.randbytes(300),
+            b"version https://git-lfs.github.com/spec/v1\n",
+            content.replace(b"\n", b""),
+            content.replace(b"0", b"9" * 5000, 1),
+            b"\xff\xfe" + content,
+            content.upper(),
+            b"[" * 3_000 + content,
+        ]
+    )
 
 
 def damage_safetensors(rng: random.Random, content: bytes) -> bytes:
     """Its header, or numbers in it."""
     size = int.from_bytes(content[:8], "little")
-    header, data = json.loads(content[8:8 + size]), content[8 + size:]
+    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
     if rng.random() < 0.3 and len(data) > 400:
         at = rng.randrange(len(data) // 4 - 50) * 4
-        return content[:8 + size] + data[:at] + rng.choice([b"\xff\xff\xff\x7f", b"\0\0\x80\x7f", b"\xff\xff\x7f\x7f"]) * 40 + data[at + 160:]
+        return (
+            content[: 8 + size]
+            + data[:at]
+            + rng.choice([b"\xff\xff\xff\x7f", b"\0\0\x80\x7f", b"\xff\xff\x7f\x7f"]) * 40
+            + data[at + 160 :]
+        )
     name = rng.choice(list(header))
-    renamed = {rng.choice(["_orig_mod." + key, key + "x"]) if key == name else key: value for key, value in header.items()}
+    renamed = {
+        rng.choice(["_orig_mod." + key, key + "x"]) if key == name else key: value
+        for key, value in header.items()
+    }
     changed = damage_json(rng, header) if rng.random() < 0.5 else renamed
     text = json.dumps(changed).encode(errors="surrogatepass")
     return len(text).to_bytes(8, "little") + text + data
@@ -124,8 +286,15 @@ def damage_file(rng: random.Random, file: Path) -> None:
     content, kind = file.read_bytes(), rng.random()
     if kind < 0.1:  # another thing in its place
         file.unlink()
-        rng.choice([lambda: None, file.mkdir, lambda: os.mkfifo(file), lambda: file.write_bytes(b"the hell\n"),
-                    *[lambda to=to: file.symlink_to(to) for to in ("/dev/zero", file.name, "nothing")]])()
+        rng.choice(
+            [
+                lambda: None,
+                file.mkdir,
+                lambda: os.mkfifo(file),
+                lambda: file.write_bytes(b"the hell\n"),
+                *[lambda to=to: file.symlink_to(to) for to in ("/dev/zero", file.name, "nothing")],
+            ]
+        )()
     elif kind < 0.4 or file.suffix not in (".json", ".jsonl", ".safetensors"):
         file.write_bytes(damage_bytes(rng, content))
     elif file.suffix == ".safetensors":
@@ -148,7 +317,9 @@ VALUES += ["", " ", "x" * 300, "x" * 5000, "\udcff", "a\nb"]
 
 
 def damage_flags(rng: random.Random) -> list[str]:
-    command = list(rng.choice([TRAIN, SAMPLE, EXPERT, MAP, ["chat.py", "chats.jsonl", "--tokenizer", "base"]]))
+    command = list(
+        rng.choice([TRAIN, SAMPLE, EXPERT, MAP, ["chat.py", "chats.jsonl", "--tokenizer", "base"]])
+    )
     if rng.random() < 0.5:
         command[rng.randrange(1, len(command))] = rng.choice(VALUES)
     if rng.random() < 0.8:
@@ -156,9 +327,13 @@ def damage_flags(rng: random.Random) -> list[str]:
     return command
 
 
-
 def contents(folder: Path) -> dict[str, object]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() and not path.is_symlink() else path.is_dir() for path in folder.rglob("*")}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        if path.is_file() and not path.is_symlink()
+        else path.is_dir()
+        for path in folder.rglob("*")
+    }
 
 
 def run_forked(folder: Path, command: list[str]) -> tuple[int | None, str]:
@@ -167,11 +342,23 @@ def run_forked(folder: Path, command: list[str]) -> tuple[int | None, str]:
     child = os.fork()
     if not child:
         try:
-            resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+            resource.setrlimit(
+                resource.RLIMIT_AS, (12 * 2**30, resource.getrlimit(resource.RLIMIT_AS)[1])
+            )
             os.chdir(folder)
-            for number, file, flags in ((0, os.devnull, 0), (1, os.devnull, os.O_WRONLY), (2, errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):
+            for number, file, flags in (
+                (0, os.devnull, 0),
+                (1, os.devnull, os.O_WRONLY),
+                (2, errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+            ):
                 os.dup2(os.open(file, flags), number)
-            sys.argv, sys.stdin, sys.stdout, sys.stderr, status = command, open(0), open(1, "w"), open(2, "w"), 0
+            sys.argv, sys.stdin, sys.stdout, sys.stderr, status = (
+                command,
+                open(0),
+                open(1, "w"),
+                open(2, "w"),
+                0,
+            )
             try:
                 run_cli(MAINS[command[0]])
             except SystemExit as ended:
@@ -199,12 +386,24 @@ def fault(status: int | None, said: str, before: dict, after: dict, command: lis
     """What is wrong with how a command ended; "" if nothing is."""
     if status not in (0, 2) or "Traceback" in said:
         return f"a hang of {LONGEST} s" if status is None else f"status {status}: {said[-300:]}"
-    if status == 2 and (said.count("\n") != 1 or not said.startswith(f"{command[0]}: ") or len(said) > 2000):
+    if status == 2 and (
+        said.count("\n") != 1 or not said.startswith(f"{command[0]}: ") or len(said) > 2000
+    ):
         return f"not one short line: {said[-300:]}"
     ours = ("stopped.training/lock",)
     if status == 0:  # what it may write
-        ours = ("run", "stopped", "new.map", "out", *[value for value in command if value.strip("./")])
-    changed = {name for name in before.keys() | after.keys() if before.get(name, "absent") != after.get(name, "absent")}
+        ours = (
+            "run",
+            "stopped",
+            "new.map",
+            "out",
+            *[value for value in command if value.strip("./")],
+        )
+    changed = {
+        name
+        for name in before.keys() | after.keys()
+        if before.get(name, "absent") != after.get(name, "absent")
+    }
     lost = sorted(name for name in changed if not name.startswith(ours))
     return f"changed, lost or left: {lost[:3]}" if lost else ""
 
@@ -219,19 +418,25 @@ def fuzz(house: Path, seed: int, count: int, only: str = "") -> list[str]:
             family = families[number % len(families)]
             rng = random.Random(f"{seed} {number} {family}")
             shutil.copytree(house, folder, symlinks=True)
-            command = damage_flags(rng) if family == "flags" else rng.choice(FAMILIES[family] or [RESUME])
+            command = (
+                damage_flags(rng) if family == "flags" else rng.choice(FAMILIES[family] or [RESUME])
+            )
             if family != "flags":
                 damage_file(rng, folder / family)
             before = contents(folder)
             status, said = run_forked(folder, command)
             tally[family, status] += 1
             if found := fault(status, said, before, contents(folder), command):
-                faults.append(f"seed {seed}, {number}, {family}: {' '.join(command)[:300]!a}: {found}")
+                faults.append(
+                    f"seed {seed}, {number}, {family}: {' '.join(command)[:300]!a}: {found}"
+                )
                 print(faults[-1])
             shutil.rmtree(folder)
             if number % 100 == 99:
                 left = (time.monotonic() - started) / (number + 1) * (count - number - 1)
-                print(f"{number + 1} of {count}, {len(faults)} faults, {left:.0f} s left", flush=True)
+                print(
+                    f"{number + 1} of {count}, {len(faults)} faults, {left:.0f} s left", flush=True
+                )
     for family in families:
         print(f"{family:45} answered {tally[family, 0]:4}  refused {tally[family, 2]:4}")
     print(f"{len(faults)} faults in {count} mutations of seed {seed}")

@@ -27,7 +27,9 @@ PAPER = ROOT.parent / "shared" / "paper.txt"
 SHARED = ROOT.parent / "shared" / "data"
 REAL = {"llama-2": SHARED / "llama2-tokenizer.model", "llama-3": SHARED / "llama3-tokenizer.model"}
 
-needs_real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real tokenizers are not beside the repository")
+needs_real = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the real tokenizers are not beside the repository"
+)
 
 # ---- running scripts
 
@@ -37,8 +39,15 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 def run(folder: Path, *arguments, input: str | None = None) -> subprocess.CompletedProcess:
     """Run `python SCRIPT ...` in a folder of its own."""
     script, *rest = map(str, arguments)
-    return subprocess.run([sys.executable, ROOT / script, *rest], cwd=folder, env=ENVIRONMENT, input=input,
-                          capture_output=True, text=True, timeout=900)
+    return subprocess.run(
+        [sys.executable, ROOT / script, *rest],
+        cwd=folder,
+        env=ENVIRONMENT,
+        input=input,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
 
 
 def succeed(*arguments, **options) -> str:
@@ -55,16 +64,28 @@ def inside(folder: Path, script: str, *arguments, input: str = "") -> tuple[int,
     from beyond import attribution
     from data import capitals, chat, smollm2, tiny_world
     from paper import continued, evaluate, mt_bench
+
     before, argv, stdin = os.getcwd(), sys.argv, sys.stdin
     output, errors, status = io.StringIO(), io.StringIO(), 0
     os.chdir(folder)
     sys.argv, sys.stdin = [script, *map(str, arguments)], io.StringIO(input)
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
-            run_cli({"train.py": train.main, "sample.py": sample.main, "vocab_map.py": vocab_map.main,
-                     "attribution.py": attribution.main, "continued.py": continued.main, "chat.py": chat.main,
-                     "tiny_world.py": tiny_world.main, "smollm2.py": smollm2.main, "capitals.py": capitals.main,
-                     "mt_bench.py": mt_bench.main, "evaluate.py": evaluate.main}[script])
+            run_cli(
+                {
+                    "train.py": train.main,
+                    "sample.py": sample.main,
+                    "vocab_map.py": vocab_map.main,
+                    "attribution.py": attribution.main,
+                    "continued.py": continued.main,
+                    "chat.py": chat.main,
+                    "tiny_world.py": tiny_world.main,
+                    "smollm2.py": smollm2.main,
+                    "capitals.py": capitals.main,
+                    "mt_bench.py": mt_bench.main,
+                    "evaluate.py": evaluate.main,
+                }[script]
+            )
     except SystemExit as ended:
         status = ended.code
     finally:
@@ -82,8 +103,14 @@ def refused(folder: Path, script: str, *arguments) -> str:
 
 def python(*arguments, timeout: int = 600, **environment) -> str:
     """Output of `python ...` in the repository's folder; it must succeed."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     return done.stdout
 
@@ -93,8 +120,15 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 def together(folder: Path, *arguments, input: str | None = None) -> subprocess.CompletedProcess:
     """Run `python ...` in two processes."""
-    return subprocess.run([sys.executable, *TORCHRUN, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=600,
-                          input=input, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)})
+    return subprocess.run(
+        [sys.executable, *TORCHRUN, *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        input=input,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+    )
 
 
 # ---- what the fixture `home` has trained
@@ -104,8 +138,9 @@ VALUE = Path("out/seed0/value-residual-tiny-s")
 
 
 def ask(home: Path, *arguments, **options) -> str:
-    status, output, errors = inside(home, "sample.py", "--value", VALUE, "--max-new-tokens", "12", *arguments,
-                                    **options)
+    status, output, errors = inside(
+        home, "sample.py", "--value", VALUE, "--max-new-tokens", "12", *arguments, **options
+    )
     assert status == 0, errors
     return output
 
@@ -116,6 +151,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def stop_at(folder: Path, step: int, *command) -> None:
     """Run train.py in this process, stopped behind a step as by Ctrl-C; it must have a checkpoint by then."""
+
     def report(self, done: int, *rest):
         if done + 1 == step:
             raise KeyboardInterrupt
@@ -129,16 +165,25 @@ def stop_at(folder: Path, step: int, *command) -> None:
 def in_two_shards(folder: Path) -> None:
     """Turn a checkpoint's model.safetensors into two files and their index."""
     tensors = load_file(folder / "model.safetensors")
-    weight_map = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(sorted(tensors))}
+    weight_map = {
+        name: f"model-0000{1 + number % 2}-of-00002.safetensors"
+        for number, name in enumerate(sorted(tensors))
+    }
     for file in set(weight_map.values()):
-        save_file({name: tensors[name] for name in weight_map if weight_map[name] == file}, folder / file)
+        save_file(
+            {name: tensors[name] for name in weight_map if weight_map[name] == file}, folder / file
+        )
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def assert_identical(a: Path, b: Path) -> None:
     ours, theirs = weights(a), weights(b)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
 
 
 # ---- tokenizers
@@ -152,12 +197,43 @@ def byte_pairs(*merges: bytes) -> bytes:
 
 def json_byte_pairs(config: dict) -> JsonTokenizer:
     """All bytes and "he", "ll", "hell" as a byte-level tokenizer.json, and 256 special tokens from 259 on; config says which begin and end."""
-    lines, character = TiktokenTokenizer(byte_pairs(b"he", b"ll", b"hell")), {byte: name for name, byte in BYTE_OF.items()}
+    lines, character = (
+        TiktokenTokenizer(byte_pairs(b"he", b"ll", b"hell")),
+        {byte: name for name, byte in BYTE_OF.items()},
+    )
     pieces = ["".join(character[byte] for byte in lines.token_bytes(id)) for id in range(259)]
-    raw = {"version": "1.0", "added_tokens": [{"id": 259 + n, "content": f"<|{n}|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-                                               "normalized": False} for n in range(256)],
-           "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}, "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-           "model": {"type": "BPE", "vocab": {piece: id for id, piece in enumerate(pieces)}, "merges": ["h e", "l l", "he ll"]}}
+    raw = {
+        "version": "1.0",
+        "added_tokens": [
+            {
+                "id": 259 + n,
+                "content": f"<|{n}|>",
+                "special": True,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+            }
+            for n in range(256)
+        ],
+        "pre_tokenizer": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "model": {
+            "type": "BPE",
+            "vocab": {piece: id for id, piece in enumerate(pieces)},
+            "merges": ["h e", "l l", "he ll"],
+        },
+    }
     return JsonTokenizer(json.dumps(raw).encode(), config)
 
 
@@ -166,8 +242,14 @@ def json_byte_pairs(config: dict) -> JsonTokenizer:
 
 def small(**changes) -> Llama:
     torch.manual_seed(0)
-    settings = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=2)
+    settings = dict(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     model = Llama(LlamaConfig(**settings | changes))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -209,7 +291,7 @@ def assert_same_or_tied(guided: Guided, prompts, ours, theirs) -> None:
     ties = 0
     for prompt, a, b in zip(prompts, ours, theirs, strict=True):
         if a != b:
-            same = next(i for i in range(max(len(a), len(b))) if a[i:i + 1] != b[i:i + 1])
+            same = next(i for i in range(max(len(a), len(b))) if a[i : i + 1] != b[i : i + 1])
             top = guided.logits(torch.tensor([prompt + a[:same]]))[0, -1].topk(2).values
             assert top[0] - top[1] < 1e-4, (prompt, a, b)
             ties += 1

@@ -18,28 +18,79 @@ from pathlib import Path
 
 GOLDEN = Path(__file__).parent / "golden"
 
-COMMON = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=96,
-              max_position_embeddings=256, rms_norm_eps=1e-5)
-LLAMA3 = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=64, rope_theta=500000.0)
+COMMON = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=96,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=32.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+    rope_theta=500000.0,
+)
 STYLES = {
     "llama-2": COMMON,
     "tinyllama": COMMON | dict(num_key_value_heads=2),
-    "codellama": COMMON | dict(vocab_size=112, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
-    "llama-3.2": COMMON | dict(num_key_value_heads=2, tie_word_embeddings=True, rope_parameters=LLAMA3),
+    "codellama": COMMON
+    | dict(vocab_size=112, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+    "llama-3.2": COMMON
+    | dict(num_key_value_heads=2, tie_word_embeddings=True, rope_parameters=LLAMA3),
     "own-head-dim": COMMON | dict(num_key_value_heads=1, head_dim=12),
-    "linear": COMMON | dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)),
+    "linear": COMMON
+    | dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)),
 }
 
 # Scripts, emoji, runs of spaces, code, numbers, and other things that tokenizers disagree about.
 HARD_STRINGS = [
-    "", " ", "  ", "a", " a", "a ", "  two  spaces  ", "\n", "\n\n\n", "\t", "tab\tand\nnewline\r\n", "x" * 50,
-    "Hello, world!", "I'll, you've, DON'T, it's", "naïve café — “quoted” …", "Straße ÄÖÜ ß", "Ελληνικά και άλλα",
-    "Русский текст, пожалуйста", "עברית מימין לשמאל", "العربية أيضا", "हिन्दी में वाक्य", "ไทยไม่มีช่องว่าง", "汉字和标点。", "日本語テキスト、カタカナ",
-    "한국어 문장", "👍", "👩‍👩‍👧‍👦 family 🇩🇪", "e\u0301 combining n\u0303", "\u200bzero\u200dwidth", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𓀀",
-    "0123456789", "3.14159e-10 1,000,000 0xFF", "def f(x):\n    return x ** 2  # square\n", "for (int i=0;i<10;++i){a[i]+=1;}",
-    "<html><body class=\"x\">&amp;</body></html>", "[INST] <<SYS>> [/INST]", "https://example.org/a?b=c&d=%20#e",
-    "\u00a0non\u00a0breaking", "\ufeffmark", "null\x00byte \x07bell \x1b[0m", "\ufffd replacement", "MiXeD CaSe WoRdS ANDMORE",
+    "",
+    " ",
+    "  ",
+    "a",
+    " a",
+    "a ",
+    "  two  spaces  ",
+    "\n",
+    "\n\n\n",
+    "\t",
+    "tab\tand\nnewline\r\n",
+    "x" * 50,
+    "Hello, world!",
+    "I'll, you've, DON'T, it's",
+    "naïve café — “quoted” …",
+    "Straße ÄÖÜ ß",
+    "Ελληνικά και άλλα",
+    "Русский текст, пожалуйста",
+    "עברית מימין לשמאל",
+    "العربية أيضا",
+    "हिन्दी में वाक्य",
+    "ไทยไม่มีช่องว่าง",
+    "汉字和标点。",
+    "日本語テキスト、カタカナ",
+    "한국어 문장",
+    "👍",
+    "👩‍👩‍👧‍👦 family 🇩🇪",
+    "e\u0301 combining n\u0303",
+    "\u200bzero\u200dwidth",
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𓀀",
+    "0123456789",
+    "3.14159e-10 1,000,000 0xFF",
+    "def f(x):\n    return x ** 2  # square\n",
+    "for (int i=0;i<10;++i){a[i]+=1;}",
+    '<html><body class="x">&amp;</body></html>',
+    "[INST] <<SYS>> [/INST]",
+    "https://example.org/a?b=c&d=%20#e",
+    "\u00a0non\u00a0breaking",
+    "\ufeffmark",
+    "null\x00byte \x07bell \x1b[0m",
+    "\ufffd replacement",
+    "MiXeD CaSe WoRdS ANDMORE",
 ]
 
 
@@ -50,7 +101,9 @@ def seeded(config):
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
     for parameter in model.parameters():  # far from the initialisation, so that no part can hide
-        torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() == 2 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        torch.nn.init.normal_(
+            parameter, std=0.3
+        ) if parameter.dim() == 2 else torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return model
 
 
@@ -82,8 +135,12 @@ def odd_conversations(count: int = 500) -> list[list[tuple[str, str]]]:
     spaces = ["", "", " ", "  ", "\n", "\n\n", "\t", " \n "]
 
     def text() -> str:
-        words = [rng.choice(HARD_STRINGS[11:]) if rng.random() < 0.2 else rng.choice(["Hello", "the", "sky", "is", "7", "blue."])
-                 for _ in range(rng.randint(1, 6))]
+        words = [
+            rng.choice(HARD_STRINGS[11:])
+            if rng.random() < 0.2
+            else rng.choice(["Hello", "the", "sky", "is", "7", "blue."])
+            for _ in range(rng.randint(1, 6))
+        ]
         middle = "".join(word + rng.choice([" ", " ", "  ", "\n"]) for word in words).strip() or "x"
         return rng.choice(spaces) + middle + rng.choice(spaces)
 
@@ -102,38 +159,85 @@ def hash_ids(ids: list[int]) -> str:
 
 def write_tokenizer_json() -> None:
     """A small tokenizer.json of each form, trained by the library tokenizers on HARD_STRINGS, and transformers' ids of the texts."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     by_bytes = Tokenizer(models.BPE())
-    by_bytes.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    by_bytes.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     by_bytes.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     by_bytes.train_from_iterator(HARD_STRINGS * 3, trainer)
-    by_bytes.add_tokens([AddedToken("Straße", normalized=False), AddedToken("    ", normalized=False)])
+    by_bytes.add_tokens(
+        [AddedToken("Straße", normalized=False), AddedToken("    ", normalized=False)]
+    )
 
     by_pieces = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    by_pieces.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    by_pieces.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    words = [("\u2581" + text.replace(" ", " \u2581")).split() for text in HARD_STRINGS if text.isascii()]
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))], show_progress=False)
+    by_pieces.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    by_pieces.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    words = [
+        ("\u2581" + text.replace(" ", " \u2581")).split() for text in HARD_STRINGS if text.isascii()
+    ]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
+    )
     by_pieces.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     by_pieces.normalizer, kept = None, by_pieces.normalizer
     by_pieces.train_from_iterator([" ".join(each) for each in words] * 3, trainer)
     raw = json.loads(by_pieces.to_str())
     raw["pre_tokenizer"] = None
-    raw["added_tokens"] = [token for token in raw["added_tokens"] if not token["content"].startswith("<0x")]  # plain pieces of the vocabulary
+    raw["added_tokens"] = [
+        token for token in raw["added_tokens"] if not token["content"].startswith("<0x")
+    ]  # plain pieces of the vocabulary
     by_pieces = Tokenizer.from_str(json.dumps(raw))
     by_pieces.normalizer = kept
-    for name, made, bos, eos in (("json-bytes", by_bytes, "<|im_start|>", "<|im_end|>"), ("json-pieces", by_pieces, "<s>", "</s>")):
+    for name, made, bos, eos in (
+        ("json-bytes", by_bytes, "<|im_start|>", "<|im_end|>"),
+        ("json-pieces", by_pieces, "<s>", "</s>"),
+    ):
         folder = GOLDEN / name
         folder.mkdir(exist_ok=True)
         made.save(str(folder / "tokenizer.json"), pretty=False)
-        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "eos_token": {"content": eos}}) + "\n")
-        theirs = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=bos, eos_token=eos, split_special_tokens=True)
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"bos_token": bos, "eos_token": {"content": eos}}) + "\n"
+        )
+        theirs = PreTrainedTokenizerFast(
+            tokenizer_object=made, bos_token=bos, eos_token=eos, split_special_tokens=True
+        )
         texts = [*HARD_STRINGS, "a <|im_end|> b", "</s><s>", "<unk> <0x0A>", "1234 56"]
-        cases = [{"text": text, "ids": theirs.encode(text, add_special_tokens=False)} for text in texts if "Straße" not in text]
+        cases = [
+            {"text": text, "ids": theirs.encode(text, add_special_tokens=False)}
+            for text in texts
+            if "Straße" not in text
+        ]
         (folder / "token_ids.json").write_text(json.dumps(cases) + "\n")
 
 
@@ -143,33 +247,77 @@ def write_token_ids(folder: Path, templates: Path | None) -> None:
     from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    from data.tokenizer import TiktokenTokenizer  # for the split pattern alone, which is part of Llama-3's definition
+    from data.tokenizer import (
+        TiktokenTokenizer,
+    )  # for the split pattern alone, which is part of Llama-3's definition
 
-    llama2 = LlamaTokenizerFast(vocab_file=str(folder / "llama2-tokenizer.model"), legacy=True, add_prefix_space=True)
-    llama3 = PreTrainedTokenizerFast(tokenizer_object=TikTokenConverter(
-        str(folder / "llama3-tokenizer.model"), TiktokenTokenizer.pattern, additional_special_tokens=[]).converted())
+    llama2 = LlamaTokenizerFast(
+        vocab_file=str(folder / "llama2-tokenizer.model"), legacy=True, add_prefix_space=True
+    )
+    llama3 = PreTrainedTokenizerFast(
+        tokenizer_object=TikTokenConverter(
+            str(folder / "llama3-tokenizer.model"),
+            TiktokenTokenizer.pattern,
+            additional_special_tokens=[],
+        ).converted()
+    )
     if templates:
         hashes = {}
-        llama3.add_special_tokens({"additional_special_tokens": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]})
+        llama3.add_special_tokens(
+            {
+                "additional_special_tokens": [
+                    "<|begin_of_text|>",
+                    "<|start_header_id|>",
+                    "<|end_header_id|>",
+                    "<|eot_id|>",
+                ]
+            }
+        )
         llama3.bos_token = "<|begin_of_text|>"
         ours = TiktokenTokenizer((folder / "llama3-tokenizer.model").read_bytes()).specials
         for name, tokenizer in {"llama-2": llama2, "llama-3": llama3, "zephyr": llama2}.items():
             tokenizer.chat_template = (templates / f"{name}.jinja").read_text(encoding="utf-8")
-            ids = {tokenizer.convert_tokens_to_ids(special): ours[special] for special in ours} if name == "llama-3" else {}
-            hashes[name] = [hash_ids([ids.get(id, id) for id in tokenizer.apply_chat_template(
-                [{"role": role, "content": text} for role, text in turns])]) for turns in odd_conversations()]
+            ids = (
+                {tokenizer.convert_tokens_to_ids(special): ours[special] for special in ours}
+                if name == "llama-3"
+                else {}
+            )
+            hashes[name] = [
+                hash_ids(
+                    [
+                        ids.get(id, id)
+                        for id in tokenizer.apply_chat_template(
+                            [{"role": role, "content": text} for role, text in turns]
+                        )
+                    ]
+                )
+                for turns in odd_conversations()
+            ]
         (GOLDEN / "chats.json").write_text(json.dumps(hashes) + "\n")
         return
     for name, tokenizer in {"llama-2": llama2, "llama-3": llama3}.items():
-        cases = [{"text": text, "ids": tokenizer.encode(text, add_special_tokens=False)} for text in HARD_STRINGS]
-        (GOLDEN / f"token_ids_{name}.json").write_text(json.dumps(cases, ensure_ascii=True, indent=0) + "\n")
+        cases = [
+            {"text": text, "ids": tokenizer.encode(text, add_special_tokens=False)}
+            for text in HARD_STRINGS
+        ]
+        (GOLDEN / f"token_ids_{name}.json").write_text(
+            json.dumps(cases, ensure_ascii=True, indent=0) + "\n"
+        )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--tokenizers", type=Path, help="write the token ids, with the tokenizers in this folder")
-    parser.add_argument("--templates", type=Path, help="write the hashes of conversations, with the chat templates in this folder")
-    parser.add_argument("--json", action="store_true", help="write the small files of tokenizer.json")
+    parser.add_argument(
+        "--tokenizers", type=Path, help="write the token ids, with the tokenizers in this folder"
+    )
+    parser.add_argument(
+        "--templates",
+        type=Path,
+        help="write the hashes of conversations, with the chat templates in this folder",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="write the small files of tokenizer.json"
+    )
     args = parser.parse_args()
     if args.json:
         write_tokenizer_json()

@@ -1,8 +1,8 @@
 """A base divided between two processes against the same base in one; test_tensor_parallel.py starts it with torchrun.
 
-    torchrun --nproc_per_node=2 -m tests.several_decoders tokens FOLDER...    # of networks, each a base
-    torchrun --nproc_per_node=2 -m tests.several_decoders few FOLDER...       # the same with fewer plugs
-    torchrun --nproc_per_node=2 -m tests.several_decoders memory FOLDER       # or without torchrun: whole
+torchrun --nproc_per_node=2 -m tests.several_decoders tokens FOLDER...    # of networks, each a base
+torchrun --nproc_per_node=2 -m tests.several_decoders few FOLDER...       # the same with fewer plugs
+torchrun --nproc_per_node=2 -m tests.several_decoders memory FOLDER       # or without torchrun: whole
 """
 
 import re
@@ -23,9 +23,15 @@ from tests.helpers import random_prompts, small, value_network
 PROMPTS = random_prompts(20)
 GREEDY = dict(max_new_tokens=16, stop_ids={2})
 SAMPLED = GREEDY | dict(temperature=1.0, top_p=0.9, seed=4)
-PLUGS = {"alone": lambda: None, "residual": lambda: value_network("residual"), "cascade+": lambda: value_network("cascade+"),
-         "probe": lambda: value_network("probe"),
-         "proxy": lambda: ProxyDelta(small(num_hidden_layers=1), small(num_hidden_layers=1, intermediate_size=64))}
+PLUGS = {
+    "alone": lambda: None,
+    "residual": lambda: value_network("residual"),
+    "cascade+": lambda: value_network("cascade+"),
+    "probe": lambda: value_network("probe"),
+    "proxy": lambda: ProxyDelta(
+        small(num_hidden_layers=1), small(num_hidden_layers=1, intermediate_size=64)
+    ),
+}
 
 
 def compare_tokens(folder: Path, plugs: list[str]) -> None:
@@ -37,9 +43,13 @@ def compare_tokens(folder: Path, plugs: list[str]) -> None:
     for name in plugs:
         alone, together = Guided(whole, PLUGS[name]()), Guided(divided, PLUGS[name]())
         for options in (GREEDY, SAMPLED):
-            assert generate(alone, PROMPTS, **options) == generate(together, PROMPTS, **options), name
+            assert generate(alone, PROMPTS, **options) == generate(together, PROMPTS, **options), (
+                name
+            )
         pairs = list(zip(PROMPTS, PROMPTS[1:]))
-        for (ours, greedy), (theirs, other) in zip(score(together, pairs), score(alone, pairs), strict=True):
+        for (ours, greedy), (theirs, other) in zip(
+            score(together, pairs), score(alone, pairs), strict=True
+        ):
             assert abs(ours - theirs) < 1e-3 and greedy == other, name
         if name in ("residual", "proxy"):
             said = speculate(Speculative(together, draft, 3), PROMPTS[:4], **GREEDY)
@@ -47,7 +57,10 @@ def compare_tokens(folder: Path, plugs: list[str]) -> None:
         tokens = torch.tensor([PROMPTS[0]])
         ours, theirs = together.logits(tokens), alone.logits(tokens)
         assert ours.shape == theirs.shape
-        print(f"{name}: logits at most {(ours - theirs).abs().nan_to_num().max():.1e} apart", flush=True)
+        print(
+            f"{name}: logits at most {(ours - theirs).abs().nan_to_num().max():.1e} apart",
+            flush=True,
+        )
         of_all = [torch.empty_like(ours) for _ in range(dist.get_world_size())]
         dist.all_gather(of_all, ours.contiguous())
         assert all(torch.equal(ours, other) for other in of_all), name
@@ -65,7 +78,9 @@ def measure_memory(folder: Path, processes: Alone) -> None:
     with torch.device("meta"):
         small()  # what torch imports for the first network of a process is not this one's
     before = peak_memory()
-    base = Llama.from_pretrained(folder) if processes.count == 1 else load_divided(folder, None, "cpu")
+    base = (
+        Llama.from_pretrained(folder) if processes.count == 1 else load_divided(folder, None, "cpu")
+    )
     loaded = peak_memory()
     guided = Guided(base)
     guided.step(guided.start([[1, 2, 3, 4]], 4))
@@ -79,7 +94,10 @@ def main():
             measure_memory(Path(sys.argv[2]), processes)
         else:
             for folder in map(Path, sys.argv[2:]):
-                compare_tokens(folder, ["alone", "residual", "cascade+"] if sys.argv[1] == "few" else list(PLUGS))
+                compare_tokens(
+                    folder,
+                    ["alone", "residual", "cascade+"] if sys.argv[1] == "few" else list(PLUGS),
+                )
 
 
 if __name__ == "__main__":

@@ -19,11 +19,59 @@ from ivl import ValueModel
 from tests.helpers import inside, small
 
 CHAT = ["chat.py", "FILE", "--tokenizer", "base"]
-TRAIN = ["train.py", "--base", "base", "--value", "--data", "chats.jsonl", "--steps", 1, "--batch-size", 2, "--max-length", 64]
-SAMPLE = ["sample.py", "--value", "value", "--prompt", "Greet Mira.", "--max-new-tokens", 2, "--dtype", "float32"]
-PLAIN = ["sample.py", "--value", "value", "--base", "base", "--scheme", "residual", "--template", "llama-2", "--prompt", "Hi",
-         "--max-new-tokens", 2, "--dtype", "float32"]
-PAGE = ["attribution.py", "--value", "value", "--prompt", "Hi", "--max-new-tokens", 2, "--out", "p.html"]
+TRAIN = [
+    "train.py",
+    "--base",
+    "base",
+    "--value",
+    "--data",
+    "chats.jsonl",
+    "--steps",
+    1,
+    "--batch-size",
+    2,
+    "--max-length",
+    64,
+]
+SAMPLE = [
+    "sample.py",
+    "--value",
+    "value",
+    "--prompt",
+    "Greet Mira.",
+    "--max-new-tokens",
+    2,
+    "--dtype",
+    "float32",
+]
+PLAIN = [
+    "sample.py",
+    "--value",
+    "value",
+    "--base",
+    "base",
+    "--scheme",
+    "residual",
+    "--template",
+    "llama-2",
+    "--prompt",
+    "Hi",
+    "--max-new-tokens",
+    2,
+    "--dtype",
+    "float32",
+]
+PAGE = [
+    "attribution.py",
+    "--value",
+    "value",
+    "--prompt",
+    "Hi",
+    "--max-new-tokens",
+    2,
+    "--out",
+    "p.html",
+]
 MAP = ["vocab_map.py", "--base-tokenizer", "base", "--value-tokenizer", "base", "--out", "new.map"]
 
 
@@ -31,23 +79,39 @@ MAP = ["vocab_map.py", "--base-tokenizer", "base", "--value-tokenizer", "base", 
 def house(home, tmp_path_factory) -> Path:
     """A folder with a small checkpoint, a value network on it, data, texts and a vocabulary map."""
     folder = tmp_path_factory.mktemp("house")
-    network = small(vocab_size=1024, num_hidden_layers=1, num_key_value_heads=1, max_position_embeddings=128)
+    network = small(
+        vocab_size=1024, num_hidden_layers=1, num_key_value_heads=1, max_position_embeddings=128
+    )
     network.save_pretrained(folder / "base")
     tokenizer = home / "out/seed0/tiny-s/tokenizer.model"
-    info = {"scheme": "residual", "l1": 0.0, "template": "llama-2", "bases": ["base"], "data": "chats.jsonl", "seed": 0,
-            "tokenizer": describe_tokenizer(load_tokenizer(tokenizer))}
+    info = {
+        "scheme": "residual",
+        "l1": 0.0,
+        "template": "llama-2",
+        "bases": ["base"],
+        "data": "chats.jsonl",
+        "seed": 0,
+        "tokenizer": describe_tokenizer(load_tokenizer(tokenizer)),
+    }
     ValueModel(network, info).save_pretrained(folder / "value")
     for name in ("base", "value"):
         shutil.copy(tokenizer, folder / name)
     (folder / "chats.jsonl").write_bytes(lines([record(number) for number in range(20)]))
     (folder / "texts.txt").write_text("the hell\nthey live in\n\n\nhello  world\n")
-    status, _, errors = inside(folder, *MAP[:-1], "map.safetensors", "--how", "dtw", "--texts", "texts.txt")
+    status, _, errors = inside(
+        folder, *MAP[:-1], "map.safetensors", "--how", "dtw", "--texts", "texts.txt"
+    )
     assert status == 0, errors
     return folder
 
 
 def record(number: int = 0, **more) -> dict:
-    return {"conversations": [{"from": "human", "value": f"Greet number {number}."}, {"from": "gpt", "value": f"Hello {number}!"}]} | more
+    return {
+        "conversations": [
+            {"from": "human", "value": f"Greet number {number}."},
+            {"from": "gpt", "value": f"Hello {number}!"},
+        ]
+    } | more
 
 
 def lines(records: list) -> bytes:
@@ -59,62 +123,214 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n"
 ARRAY = json.dumps([record(0), record(1)]).encode()
 
 DATA = {  # a data file's name and content, the status of data.chat, and what it says
-    "empty": ("d.jsonl", b"", 2, "an empty file"), "a mark alone": ("d.json", codecs.BOM_UTF8, 2, "an empty file"),
-    "blank": ("d.jsonl", b" \n\n", 2, "nothing but white space"), "an empty list": ("d.json", b"[]", 2, "an empty list"),
+    "empty": ("d.jsonl", b"", 2, "an empty file"),
+    "a mark alone": ("d.json", codecs.BOM_UTF8, 2, "an empty file"),
+    "blank": ("d.jsonl", b" \n\n", 2, "nothing but white space"),
+    "an empty list": ("d.json", b"[]", 2, "an empty list"),
     "with a mark": ("d.jsonl", codecs.BOM_UTF8 + TWO, 0, "2 conversations"),
     "windows lines": ("d.jsonl", TWO.replace(b"\n", b"\r\n"), 0, "2 conversations"),
     "no last line feed": ("d.jsonl", TWO.strip(), 0, "2 conversations"),
-    "lines named json": ("d.json", TWO, 0, "2 conversations"), "an array named jsonl": ("d.jsonl", ARRAY, 0, "2 conversations"),
-    "an indented array": ("d.json", json.dumps([record(0), record(1)], indent=4).encode(), 0, "2 conversations"),
-    "gzip": ("d.jsonl.gz", gzip.compress(TWO), 0, "2 conversations"), "gzip, unnamed": ("d.json", gzip.compress(ARRAY), 0, "2 conversations"),
+    "lines named json": ("d.json", TWO, 0, "2 conversations"),
+    "an array named jsonl": ("d.jsonl", ARRAY, 0, "2 conversations"),
+    "an indented array": (
+        "d.json",
+        json.dumps([record(0), record(1)], indent=4).encode(),
+        0,
+        "2 conversations",
+    ),
+    "gzip": ("d.jsonl.gz", gzip.compress(TWO), 0, "2 conversations"),
+    "gzip, unnamed": ("d.json", gzip.compress(ARRAY), 0, "2 conversations"),
     "gzip cut": ("d.jsonl.gz", gzip.compress(TWO)[:-9], 2, "damaged or truncated gzip"),
     "gzip of nothing": ("d.jsonl.gz", gzip.compress(b""), 2, "an empty file"),
-    "gzip, broken inside": ("d.jsonl.gz", gzip.compress(TWO)[:20] + b"xxxxxx" + gzip.compress(TWO)[26:], 2, "gzip"),
+    "gzip, broken inside": (
+        "d.jsonl.gz",
+        gzip.compress(TWO)[:20] + b"xxxxxx" + gzip.compress(TWO)[26:],
+        2,
+        "gzip",
+    ),
     "utf-16": ("d.jsonl", TWO.decode().encode("utf-16"), 0, "2 conversations"),
-    "utf-16, big end": ("d.json", codecs.BOM_UTF16_BE + ARRAY.decode().encode("utf-16-be"), 0, "2 conversations"),
-    "utf-16 in gzip": ("d.jsonl.gz", gzip.compress(TWO.decode().encode("utf-16")), 0, "2 conversations"),
+    "utf-16, big end": (
+        "d.json",
+        codecs.BOM_UTF16_BE + ARRAY.decode().encode("utf-16-be"),
+        0,
+        "2 conversations",
+    ),
+    "utf-16 in gzip": (
+        "d.jsonl.gz",
+        gzip.compress(TWO.decode().encode("utf-16")),
+        0,
+        "2 conversations",
+    ),
     "utf-16 cut": ("d.jsonl", TWO.decode().encode("utf-16")[:-1], 2, "not UTF-16"),
     "latin-1": ("d.jsonl", '{"messages": "é"}'.encode("latin-1"), 2, "line 1 is not UTF-8"),
-    "git-lfs": ("d.jsonl", LFS, 2, "`git lfs pull`"), "parquet": ("d.parquet", b"PAR1\x15\x04", 2, "parquet"),
-    "arrow": ("d.arrow", b"ARROW1\0\0", 2, "an Arrow file"), "zip": ("d.zip", b"PK\x03\x04rest", 2, "a zip archive"),
-    "zstd": ("d.jsonl.zst", b"\x28\xb5\x2f\xfdrest", 2, "zstd"), "bzip2": ("d.jsonl.bz2", b"BZh91AY", 2, "bzip2"),
-    "xz": ("d.jsonl.xz", b"\xfd7zXZ\0rest", 2, "xz"), "a web page": ("d.json", b"<!DOCTYPE html>\n<html>", 2, "a web page"),
-    "a table": ("d.csv", b"question,answer\n1,2\n", 2, "a table"), "plain text": ("d.txt", b"hello\n", 2, "plain text"),
+    "git-lfs": ("d.jsonl", LFS, 2, "`git lfs pull`"),
+    "parquet": ("d.parquet", b"PAR1\x15\x04", 2, "parquet"),
+    "arrow": ("d.arrow", b"ARROW1\0\0", 2, "an Arrow file"),
+    "zip": ("d.zip", b"PK\x03\x04rest", 2, "a zip archive"),
+    "zstd": ("d.jsonl.zst", b"\x28\xb5\x2f\xfdrest", 2, "zstd"),
+    "bzip2": ("d.jsonl.bz2", b"BZh91AY", 2, "bzip2"),
+    "xz": ("d.jsonl.xz", b"\xfd7zXZ\0rest", 2, "xz"),
+    "a web page": ("d.json", b"<!DOCTYPE html>\n<html>", 2, "a web page"),
+    "a table": ("d.csv", b"question,answer\n1,2\n", 2, "a table"),
+    "plain text": ("d.txt", b"hello\n", 2, "plain text"),
     "plain text in gzip": ("d.txt.gz", gzip.compress(b"hello\n"), 2, "plain text"),
     "two arrays": ("d.json", ARRAY + b"\n" + ARRAY, 2, "several arrays after each other"),
     "an array and a line": ("d.json", ARRAY + ONE, 2, "several arrays after each other"),
-    "an array cut": ("d.json", ARRAY[:-5], 2, "not JSON"), "an array with a comma": ("d.json", ARRAY[:-1] + b",]", 2, "not JSON"),
-    "an object around": ("d.json", b'{"version": 1, "data": ' + ARRAY + b"}", 2, "one object around the list of records; `jq -c '.[\"data\"][]'"),
-    "an object around, indented": ("d.json", json.dumps({"rows": [record()]}, indent=1).encode(), 2, "`jq -c '.[\"rows\"][]'"),
-    "an object of objects": ("d.json", json.dumps({"0": record(0), "1": record(1)}).encode(), 2, "one object around the records"),
-    "a record over lines": ("d.json", json.dumps(record(), indent=1).encode(), 2, "one object over several lines"),
-    "records over lines": ("d.jsonl", (json.dumps(record(), indent=1) + "\n").encode() * 2, 2, "objects over several lines, one after the other"),
+    "an array cut": ("d.json", ARRAY[:-5], 2, "not JSON"),
+    "an array with a comma": ("d.json", ARRAY[:-1] + b",]", 2, "not JSON"),
+    "an object around": (
+        "d.json",
+        b'{"version": 1, "data": ' + ARRAY + b"}",
+        2,
+        "one object around the list of records; `jq -c '.[\"data\"][]'",
+    ),
+    "an object around, indented": (
+        "d.json",
+        json.dumps({"rows": [record()]}, indent=1).encode(),
+        2,
+        "`jq -c '.[\"rows\"][]'",
+    ),
+    "an object of objects": (
+        "d.json",
+        json.dumps({"0": record(0), "1": record(1)}).encode(),
+        2,
+        "one object around the records",
+    ),
+    "a record over lines": (
+        "d.json",
+        json.dumps(record(), indent=1).encode(),
+        2,
+        "one object over several lines",
+    ),
+    "records over lines": (
+        "d.jsonl",
+        (json.dumps(record(), indent=1) + "\n").encode() * 2,
+        2,
+        "objects over several lines, one after the other",
+    ),
     "a broken second line": ("d.jsonl", ONE + b'{"a": \n', 2, "line 2 is not JSON"),
-    "two records on a line": ("d.jsonl", ONE.strip() + b" " + ONE, 2, "line 1 is not JSON (more behind its end, at column"),
+    "two records on a line": (
+        "d.jsonl",
+        ONE.strip() + b" " + ONE,
+        2,
+        "line 1 is not JSON (more behind its end, at column",
+    ),
     "python's quotes": ("d.jsonl", ONE + str(record()).encode(), 2, "line 2 is not JSON"),
-    "a number of 5000 digits": ("d.jsonl", ONE + b"9" * 5000, 2, "line 2 is not JSON that can be read: a number of thousands of digits"),
-    "deep": ("d.jsonl", ONE + b"[" * 100_000, 2, "nested too deeply"), "deep array": ("d.json", b"[" * 100_000, 2, "nested too deeply"),
-    "an unknown form": ("d.jsonl", b'{"hello": 1}\n', 2, "no record of a known form; line 1 has neither"),
-    "an unknown form among others": ("d.jsonl", b'{"hello": 1}\n' + ONE, 0, "1 conversations; dropped 1: no known form"),
+    "a number of 5000 digits": (
+        "d.jsonl",
+        ONE + b"9" * 5000,
+        2,
+        "line 2 is not JSON that can be read: a number of thousands of digits",
+    ),
+    "deep": ("d.jsonl", ONE + b"[" * 100_000, 2, "nested too deeply"),
+    "deep array": ("d.json", b"[" * 100_000, 2, "nested too deeply"),
+    "an unknown form": (
+        "d.jsonl",
+        b'{"hello": 1}\n',
+        2,
+        "no record of a known form; line 1 has neither",
+    ),
+    "an unknown form among others": (
+        "d.jsonl",
+        b'{"hello": 1}\n' + ONE,
+        0,
+        "1 conversations; dropped 1: no known form",
+    ),
     "texts": ("d.jsonl", b'{"text": "hello"}\n', 2, "no record of a known form"),
-    "strings": ("d.json", b'["a", "b"]', 2, "record 1 has no object"), "nothing": ("d.json", b"null", 2, "line 1 has no object"),
-    "lists of turns": ("d.jsonl", json.dumps(record()["conversations"]).encode() + b"\n" + ONE, 2, "several arrays"),
-    "preferences": ("d.jsonl", ONE + lines([{"prompt": "q", "chosen": "a", "rejected": "b"}]), 2, "line 2 is a preference"),
-    "preferences of turns": ("d.json", json.dumps([record(chosen={}, rejected={})]).encode(), 2, "record 1 is a preference"),
-    "a boolean label": ("d.jsonl", lines([{"prompt": "q", "completion": "a", "label": False}]), 2, "a boolean label"),
-    "an object as label": ("d.jsonl", lines([record(label={"ability": "x"})]), 0, "1 conversations"),
-    "all unusable": ("d.jsonl", lines([{"messages": []}, {"messages": [{"role": "tool", "content": "x"}]}]), 2,
-                     "no usable conversation (1 with no answered question, 1 with unknown role 'tool')"),
-    "some unusable": ("d.jsonl", ONE + lines([{"messages": None}]), 0, "dropped 1: 'messages' that is no list"),
-    "a picture": ("d.jsonl", ONE + lines([record(images=["x.png"])]), 0, "dropped 1: 'images', which no template here can show"),
-    "shortened": ("d.jsonl", lines([{"conversations": record()["conversations"] + [{"from": "system", "value": "x"}] * 2}]), 0,
-                  "shortened 1 by roles that do not alternate"),
-    "alpaca": ("d.json", json.dumps([{"instruction": "q", "input": "", "output": "a"}]).encode(), 0, "[INST] q [/INST]"),
-    "a system field": ("d.jsonl", lines([record(system="Be brief.")]), 0, "<<SYS>>\nBe brief.\n<</SYS>>"),
-    "weight 0": ("d.jsonl", lines([{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no", "weight": 0},
-                                                 {"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}]}]), 0, " no  [INST]"),
+    "strings": ("d.json", b'["a", "b"]', 2, "record 1 has no object"),
+    "nothing": ("d.json", b"null", 2, "line 1 has no object"),
+    "lists of turns": (
+        "d.jsonl",
+        json.dumps(record()["conversations"]).encode() + b"\n" + ONE,
+        2,
+        "several arrays",
+    ),
+    "preferences": (
+        "d.jsonl",
+        ONE + lines([{"prompt": "q", "chosen": "a", "rejected": "b"}]),
+        2,
+        "line 2 is a preference",
+    ),
+    "preferences of turns": (
+        "d.json",
+        json.dumps([record(chosen={}, rejected={})]).encode(),
+        2,
+        "record 1 is a preference",
+    ),
+    "a boolean label": (
+        "d.jsonl",
+        lines([{"prompt": "q", "completion": "a", "label": False}]),
+        2,
+        "a boolean label",
+    ),
+    "an object as label": (
+        "d.jsonl",
+        lines([record(label={"ability": "x"})]),
+        0,
+        "1 conversations",
+    ),
+    "all unusable": (
+        "d.jsonl",
+        lines([{"messages": []}, {"messages": [{"role": "tool", "content": "x"}]}]),
+        2,
+        "no usable conversation (1 with no answered question, 1 with unknown role 'tool')",
+    ),
+    "some unusable": (
+        "d.jsonl",
+        ONE + lines([{"messages": None}]),
+        0,
+        "dropped 1: 'messages' that is no list",
+    ),
+    "a picture": (
+        "d.jsonl",
+        ONE + lines([record(images=["x.png"])]),
+        0,
+        "dropped 1: 'images', which no template here can show",
+    ),
+    "shortened": (
+        "d.jsonl",
+        lines(
+            [{"conversations": record()["conversations"] + [{"from": "system", "value": "x"}] * 2}]
+        ),
+        0,
+        "shortened 1 by roles that do not alternate",
+    ),
+    "alpaca": (
+        "d.json",
+        json.dumps([{"instruction": "q", "input": "", "output": "a"}]).encode(),
+        0,
+        "[INST] q [/INST]",
+    ),
+    "a system field": (
+        "d.jsonl",
+        lines([record(system="Be brief.")]),
+        0,
+        "<<SYS>>\nBe brief.\n<</SYS>>",
+    ),
+    "weight 0": (
+        "d.jsonl",
+        lines(
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": "q"},
+                        {"role": "assistant", "content": "no", "weight": 0},
+                        {"role": "user", "content": "q"},
+                        {"role": "assistant", "content": "yes"},
+                    ]
+                }
+            ]
+        ),
+        0,
+        " no  [INST]",
+    ),
     "a NUL": ("d.jsonl", b"\0" * 10, 2, "line 1 is not JSON"),
-    "too long": ("d.jsonl", lines([{"prompt": "a " * 9000, "completion": "b"}]), 0, "dropped 1: no exchange within 4096 tokens"),
+    "too long": (
+        "d.jsonl",
+        lines([{"prompt": "a " * 9000, "completion": "b"}]),
+        0,
+        "dropped 1: no exchange within 4096 tokens",
+    ),
 }
 
 
@@ -128,14 +344,31 @@ def test_data(case, house, tmp_path):
 
 PAIR = {"prompt": "Greet Mira.", "chosen": "Hello Mira!", "rejected": "No."}
 PAIRS = {  # with --pairs: records, the status, and what it says; test_chat.py has every form
-    "texts": ([PAIR], 0, "HELLO MIRA!"), "demonstrations": ([record()], 2, "line 1 has no object with 'chosen' and 'rejected'"),
+    "texts": ([PAIR], 0, "HELLO MIRA!"),
+    "demonstrations": ([record()], 2, "line 1 has no object with 'chosen' and 'rejected'"),
     "a demonstration among pairs": ([record(), PAIR], 0, "1 pairs; dropped 1: no known form"),
     "one side alone": ([{"prompt": "q", "chosen": "a"}], 2, "no record of a known form"),
     "equal": ([PAIR, PAIR | {"rejected": "Hello Mira! "}], 0, "1 pairs; dropped 1: equal answers"),
-    "nothing but equal": ([PAIR | {"rejected": "Hello Mira!"}], 2, "no usable pair (1 with equal answers)"),
-    "a text without a prompt": ([{"chosen": "Human: q", "rejected": "Human: q2"}], 2, "1 with two answers without a prompt"),
-    "a side too long": ([PAIR, PAIR | {"rejected": "a " * 9000}], 0, "dropped 1: an answer beyond 4096 tokens"),
-    "a boolean label": ([{"prompt": "q", "completion": "a", "label": False}], 2, "no record of a known form"),
+    "nothing but equal": (
+        [PAIR | {"rejected": "Hello Mira!"}],
+        2,
+        "no usable pair (1 with equal answers)",
+    ),
+    "a text without a prompt": (
+        [{"chosen": "Human: q", "rejected": "Human: q2"}],
+        2,
+        "1 with two answers without a prompt",
+    ),
+    "a side too long": (
+        [PAIR, PAIR | {"rejected": "a " * 9000}],
+        0,
+        "dropped 1: an answer beyond 4096 tokens",
+    ),
+    "a boolean label": (
+        [{"prompt": "q", "completion": "a", "label": False}],
+        2,
+        "no record of a known form",
+    ),
 }
 
 
@@ -144,7 +377,12 @@ def test_pairs(case, house, tmp_path):
     records, status, words = PAIRS[case]
     shutil.copytree(house / "base", tmp_path / "base")
     (tmp_path / "d.jsonl").write_bytes(lines(records))
-    check(tmp_path, ["d.jsonl" if part == "FILE" else part for part in CHAT] + ["--pairs"], status, words)
+    check(
+        tmp_path,
+        ["d.jsonl" if part == "FILE" else part for part in CHAT] + ["--pairs"],
+        status,
+        words,
+    )
 
 
 def check(folder: Path, command: list, status: int, words: str) -> None:
@@ -160,7 +398,10 @@ def check(folder: Path, command: list, status: int, words: str) -> None:
 
 def contents(folder: Path) -> dict:
     """What is in a folder: of files the bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
 
 
 # ---- checkpoints, value networks, maps, tokenizers: what is done to the folder, the command, and what it says
@@ -168,10 +409,14 @@ def contents(folder: Path) -> dict:
 
 def edit(name: str, **fields):
     """Fields of a JSON file set, or with None taken out."""
+
     def act(folder: Path) -> None:
         file = folder / name
         old = json.loads(file.read_text()) if file.exists() else {}
-        file.write_text(json.dumps({key: value for key, value in (old | fields).items() if value is not None}))
+        file.write_text(
+            json.dumps({key: value for key, value in (old | fields).items() if value is not None})
+        )
+
     return act
 
 
@@ -181,14 +426,29 @@ def write(name: str, content: bytes):
 
 def tensors(name: str, change):
     """All tensors of a safetensors file put through a function of name and tensor; it returns pairs."""
+
     def act(folder: Path) -> None:
         found = load_file(folder / name)
-        save_file(dict(pair for key, tensor in found.items() for pair in change(key, tensor)), folder / name)
+        save_file(
+            dict(pair for key, tensor in found.items() for pair in change(key, tensor)),
+            folder / name,
+        )
+
     return act
 
 
 def fill(name: str, start: str, number: float, dtype=torch.float32):
-    return tensors(name, lambda key, tensor: [(key, torch.full_like(tensor, number, dtype=dtype) if key.startswith(start) else tensor.to(dtype))])
+    return tensors(
+        name,
+        lambda key, tensor: [
+            (
+                key,
+                torch.full_like(tensor, number, dtype=dtype)
+                if key.startswith(start)
+                else tensor.to(dtype),
+            )
+        ],
+    )
 
 
 def rename(old: str, new: str):
@@ -205,10 +465,12 @@ def pipe(name: str):
 
 def index(files: list[str]):
     """An index that names these files in turn."""
+
     def act(folder: Path) -> None:
         names = sorted(load_file(folder / "base/model.safetensors"))
         table = {name: files[number % len(files)] for number, name in enumerate(names)}
         (folder / "base/model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+
     return act
 
 
@@ -221,93 +483,404 @@ def snapshot(folder: Path) -> None:
 W, C = "base/model.safetensors", "base/config.json"
 FOLDERS = {
     "no config": (rename(C, "base/x"), TRAIN, 2, "config.json: not there"),
-    "a config with a mark": (lambda f: (f / C).write_bytes(codecs.BOM_UTF8 + (f / C).read_bytes()), TRAIN, 0, "base+value"),
-    "a config in utf-16": (lambda f: (f / C).write_bytes((f / C).read_text().encode("utf-16")), TRAIN, 0, "base+value"),
-    "a config as pipe": (pipe(C), TRAIN, 2, "a pipe or a device"), "an lfs config": (write(C, LFS), TRAIN, 2, "`git lfs pull`"),
+    "a config with a mark": (
+        lambda f: (f / C).write_bytes(codecs.BOM_UTF8 + (f / C).read_bytes()),
+        TRAIN,
+        0,
+        "base+value",
+    ),
+    "a config in utf-16": (
+        lambda f: (f / C).write_bytes((f / C).read_text().encode("utf-16")),
+        TRAIN,
+        0,
+        "base+value",
+    ),
+    "a config as pipe": (pipe(C), TRAIN, 2, "a pipe or a device"),
+    "an lfs config": (write(C, LFS), TRAIN, 2, "`git lfs pull`"),
     "another model": (edit(C, model_type="mistral"), TRAIN, 2, "only 'llama' is supported"),
-    "10000 layers": (edit(C, num_hidden_layers=10_000), TRAIN, 2, "num_hidden_layers is 10000, but the weights are of 1 layers"),
-    "2 layers": (edit(C, num_hidden_layers=2), SAMPLE, 2, "num_hidden_layers is 2, but the weights are of 1 layers"),
-    "endless digits": (write(C, b'{"vocab_size": ' + b"1" * 5000 + b"}"), TRAIN, 2, "a number of thousands of digits"),
-    "dynamic rope": (edit(C, rope_scaling={"type": "dynamic", "factor": 2.0}), SAMPLE, 0, "base + value"),
-    "dynamic rope, new spelling": (edit(C, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), SAMPLE, 0, "base + value"),
-    "yarn rope": (edit(C, rope_scaling={"type": "yarn", "factor": 2.0}), SAMPLE, 2, "rope_type 'yarn' is not supported"),
+    "10000 layers": (
+        edit(C, num_hidden_layers=10_000),
+        TRAIN,
+        2,
+        "num_hidden_layers is 10000, but the weights are of 1 layers",
+    ),
+    "2 layers": (
+        edit(C, num_hidden_layers=2),
+        SAMPLE,
+        2,
+        "num_hidden_layers is 2, but the weights are of 1 layers",
+    ),
+    "endless digits": (
+        write(C, b'{"vocab_size": ' + b"1" * 5000 + b"}"),
+        TRAIN,
+        2,
+        "a number of thousands of digits",
+    ),
+    "dynamic rope": (
+        edit(C, rope_scaling={"type": "dynamic", "factor": 2.0}),
+        SAMPLE,
+        0,
+        "base + value",
+    ),
+    "dynamic rope, new spelling": (
+        edit(C, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}),
+        SAMPLE,
+        0,
+        "base + value",
+    ),
+    "yarn rope": (
+        edit(C, rope_scaling={"type": "yarn", "factor": 2.0}),
+        SAMPLE,
+        2,
+        "rope_type 'yarn' is not supported",
+    ),
     "eos a text": (edit(C, eos_token_id="2"), SAMPLE, 2, "eos_token_id must be a token id"),
-    "eos of generation a text": (edit("base/generation_config.json", eos_token_id=["x"]), SAMPLE, 2, "generation_config.json: eos_token_id"),
-    "generation config broken": (write("base/generation_config.json", b"{"), SAMPLE, 2, "generation_config.json: not JSON"),
-    "eos a list": (edit("base/generation_config.json", eos_token_id=[2, 7]), SAMPLE, 0, "base + value"),
-    "lfs weights": (write(W, LFS), TRAIN, 2, "`git lfs pull`"), "lfs weights, sample": (write(W, LFS), SAMPLE, 2, "`git lfs pull`"),
-    "empty weights": (write(W, b""), TRAIN, 2, "truncated or not safetensors"), "weights as pipe": (pipe(W), TRAIN, 2, "a pipe or a device"),
+    "eos of generation a text": (
+        edit("base/generation_config.json", eos_token_id=["x"]),
+        SAMPLE,
+        2,
+        "generation_config.json: eos_token_id",
+    ),
+    "generation config broken": (
+        write("base/generation_config.json", b"{"),
+        SAMPLE,
+        2,
+        "generation_config.json: not JSON",
+    ),
+    "eos a list": (
+        edit("base/generation_config.json", eos_token_id=[2, 7]),
+        SAMPLE,
+        0,
+        "base + value",
+    ),
+    "lfs weights": (write(W, LFS), TRAIN, 2, "`git lfs pull`"),
+    "lfs weights, sample": (write(W, LFS), SAMPLE, 2, "`git lfs pull`"),
+    "empty weights": (write(W, b""), TRAIN, 2, "truncated or not safetensors"),
+    "weights as pipe": (pipe(W), TRAIN, 2, "a pipe or a device"),
     "weights of html": (write(W, b"<html>not found"), SAMPLE, 2, "a web page"),
-    "weights as device": (lambda f: ((f / W).unlink(), (f / W).symlink_to("/dev/zero")), SAMPLE, 2, "a pipe or a device"),
-    "torch.compile's names": (tensors(W, lambda k, t: [("_orig_mod." + k, t)]), TRAIN, 2, "named _orig_mod...., as by a model that torch.compile"),
-    "DataParallel's names": (tensors(W, lambda k, t: [("module." + k, t)]), SAMPLE, 2, "a model that DataParallel wrapped"),
-    "peft's names": (tensors(W, lambda k, t: [("base_model.model." + k, t)]), SAMPLE, 2, "a model that peft wrapped"),
-    "somebody's names": (tensors(W, lambda k, t: [("net." + k, t)]), SAMPLE, 2, "a wrapper around the model"),
-    "rotary buffers": (tensors(W, lambda k, t: [(k, t), ("model.rotary_emb.inv_freq", torch.ones(4)),
-                                                ("model.layers.0.self_attn.rotary_emb.cos_cached", torch.ones(4))]), SAMPLE, 0, "base + value"),
-    "Meta's rotary buffer": (tensors(W, lambda k, t: [(k, t), ("rope.freqs", torch.ones(4))]), SAMPLE, 0, "base + value"),
-    "a tensor too many": (tensors(W, lambda k, t: [(k, t), ("model.extra", torch.ones(4))]), SAMPLE, 2, "unexpected tensor model.extra"),
-    "NaN in the base": (fill(W, "model.norm", float("nan")), TRAIN, 2, "the base's own cross-entropy is nan"),
-    "NaN in the base, sample": (fill(W, "model.norm", float("nan")), SAMPLE, 2, "the base's logits are no numbers (nan or inf) in float32"),
-    "NaN in the base, explain": (fill(W, "model.norm", float("nan")), [*SAMPLE, "--explain"], 2, "the base's logits are no numbers"),
-    "NaN in the base, page": (fill(W, "model.norm", float("nan")), PAGE, 2, "the base's logits are no numbers"),
-    "NaN in the base, full": (fill(W, "model.norm", float("nan")), [*TRAIN[:3], "--full", *TRAIN[4:]], 2, "the network that training starts from"),
-    "NaN in the value network": (fill("value/model.safetensors", "model.norm", float("nan")), SAMPLE, 2, "the value network's logits"),
-    "NaN in the value network, map": (several(fill("value/model.safetensors", "model.norm", float("nan"))),
-                                      [*SAMPLE, "--vocab-map", "map.safetensors"], 2, "the value network's logits"),
-    "NaN in the base, map": (fill(W, "model.norm", float("nan")), [*SAMPLE, "--vocab-map", "map.safetensors"], 2, "the base's logits"),
-    "NaN, further training": (fill("value/model.safetensors", "lm_head", float("nan")), [*TRAIN[:4], "value", *TRAIN[4:]], 2,
-                              "the network that training starts from, value"),
-    "fp16 overflows": (fill(W, "model.norm", 60000.0, torch.float16), [*SAMPLE, "--dtype", "float16"], 2, "in float16"),
-    "an index of another save": (several(index(["model-00001-of-00003.safetensors"]), rename(W, "base/model-00001-of-00002.safetensors")), TRAIN, 2,
-                                 "names 1 files that are not there, model-00001-of-00003.safetensors first"),
-    "an index of another save, single": (index(["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"]), SAMPLE, 2,
-                                         "names 2 files that are not there"),
-    "an index without its shard": (several(index(["a.safetensors", "model.safetensors"])), SAMPLE, 2, "a.safetensors: not there"),
-    "an index of paths": (index(["../model.safetensors"]), SAMPLE, 2, "is no name of a file beside it"),
-    "an index as pipe": (pipe("base/model.safetensors.index.json"), SAMPLE, 2, "a pipe or a device"),
+    "weights as device": (
+        lambda f: ((f / W).unlink(), (f / W).symlink_to("/dev/zero")),
+        SAMPLE,
+        2,
+        "a pipe or a device",
+    ),
+    "torch.compile's names": (
+        tensors(W, lambda k, t: [("_orig_mod." + k, t)]),
+        TRAIN,
+        2,
+        "named _orig_mod...., as by a model that torch.compile",
+    ),
+    "DataParallel's names": (
+        tensors(W, lambda k, t: [("module." + k, t)]),
+        SAMPLE,
+        2,
+        "a model that DataParallel wrapped",
+    ),
+    "peft's names": (
+        tensors(W, lambda k, t: [("base_model.model." + k, t)]),
+        SAMPLE,
+        2,
+        "a model that peft wrapped",
+    ),
+    "somebody's names": (
+        tensors(W, lambda k, t: [("net." + k, t)]),
+        SAMPLE,
+        2,
+        "a wrapper around the model",
+    ),
+    "rotary buffers": (
+        tensors(
+            W,
+            lambda k, t: [
+                (k, t),
+                ("model.rotary_emb.inv_freq", torch.ones(4)),
+                ("model.layers.0.self_attn.rotary_emb.cos_cached", torch.ones(4)),
+            ],
+        ),
+        SAMPLE,
+        0,
+        "base + value",
+    ),
+    "Meta's rotary buffer": (
+        tensors(W, lambda k, t: [(k, t), ("rope.freqs", torch.ones(4))]),
+        SAMPLE,
+        0,
+        "base + value",
+    ),
+    "a tensor too many": (
+        tensors(W, lambda k, t: [(k, t), ("model.extra", torch.ones(4))]),
+        SAMPLE,
+        2,
+        "unexpected tensor model.extra",
+    ),
+    "NaN in the base": (
+        fill(W, "model.norm", float("nan")),
+        TRAIN,
+        2,
+        "the base's own cross-entropy is nan",
+    ),
+    "NaN in the base, sample": (
+        fill(W, "model.norm", float("nan")),
+        SAMPLE,
+        2,
+        "the base's logits are no numbers (nan or inf) in float32",
+    ),
+    "NaN in the base, explain": (
+        fill(W, "model.norm", float("nan")),
+        [*SAMPLE, "--explain"],
+        2,
+        "the base's logits are no numbers",
+    ),
+    "NaN in the base, page": (
+        fill(W, "model.norm", float("nan")),
+        PAGE,
+        2,
+        "the base's logits are no numbers",
+    ),
+    "NaN in the base, full": (
+        fill(W, "model.norm", float("nan")),
+        [*TRAIN[:3], "--full", *TRAIN[4:]],
+        2,
+        "the network that training starts from",
+    ),
+    "NaN in the value network": (
+        fill("value/model.safetensors", "model.norm", float("nan")),
+        SAMPLE,
+        2,
+        "the value network's logits",
+    ),
+    "NaN in the value network, map": (
+        several(fill("value/model.safetensors", "model.norm", float("nan"))),
+        [*SAMPLE, "--vocab-map", "map.safetensors"],
+        2,
+        "the value network's logits",
+    ),
+    "NaN in the base, map": (
+        fill(W, "model.norm", float("nan")),
+        [*SAMPLE, "--vocab-map", "map.safetensors"],
+        2,
+        "the base's logits",
+    ),
+    "NaN, further training": (
+        fill("value/model.safetensors", "lm_head", float("nan")),
+        [*TRAIN[:4], "value", *TRAIN[4:]],
+        2,
+        "the network that training starts from, value",
+    ),
+    "fp16 overflows": (
+        fill(W, "model.norm", 60000.0, torch.float16),
+        [*SAMPLE, "--dtype", "float16"],
+        2,
+        "in float16",
+    ),
+    "an index of another save": (
+        several(
+            index(["model-00001-of-00003.safetensors"]),
+            rename(W, "base/model-00001-of-00002.safetensors"),
+        ),
+        TRAIN,
+        2,
+        "names 1 files that are not there, model-00001-of-00003.safetensors first",
+    ),
+    "an index of another save, single": (
+        index(["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"]),
+        SAMPLE,
+        2,
+        "names 2 files that are not there",
+    ),
+    "an index without its shard": (
+        several(index(["a.safetensors", "model.safetensors"])),
+        SAMPLE,
+        2,
+        "a.safetensors: not there",
+    ),
+    "an index of paths": (
+        index(["../model.safetensors"]),
+        SAMPLE,
+        2,
+        "is no name of a file beside it",
+    ),
+    "an index as pipe": (
+        pipe("base/model.safetensors.index.json"),
+        SAMPLE,
+        2,
+        "a pipe or a device",
+    ),
     "an adapter": (rename(W, "base/adapter_model.safetensors"), SAMPLE, 2, "a LoRA adapter"),
-    "gguf": (rename(W, "base/model.gguf"), SAMPLE, 2, "weights as GGUF"), "Meta's": (rename(W, "base/consolidated.00.pth"), TRAIN, 2, "Meta's own pickles"),
-    "a hub cache's root": (snapshot, [*SAMPLE, "--base", "hub/models--org--tiny-model"], 2, "the checkpoint is hub/models--org--tiny-model/snapshots/abc"),
-    "a hub cache's root, train": (snapshot, ["train.py", "--base", "hub/models--org--tiny-model", *TRAIN[3:]], 2, "snapshots/abc"),
-    "a hub cache's snapshot": (snapshot, ["train.py", "--base", "hub/models--org--tiny-model/snapshots/abc", *TRAIN[3:]], 0,
-                               "saved out/seed0/value-residual-tiny-model"),
-    "a hub name": (None, ["train.py", "--base", "meta-llama/Llama-2-7b-hf", *TRAIN[3:]], 2, "`hf download meta-llama/Llama-2-7b-hf`"),
+    "gguf": (rename(W, "base/model.gguf"), SAMPLE, 2, "weights as GGUF"),
+    "Meta's": (rename(W, "base/consolidated.00.pth"), TRAIN, 2, "Meta's own pickles"),
+    "a hub cache's root": (
+        snapshot,
+        [*SAMPLE, "--base", "hub/models--org--tiny-model"],
+        2,
+        "the checkpoint is hub/models--org--tiny-model/snapshots/abc",
+    ),
+    "a hub cache's root, train": (
+        snapshot,
+        ["train.py", "--base", "hub/models--org--tiny-model", *TRAIN[3:]],
+        2,
+        "snapshots/abc",
+    ),
+    "a hub cache's snapshot": (
+        snapshot,
+        ["train.py", "--base", "hub/models--org--tiny-model/snapshots/abc", *TRAIN[3:]],
+        0,
+        "saved out/seed0/value-residual-tiny-model",
+    ),
+    "a hub name": (
+        None,
+        ["train.py", "--base", "meta-llama/Llama-2-7b-hf", *TRAIN[3:]],
+        2,
+        "`hf download meta-llama/Llama-2-7b-hf`",
+    ),
     "a hub name, sample": (None, [*SAMPLE, "--base", "org/model"], 2, "`hf download org/model`"),
     "a file as base": (None, [*SAMPLE, "--base", "chats.jsonl"], 2, "chats.jsonl"),
-    "lfs tokenizer": (write("base/tokenizer.model", LFS), TRAIN, 2, "`git lfs pull`"), "empty tokenizer": (write("base/tokenizer.model", b""), SAMPLE, 2, "an empty file"),
-    "a tokenizer.json renamed": (write("base/tokenizer.model", b'{"model": {}}'), TRAIN, 2, "its model has no vocab, or no merges"),
+    "lfs tokenizer": (write("base/tokenizer.model", LFS), TRAIN, 2, "`git lfs pull`"),
+    "empty tokenizer": (write("base/tokenizer.model", b""), SAMPLE, 2, "an empty file"),
+    "a tokenizer.json renamed": (
+        write("base/tokenizer.model", b'{"model": {}}'),
+        TRAIN,
+        2,
+        "its model has no vocab, or no merges",
+    ),
     "a tokenizer as pipe": (pipe("base/tokenizer.model"), SAMPLE, 2, "a pipe or a device"),
-    "tiktoken of three fields": (write("base/tokenizer.model", b"aGU= 0\naGU= 1 2\n"), TRAIN, 2, "line 2 is not a token in base64 and its rank"),
-    "tiktoken of huge ranks": (write("base/tokenizer.model", b"aGU= 0\nZGU= " + b"9" * 5000), TRAIN, 2, "line 2 is not a token"),
-    "another tokenizer beside V": (lambda f: (f / "value/tokenizer.model").write_bytes(bytes_only()), SAMPLE, 2, "is not the one that its ivl.json records"),
-    "another tokenizer beside V, train": (edit("value/ivl.json", tokenizer={"size": 1024, "fingerprint": "x"}), [*TRAIN[:4], "value", *TRAIN[4:]], 2,
-                                          "is not the one that its ivl.json records"),
-    "ivl.json without bases": (edit("value/ivl.json", bases=[]), SAMPLE, 2, "its field bases is []"),
-    "ivl.json of another template": (edit("value/ivl.json", template="chatml2"), SAMPLE, 2, 'its field template is "chatml2"'),
-    "ivl.json without a seed": (edit("value/ivl.json", seed=None), SAMPLE, 2, "its field seed is missing"),
-    "ivl.json, a system of numbers": (edit("value/ivl.json", system=3), SAMPLE, 2, "its field system is 3"),
-    "ivl.json, a system prompt": (edit("value/ivl.json", system="Be brief."), SAMPLE, 0, "system prompt 'Be brief.'"),
+    "tiktoken of three fields": (
+        write("base/tokenizer.model", b"aGU= 0\naGU= 1 2\n"),
+        TRAIN,
+        2,
+        "line 2 is not a token in base64 and its rank",
+    ),
+    "tiktoken of huge ranks": (
+        write("base/tokenizer.model", b"aGU= 0\nZGU= " + b"9" * 5000),
+        TRAIN,
+        2,
+        "line 2 is not a token",
+    ),
+    "another tokenizer beside V": (
+        lambda f: (f / "value/tokenizer.model").write_bytes(bytes_only()),
+        SAMPLE,
+        2,
+        "is not the one that its ivl.json records",
+    ),
+    "another tokenizer beside V, train": (
+        edit("value/ivl.json", tokenizer={"size": 1024, "fingerprint": "x"}),
+        [*TRAIN[:4], "value", *TRAIN[4:]],
+        2,
+        "is not the one that its ivl.json records",
+    ),
+    "ivl.json without bases": (
+        edit("value/ivl.json", bases=[]),
+        SAMPLE,
+        2,
+        "its field bases is []",
+    ),
+    "ivl.json of another template": (
+        edit("value/ivl.json", template="chatml2"),
+        SAMPLE,
+        2,
+        'its field template is "chatml2"',
+    ),
+    "ivl.json without a seed": (
+        edit("value/ivl.json", seed=None),
+        SAMPLE,
+        2,
+        "its field seed is missing",
+    ),
+    "ivl.json, a system of numbers": (
+        edit("value/ivl.json", system=3),
+        SAMPLE,
+        2,
+        "its field system is 3",
+    ),
+    "ivl.json, a system prompt": (
+        edit("value/ivl.json", system="Be brief."),
+        SAMPLE,
+        0,
+        "system prompt 'Be brief.'",
+    ),
     "ivl.json as pipe": (pipe("value/ivl.json"), SAMPLE, 2, "a pipe or a device"),
-    "a map with NaN": (fill("map.safetensors", "weight", float("nan")), [*SAMPLE, "--vocab-map", "map.safetensors"], 2, "vocabulary map"),
-    "a map as pipe": (pipe("map.safetensors"), [*SAMPLE, "--vocab-map", "map.safetensors"], 2, "a pipe or a device"),
-    "an lfs map": (write("map.safetensors", LFS), [*SAMPLE, "--vocab-map", "map.safetensors"], 2, "map.safetensors"),
-    "an expert of another chat": (edit("value/tokenizer_config.json", chat_template="<|im_start|>user"),
-                                  ["sample.py", "--expert", "value2", "--anti-expert", "base", "--prompt", "Hi", "--max-new-tokens", 2], 0,
-                                  "its own chat_template looks like chatml, and it is asked in llama-2"),
-    "no ivl.json": (None, ["sample.py", "--value", "value2", "--base", "base", "--prompt", "Hi"], 2, "no ivl.json, so this is no value network"),
-    "a scheme for no ivl.json": (None, ["sample.py", "--value", "value2", *PLAIN[3:]], 0, "of its tokenizer, only whether it fits the base's"),
-    "a scheme beside ivl.json": (None, PLAIN, 2, "it has an ivl.json, which says its scheme and template"),
-    "a scheme without a base": (None, [*PLAIN[:3], *PLAIN[5:]], 2, "name the base too, with --base"),
-    "a scheme of another vocabulary": (lambda f: (f / "base/tokenizer.model").write_bytes(bytes_only()),
-                                       ["sample.py", "--value", "value2", *PLAIN[3:], "--scheme", "cascade"], 2, "has no use for a base"),
-    "a scheme, no weights": (lambda f: (f / "value/model.safetensors").unlink(), ["sample.py", "--value", "value2", *PLAIN[3:]], 2, "model.safetensors"),
-    "a template beside ivl.json": (None, [*SAMPLE, "--template", "llama-2"], 2, "a value network records its own"),
+    "a map with NaN": (
+        fill("map.safetensors", "weight", float("nan")),
+        [*SAMPLE, "--vocab-map", "map.safetensors"],
+        2,
+        "vocabulary map",
+    ),
+    "a map as pipe": (
+        pipe("map.safetensors"),
+        [*SAMPLE, "--vocab-map", "map.safetensors"],
+        2,
+        "a pipe or a device",
+    ),
+    "an lfs map": (
+        write("map.safetensors", LFS),
+        [*SAMPLE, "--vocab-map", "map.safetensors"],
+        2,
+        "map.safetensors",
+    ),
+    "an expert of another chat": (
+        edit("value/tokenizer_config.json", chat_template="<|im_start|>user"),
+        [
+            "sample.py",
+            "--expert",
+            "value2",
+            "--anti-expert",
+            "base",
+            "--prompt",
+            "Hi",
+            "--max-new-tokens",
+            2,
+        ],
+        0,
+        "its own chat_template looks like chatml, and it is asked in llama-2",
+    ),
+    "no ivl.json": (
+        None,
+        ["sample.py", "--value", "value2", "--base", "base", "--prompt", "Hi"],
+        2,
+        "no ivl.json, so this is no value network",
+    ),
+    "a scheme for no ivl.json": (
+        None,
+        ["sample.py", "--value", "value2", *PLAIN[3:]],
+        0,
+        "of its tokenizer, only whether it fits the base's",
+    ),
+    "a scheme beside ivl.json": (
+        None,
+        PLAIN,
+        2,
+        "it has an ivl.json, which says its scheme and template",
+    ),
+    "a scheme without a base": (
+        None,
+        [*PLAIN[:3], *PLAIN[5:]],
+        2,
+        "name the base too, with --base",
+    ),
+    "a scheme of another vocabulary": (
+        lambda f: (f / "base/tokenizer.model").write_bytes(bytes_only()),
+        ["sample.py", "--value", "value2", *PLAIN[3:], "--scheme", "cascade"],
+        2,
+        "has no use for a base",
+    ),
+    "a scheme, no weights": (
+        lambda f: (f / "value/model.safetensors").unlink(),
+        ["sample.py", "--value", "value2", *PLAIN[3:]],
+        2,
+        "model.safetensors",
+    ),
+    "a template beside ivl.json": (
+        None,
+        [*SAMPLE, "--template", "llama-2"],
+        2,
+        "a value network records its own",
+    ),
 }
 
 
 def bytes_only() -> bytes:
     from tests.helpers import byte_pairs
+
     return byte_pairs()
 
 
@@ -330,39 +903,135 @@ def test_folders(case, house, tmp_path, monkeypatch):
 
 
 OUT = {  # what is done, the command, and what it says
-    "out a folder": (None, [*MAP[:-1], "base"], 2, "a folder; name a file"), "out a device": (None, [*MAP[:-1], "/dev/null"], 2, "no regular file"),
-    "out a link": (lambda f: (f / "l").symlink_to("chats.jsonl"), [*MAP[:-1], "l"], 2, "a symbolic link"),
-    "out a dead link": (lambda f: (f / "l").symlink_to("nothing"), [*MAP[:-1], "l"], 2, "a symbolic link"),
+    "out a folder": (None, [*MAP[:-1], "base"], 2, "a folder; name a file"),
+    "out a device": (None, [*MAP[:-1], "/dev/null"], 2, "no regular file"),
+    "out a link": (
+        lambda f: (f / "l").symlink_to("chats.jsonl"),
+        [*MAP[:-1], "l"],
+        2,
+        "a symbolic link",
+    ),
+    "out a dead link": (
+        lambda f: (f / "l").symlink_to("nothing"),
+        [*MAP[:-1], "l"],
+        2,
+        "a symbolic link",
+    ),
     "out somebody's": (None, [*MAP[:-1], "chats.jsonl"], 2, "exists, and is no vocabulary map"),
     "out a checkpoint's": (None, [*MAP[:-1], W], 2, "exists, and is no vocabulary map"),
-    "out a map": (None, [*MAP[:-1], "map.safetensors"], 0, "saved map.safetensors"), "out nowhere": (None, [*MAP[:-1], "no/map"], 2, "there is no folder no"),
+    "out a map": (None, [*MAP[:-1], "map.safetensors"], 0, "saved map.safetensors"),
+    "out nowhere": (None, [*MAP[:-1], "no/map"], 2, "there is no folder no"),
     "out in a file": (None, [*MAP[:-1], "chats.jsonl/map"], 2, "there is no folder chats.jsonl"),
     "out too long": (None, [*MAP[:-1], "m" * 300], 2, "File name too long"),
-    "page a folder": (None, [*PAGE, "--out", "base"], 2, "a folder; name a file"), "page somebody's": (None, [*PAGE, "--out", "texts.txt"], 2, "is no page of this kind"),
-    "page a device": (None, [*PAGE, "--out", "/dev/full"], 2, "no regular file"), "page a link": (lambda f: (f / "l").symlink_to("x"), [*PAGE, "--out", "l"], 2, "a symbolic link"),
-    "page empty": (write("p.html", b""), [*PAGE, "--out", "p.html"], 2, "is no page of this kind"), "page new": (None, [*PAGE, "--out", "p.html"], 0, "saved p.html"),
-    "a picture somebody's": (None, [*PAGE, "--out", "p.html", "--screenshot", "texts.txt"], 2, "exists, and is no picture"),
-    "the world's out somebody's": (None, ["tiny_world.py", "--infinity", "texts.txt"], 2, "texts.txt"),
-    "a lock that is a link": (lambda f: ((f / "o.training").mkdir(), (f / "o.training/lock").symlink_to(f / "chats.jsonl")), [*TRAIN, "--out", "o"], 2, "is no run of train.py"),
+    "page a folder": (None, [*PAGE, "--out", "base"], 2, "a folder; name a file"),
+    "page somebody's": (None, [*PAGE, "--out", "texts.txt"], 2, "is no page of this kind"),
+    "page a device": (None, [*PAGE, "--out", "/dev/full"], 2, "no regular file"),
+    "page a link": (
+        lambda f: (f / "l").symlink_to("x"),
+        [*PAGE, "--out", "l"],
+        2,
+        "a symbolic link",
+    ),
+    "page empty": (write("p.html", b""), [*PAGE, "--out", "p.html"], 2, "is no page of this kind"),
+    "page new": (None, [*PAGE, "--out", "p.html"], 0, "saved p.html"),
+    "a picture somebody's": (
+        None,
+        [*PAGE, "--out", "p.html", "--screenshot", "texts.txt"],
+        2,
+        "exists, and is no picture",
+    ),
+    "the world's out somebody's": (
+        None,
+        ["tiny_world.py", "--infinity", "texts.txt"],
+        2,
+        "texts.txt",
+    ),
+    "a lock that is a link": (
+        lambda f: (
+            (f / "o.training").mkdir(),
+            (f / "o.training/lock").symlink_to(f / "chats.jsonl"),
+        ),
+        [*TRAIN, "--out", "o"],
+        2,
+        "is no run of train.py",
+    ),
     "a run's folder a file": (write("o.training", b"x"), [*TRAIN, "--out", "o"], 2, "o.training"),
-    "all held out": (None, [*TRAIN, "--held-out", 20], 2, "20 usable conversations, and 20 of them to hold out"),
-    "none held out": (None, [*TRAIN, "--held-out", 0], 0, "20 conversations"), "held out": (None, [*TRAIN, "--held-out", 3], 0, "(17 to train on, 3 held out)"),
-    "held out, a tenth": (None, TRAIN, 0, "(18 to train on, 2 held out)"), "held out of the world": (None, ["train.py", "--value", "--held-out", 3], 2, "--held-out goes with --data"),
+    "all held out": (
+        None,
+        [*TRAIN, "--held-out", 20],
+        2,
+        "20 usable conversations, and 20 of them to hold out",
+    ),
+    "none held out": (None, [*TRAIN, "--held-out", 0], 0, "20 conversations"),
+    "held out": (None, [*TRAIN, "--held-out", 3], 0, "(17 to train on, 3 held out)"),
+    "held out, a tenth": (None, TRAIN, 0, "(18 to train on, 2 held out)"),
+    "held out of the world": (
+        None,
+        ["train.py", "--value", "--held-out", 3],
+        2,
+        "--held-out goes with --data",
+    ),
     "held out minus one": (None, [*TRAIN, "--held-out", -1], 2, "argument --held-out"),
-    "one conversation": (write("chats.jsonl", ONE), TRAIN, 2, "1 usable conversations"), "data a pipe": (pipe("chats.jsonl"), TRAIN, 2, "a pipe or a device"),
-    "data a device": (None, [*TRAIN[:5], "/dev/zero", *TRAIN[6:]], 2, "a pipe or a device"), "data a folder": (None, [*TRAIN[:5], "base", *TRAIN[6:]], 2, "Is a directory"),
-    "data no name": (None, [*TRAIN[:5], "x" * 300, *TRAIN[6:]], 2, "File name too long"), "data not UTF-8": (None, [*TRAIN[:5], "\udcff.jsonl", *TRAIN[6:]], 2, "--data is not UTF-8"),
-    "system not UTF-8": (None, [*TRAIN, "--system", "\udcff"], 2, "--system is not UTF-8"), "out not UTF-8": (None, [*TRAIN, "--out", "\udcff"], 2, "--out is not UTF-8"),
-    "texts a pipe": (pipe("t.txt"), [*MAP, "--how", "dtw", "--texts", "t.txt"], 2, "a pipe or a device"),
-    "eval a folder": (None, [*MAP, "--eval", "base"], 2, "Is a directory"), "texts in lfs": (write("t.txt", LFS), [*MAP, "--eval", "t.txt"], 2, "`git lfs pull`"),
-    "texts in gzip": (write("t.txt.gz", gzip.compress(b"hello\n\nworld")), [*MAP, "--how", "dtw", "--texts", "t.txt.gz"], 0, "2 of 2 texts"),
-    "texts in an array": (write("t.json", b'[{"text": "hello"}, {"text": ""}]'), [*MAP, "--how", "dtw", "--texts", "t.json"], 0, "1 texts; dropped 1: no text"),
-    "texts of 300000 letters": (write("t.txt", b"a" * 300_000), [*MAP, "--eval", "t.txt"], 0, "cut 1 of more than 2000 characters"),
-    "conversations as texts": (None, [*MAP, "--how", "offsets", "--texts", "chats.jsonl"], 0, "20 of 20 texts"),
-    "a probe of everything": (None, [*TRAIN, "--scheme", "probe", "--probe-width", 4_000_000_000], 2, "out of memory"),
-    "a long prompt": (None, ["sample.py", "--value", "value", "--prompt", "a" * 300_000], 2, "tokens long, and the checkpoint ends at 128"),
-    "a template of no such name": (None, [*TRAIN, "--template", "vicuna"], 2, "argument --template"),
-    "a system prompt": (None, [*SAMPLE, "--system", "Be brief."], 0, "system prompt 'Be brief.'"), "the template": (None, SAMPLE, 0, "template llama-2"),
+    "one conversation": (write("chats.jsonl", ONE), TRAIN, 2, "1 usable conversations"),
+    "data a pipe": (pipe("chats.jsonl"), TRAIN, 2, "a pipe or a device"),
+    "data a device": (None, [*TRAIN[:5], "/dev/zero", *TRAIN[6:]], 2, "a pipe or a device"),
+    "data a folder": (None, [*TRAIN[:5], "base", *TRAIN[6:]], 2, "Is a directory"),
+    "data no name": (None, [*TRAIN[:5], "x" * 300, *TRAIN[6:]], 2, "File name too long"),
+    "data not UTF-8": (None, [*TRAIN[:5], "\udcff.jsonl", *TRAIN[6:]], 2, "--data is not UTF-8"),
+    "system not UTF-8": (None, [*TRAIN, "--system", "\udcff"], 2, "--system is not UTF-8"),
+    "out not UTF-8": (None, [*TRAIN, "--out", "\udcff"], 2, "--out is not UTF-8"),
+    "texts a pipe": (
+        pipe("t.txt"),
+        [*MAP, "--how", "dtw", "--texts", "t.txt"],
+        2,
+        "a pipe or a device",
+    ),
+    "eval a folder": (None, [*MAP, "--eval", "base"], 2, "Is a directory"),
+    "texts in lfs": (write("t.txt", LFS), [*MAP, "--eval", "t.txt"], 2, "`git lfs pull`"),
+    "texts in gzip": (
+        write("t.txt.gz", gzip.compress(b"hello\n\nworld")),
+        [*MAP, "--how", "dtw", "--texts", "t.txt.gz"],
+        0,
+        "2 of 2 texts",
+    ),
+    "texts in an array": (
+        write("t.json", b'[{"text": "hello"}, {"text": ""}]'),
+        [*MAP, "--how", "dtw", "--texts", "t.json"],
+        0,
+        "1 texts; dropped 1: no text",
+    ),
+    "texts of 300000 letters": (
+        write("t.txt", b"a" * 300_000),
+        [*MAP, "--eval", "t.txt"],
+        0,
+        "cut 1 of more than 2000 characters",
+    ),
+    "conversations as texts": (
+        None,
+        [*MAP, "--how", "offsets", "--texts", "chats.jsonl"],
+        0,
+        "20 of 20 texts",
+    ),
+    "a probe of everything": (
+        None,
+        [*TRAIN, "--scheme", "probe", "--probe-width", 4_000_000_000],
+        2,
+        "out of memory",
+    ),
+    "a long prompt": (
+        None,
+        ["sample.py", "--value", "value", "--prompt", "a" * 300_000],
+        2,
+        "tokens long, and the checkpoint ends at 128",
+    ),
+    "a template of no such name": (
+        None,
+        [*TRAIN, "--template", "vicuna"],
+        2,
+        "argument --template",
+    ),
+    "a system prompt": (None, [*SAMPLE, "--system", "Be brief."], 0, "system prompt 'Be brief.'"),
+    "the template": (None, SAMPLE, 0, "template llama-2"),
 }
 
 

@@ -6,17 +6,32 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.chat import (ChatDataset, PairDataset, chat_batches, collate, default_template, encode_chat, end_token, hold_out,
-                       share_preferred, stream_batches)
+from data.chat import (
+    ChatDataset,
+    PairDataset,
+    chat_batches,
+    collate,
+    default_template,
+    encode_chat,
+    end_token,
+    hold_out,
+    share_preferred,
+    stream_batches,
+)
 from data.errors import UsageError
 from data.records import UnknownForm, Unusable, read_pair, read_turns
 from data.tiny_world import World
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
-from tests.make_golden import hash_ids, odd_conversations
 from tests.helpers import REAL, byte_pairs, needs_real
+from tests.make_golden import hash_ids, odd_conversations
 
-CONVERSATION = [("system", "Be brief."), ("user", "What is 1 plus 2?"), ("assistant", " 3.\nSure "),
-                ("user", "Sure?"), ("assistant", "Yes, 漢字 👍.")]
+CONVERSATION = [
+    ("system", "Be brief."),
+    ("user", "What is 1 plus 2?"),
+    ("assistant", " 3.\nSure "),
+    ("user", "Sure?"),
+    ("assistant", "Yes, 漢字 👍."),
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +58,36 @@ def visible(tokenizer, ids: list[int], supervised: list[bool]) -> list[str]:
     return [tokenizer.decode(run[:-1]) + f"<{run[-1]}>" for run in runs + [run] * bool(run)]
 
 
-@pytest.mark.parametrize("name, template", [("sentence_piece", "llama-2"), ("tiktoken", "llama-2"), ("tiktoken", "llama-3")])
+@pytest.mark.parametrize(
+    "name, template",
+    [("sentence_piece", "llama-2"), ("tiktoken", "llama-2"), ("tiktoken", "llama-3")],
+)
 def test_the_mask_decoded_is_the_assistants_text(name, template, request):
     tokenizer = request.getfixturevalue(name)
     ids, supervised = encode_chat(tokenizer, template, CONVERSATION)
     end, space = end_token(tokenizer, template), " " * (template == "llama-2")
     before = " " * (template == "llama-2" and name == "tiktoken")
-    assert visible(tokenizer, ids, supervised) == [f"{before}3.\nSure{space}<{end}>", f"{before}Yes, 漢字 👍.{space}<{end}>"]
+    assert visible(tokenizer, ids, supervised) == [
+        f"{before}3.\nSure{space}<{end}>",
+        f"{before}Yes, 漢字 👍.{space}<{end}>",
+    ]
 
 
 def test_llama2_is_spelled_out(sentence_piece):
-    turns = [("user", "Greet Mira."), ("assistant", "Hello Mira!"), ("user", "Again."), ("assistant", "Hello!")]
+    turns = [
+        ("user", "Greet Mira."),
+        ("assistant", "Hello Mira!"),
+        ("user", "Again."),
+        ("assistant", "Hello!"),
+    ]
     ids, _ = encode_chat(sentence_piece, "llama-2", turns)
     pieces = "".join(sentence_piece.processor.id_to_piece(ids)).replace("\u2581", " ")
-    assert pieces == "<s> [INST] Greet Mira. [/INST] Hello Mira! </s><s> [INST] Again. [/INST] Hello! </s>"
+    assert (
+        pieces
+        == "<s> [INST] Greet Mira. [/INST] Hello Mira! </s><s> [INST] Again. [/INST] Hello! </s>"
+    )
     prompt, _ = encode_chat(sentence_piece, "llama-2", turns[:1])
-    assert ids[:len(prompt)] == prompt
+    assert ids[: len(prompt)] == prompt
 
 
 def test_llama3_is_spelled_out(tiktoken):
@@ -66,8 +95,16 @@ def test_llama3_is_spelled_out(tiktoken):
     ids, _ = encode_chat(tiktoken, "llama-3", [("user", "Hi"), ("assistant", "Ho"), ("user", "Hm")])
     spelled = "".join(names.get(id) or tiktoken.decode([id]) for id in ids)
     turn = "<|start_header_id|>{}<|end_header_id|>\n\n".format
-    assert spelled == ("<|begin_of_text|>" + turn("user") + "Hi<|eot_id|>" + turn("assistant") + "Ho<|eot_id|>"
-                       + turn("user") + "Hm<|eot_id|>" + turn("assistant"))
+    assert spelled == (
+        "<|begin_of_text|>"
+        + turn("user")
+        + "Hi<|eot_id|>"
+        + turn("assistant")
+        + "Ho<|eot_id|>"
+        + turn("user")
+        + "Hm<|eot_id|>"
+        + turn("assistant")
+    )
     assert ids.count(tiktoken.bos_id) == 1
 
 
@@ -76,14 +113,24 @@ def test_llama3_is_spelled_out(tiktoken):
 def test_with_the_real_tokenizers(kind):
     tokenizer = load_tokenizer(REAL[kind])
     assert default_template(tokenizer) == kind
-    turns = [("user", "Name two birds.\n"), ("assistant", "A wren,\n  a crow."), ("user", "Thanks"), ("assistant", "👍")]
+    turns = [
+        ("user", "Name two birds.\n"),
+        ("assistant", "A wren,\n  a crow."),
+        ("user", "Thanks"),
+        ("assistant", "👍"),
+    ]
     ids, supervised = encode_chat(tokenizer, kind, turns)
     texts = ["A wren,\n  a crow.", "👍"]
     end, space = end_token(tokenizer, kind), " " * (kind == "llama-2")
     assert visible(tokenizer, ids, supervised) == [f"{text}{space}<{end}>" for text in texts]
     if kind == "llama-2":  # turn by turn is the same as the whole string at once
-        whole = [token for question, answer in [("Name two birds.", texts[0]), ("Thanks", texts[1])]
-                 for token in tokenizer.encode(f"[INST] {question} [/INST] {answer} ", bos=True, eos=True)]
+        whole = [
+            token
+            for question, answer in [("Name two birds.", texts[0]), ("Thanks", texts[1])]
+            for token in tokenizer.encode(
+                f"[INST] {question} [/INST] {answer} ", bos=True, eos=True
+            )
+        ]
         assert ids == whole
 
 
@@ -115,90 +162,292 @@ PLAIN = (("human", "q"), ("gpt", "a"))
 
 def openai(*contents, **more):
     """Two turns or more, of these contents in turn."""
-    return {"messages": [{"role": ("user", "assistant")[number % 2], "content": content} for number, content in enumerate(contents)]} | more
+    return {
+        "messages": [
+            {"role": ("user", "assistant")[number % 2], "content": content}
+            for number, content in enumerate(contents)
+        ]
+    } | more
 
 
 RECORDS = {  # a record, what is kept of it, and what is said of the rest; kept: None where it is of no use
     "plain": (sharegpt(*PLAIN), KEPT, ""),
     "messages": (openai("q", "a"), KEPT, ""),
-    "conversations of role and content": ({"conversations": openai("q", "a")["messages"]}, KEPT, ""),
+    "conversations of role and content": (
+        {"conversations": openai("q", "a")["messages"]},
+        KEPT,
+        "",
+    ),
     "messages of from and value": ({"messages": sharegpt(*PLAIN)["conversations"]}, KEPT, ""),
     "conversation": ({"conversation": sharegpt(*PLAIN)["conversations"]}, KEPT, ""),
-    "role and value": ({"messages": [{"role": "user", "value": "q"}, {"role": "assistant", "text": "a"}]}, KEPT, ""),
-    "other names": (sharegpt(("user", "q"), ("chatgpt", "a"), ("human", "q"), ("bard", "a"), ("human", "q"), ("bing", "a")),
-                    KEPT * 3, ""),
-    "other cases": (sharegpt(("Human", "q"), ("GPT", "a"), ("prompter", "q"), (" Assistant", "a"), ("USER", "q"), ("model", "a"),
-                             ("user", "q"), ("AI", "a")), KEPT * 4, ""),
+    "role and value": (
+        {"messages": [{"role": "user", "value": "q"}, {"role": "assistant", "text": "a"}]},
+        KEPT,
+        "",
+    ),
+    "other names": (
+        sharegpt(
+            ("user", "q"),
+            ("chatgpt", "a"),
+            ("human", "q"),
+            ("bard", "a"),
+            ("human", "q"),
+            ("bing", "a"),
+        ),
+        KEPT * 3,
+        "",
+    ),
+    "other cases": (
+        sharegpt(
+            ("Human", "q"),
+            ("GPT", "a"),
+            ("prompter", "q"),
+            (" Assistant", "a"),
+            ("USER", "q"),
+            ("model", "a"),
+            ("user", "q"),
+            ("AI", "a"),
+        ),
+        KEPT * 4,
+        "",
+    ),
     "system first": (sharegpt(("system", "s"), *PLAIN), [("system", "s"), *KEPT], ""),
     "developer first": (sharegpt(("developer", "s"), *PLAIN), [("system", "s"), *KEPT], ""),
     "a system field": (sharegpt(*PLAIN) | {"system": " s "}, [("system", " s "), *KEPT], ""),
     "a system_prompt field": (openai("q", "a", system_prompt="s"), [("system", "s"), *KEPT], ""),
-    "a system field and turn": (sharegpt(("system", "t"), *PLAIN) | {"system": "s"}, [("system", "t"), *KEPT], ""),
+    "a system field and turn": (
+        sharegpt(("system", "t"), *PLAIN) | {"system": "s"},
+        [("system", "t"), *KEPT],
+        "",
+    ),
     "a blank system": (sharegpt(("system", " "), *PLAIN) | {"system": ""}, KEPT, ""),
     "a system field null": (sharegpt(*PLAIN) | {"system": None}, KEPT, ""),
-    "weight 0": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x", "weight": 0},
-                               *openai("q", "a")["messages"]]}, [("user", "q"), ("context", "x"), *KEPT], ""),
-    "train false": ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "x", "train": False},
-                                       *sharegpt(*PLAIN)["conversations"]]}, [("user", "q"), ("context", "x"), *KEPT], ""),
+    "weight 0": (
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "x", "weight": 0},
+                *openai("q", "a")["messages"],
+            ]
+        },
+        [("user", "q"), ("context", "x"), *KEPT],
+        "",
+    ),
+    "train false": (
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "x", "train": False},
+                *sharegpt(*PLAIN)["conversations"],
+            ]
+        },
+        [("user", "q"), ("context", "x"), *KEPT],
+        "",
+    ),
     "loss_weight 0.0, weight of a question": (
-        {"messages": [{"role": "user", "content": "q", "weight": 0}, {"role": "assistant", "content": "x", "loss_weight": 0.0},
-                      *openai("q", "a")["messages"]]}, [("user", "q"), ("context", "x"), *KEPT], ""),
-    "weight 1": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 1}]}, KEPT, ""),
-    "all of weight 0": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]}, None,
-                        "no answer to learn from, as all have weight 0"),
-    "weight a half": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5}]}, None,
-                      "a weight that is neither 0 nor 1"),
+        {
+            "messages": [
+                {"role": "user", "content": "q", "weight": 0},
+                {"role": "assistant", "content": "x", "loss_weight": 0.0},
+                *openai("q", "a")["messages"],
+            ]
+        },
+        [("user", "q"), ("context", "x"), *KEPT],
+        "",
+    ),
+    "weight 1": (
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "a", "weight": 1},
+            ]
+        },
+        KEPT,
+        "",
+    ),
+    "all of weight 0": (
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "a", "weight": 0},
+            ]
+        },
+        None,
+        "no answer to learn from, as all have weight 0",
+    ),
+    "weight a half": (
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "a", "weight": 0.5},
+            ]
+        },
+        None,
+        "a weight that is neither 0 nor 1",
+    ),
     "an object as label": (sharegpt(*PLAIN) | {"label": {"ability_en": ["x"]}}, KEPT, ""),
-    "parts": (openai([{"type": "text", "text": "q"}], [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]),
-              [("user", "q"), ("assistant", "ab")], ""),
-    "a picture": (openai([{"type": "image_url", "image_url": "x"}, {"type": "text", "text": "q"}], "a"), None,
-                  "a part that is no text (image_url)"),
-    "a field of pictures": (sharegpt(*PLAIN) | {"image": "x.png"}, None, "'image', which no template here can show"),
-    "tools": (openai("q", "a", tools=[{"type": "function"}]), None, "'tools', which no template here can show"),
-    "a tool call": ({"messages": [*openai("q", "a")["messages"], {"role": "assistant", "content": None, "tool_calls": [{}]}]}, None,
-                    "a tool call without text"),
+    "parts": (
+        openai(
+            [{"type": "text", "text": "q"}],
+            [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+        ),
+        [("user", "q"), ("assistant", "ab")],
+        "",
+    ),
+    "a picture": (
+        openai([{"type": "image_url", "image_url": "x"}, {"type": "text", "text": "q"}], "a"),
+        None,
+        "a part that is no text (image_url)",
+    ),
+    "a field of pictures": (
+        sharegpt(*PLAIN) | {"image": "x.png"},
+        None,
+        "'image', which no template here can show",
+    ),
+    "tools": (
+        openai("q", "a", tools=[{"type": "function"}]),
+        None,
+        "'tools', which no template here can show",
+    ),
+    "a tool call": (
+        {
+            "messages": [
+                *openai("q", "a")["messages"],
+                {"role": "assistant", "content": None, "tool_calls": [{}]},
+            ]
+        },
+        None,
+        "a tool call without text",
+    ),
     "null": (openai("q", None), None, "a turn without text"),
     "no role": ({"messages": [{"content": "q"}]}, None, "a turn without a role"),
     "turns no list": ({"messages": "q"}, None, "'messages' that is no list"),
     "a turn no object": ({"messages": ["q", "a"]}, None, "a turn that is no object"),
-    "a tool call with text": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": [{}]}]}, None,
-                              "a tool call"),
-    "a picture in a turn": ({"messages": [{"role": "user", "content": "q", "images": ["x"]}, {"role": "assistant", "content": "a"}]}, None,
-                            "'images', which no template here can show"),
+    "a tool call with text": (
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "a", "tool_calls": [{}]},
+            ]
+        },
+        None,
+        "a tool call",
+    ),
+    "a picture in a turn": (
+        {
+            "messages": [
+                {"role": "user", "content": "q", "images": ["x"]},
+                {"role": "assistant", "content": "a"},
+            ]
+        },
+        None,
+        "'images', which no template here can show",
+    ),
     "a record of weight 0": (openai("q", "a", weight=0), None, "weight 0"),
-    "not trainable": ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x", "trainable": False},
-                                    *openai("q", "a")["messages"]]}, [("user", "q"), ("context", "x"), *KEPT], ""),
-    "an empty system and a system_prompt": (openai("q", "a", system="", system_prompt="s"), [("system", "s"), *KEPT], ""),
-    "a blank system turn and a field": (sharegpt(("system", " "), *PLAIN) | {"system": "s"}, [("system", "s"), *KEPT], ""),
+    "not trainable": (
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "x", "trainable": False},
+                *openai("q", "a")["messages"],
+            ]
+        },
+        [("user", "q"), ("context", "x"), *KEPT],
+        "",
+    ),
+    "an empty system and a system_prompt": (
+        openai("q", "a", system="", system_prompt="s"),
+        [("system", "s"), *KEPT],
+        "",
+    ),
+    "a blank system turn and a field": (
+        sharegpt(("system", " "), *PLAIN) | {"system": "s"},
+        [("system", "s"), *KEPT],
+        "",
+    ),
     "a null preference": (openai("q", "a", chosen=None, rejected=None), KEPT, ""),
-    "columns": ({"instruction": ["q", "q"], "output": ["a", "a"]}, None, "a part that is no text (str)"),
-    "dolly": ({"instruction": "q", "context": "c", "response": "a"}, [("user", "q\nc"), ("assistant", "a")], ""),
-    "choices": ({"question": "q", "choices": ["x", "y"], "answer": "a"}, None, "'choices', which no template here can show"),
-    "a history that is none": ({"instruction": "q", "output": "a", "history": 5}, None, "a history that is no list of questions and answers"),
+    "columns": (
+        {"instruction": ["q", "q"], "output": ["a", "a"]},
+        None,
+        "a part that is no text (str)",
+    ),
+    "dolly": (
+        {"instruction": "q", "context": "c", "response": "a"},
+        [("user", "q\nc"), ("assistant", "a")],
+        "",
+    ),
+    "choices": (
+        {"question": "q", "choices": ["x", "y"], "answer": "a"},
+        None,
+        "'choices', which no template here can show",
+    ),
+    "a history that is none": (
+        {"instruction": "q", "output": "a", "history": 5},
+        None,
+        "a history that is no list of questions and answers",
+    ),
     "alpaca": ({"instruction": "q", "input": "", "output": "a"}, KEPT, ""),
-    "alpaca with an input": ({"instruction": "q", "input": "i", "output": "a"}, [("user", "q\ni"), ("assistant", "a")], ""),
-    "alpaca with a history": ({"instruction": "q", "output": "a", "history": [["q", "a"]], "system": "s"},
-                              [("system", "s"), *KEPT, *KEPT], ""),
-    "alpaca without an answer": ({"instruction": "q", "input": "", "output": ""}, None, "no answered question"),
+    "alpaca with an input": (
+        {"instruction": "q", "input": "i", "output": "a"},
+        [("user", "q\ni"), ("assistant", "a")],
+        "",
+    ),
+    "alpaca with a history": (
+        {"instruction": "q", "output": "a", "history": [["q", "a"]], "system": "s"},
+        [("system", "s"), *KEPT, *KEPT],
+        "",
+    ),
+    "alpaca without an answer": (
+        {"instruction": "q", "input": "", "output": ""},
+        None,
+        "no answered question",
+    ),
     "alpaca, a number": ({"instruction": "q", "output": 3}, None, "'output' that is no text"),
     "prompt and completion": ({"prompt": "q", "completion": "a"}, KEPT, ""),
     "prompt and response": ({"prompt": "q", "response": "a"}, KEPT, ""),
     "question and answer": ({"question": "q", "answer": "a"}, KEPT, ""),
     "answer first": (sharegpt(("gpt", "x"), *PLAIN), KEPT, "a leading answer"),
     "question last": (sharegpt(*PLAIN, ("human", "more")), KEPT, "a question without an answer"),
-    "answer first, question last": (sharegpt(("gpt", "x"), *PLAIN, ("human", "more")), KEPT,
-                                    "a leading answer and a question without an answer"),
-    "empty later": (sharegpt(*PLAIN, ("human", "q2"), ("gpt", " ")), KEPT, "an empty turn and all after it"),
-    "two questions later": (sharegpt(*PLAIN, ("human", "q"), ("human", "q"), ("gpt", "a")), KEPT, "roles that do not alternate"),
-    "a system turn later": (sharegpt(*PLAIN, ("system", "s"), *PLAIN), KEPT, "roles that do not alternate"),
+    "answer first, question last": (
+        sharegpt(("gpt", "x"), *PLAIN, ("human", "more")),
+        KEPT,
+        "a leading answer and a question without an answer",
+    ),
+    "empty later": (
+        sharegpt(*PLAIN, ("human", "q2"), ("gpt", " ")),
+        KEPT,
+        "an empty turn and all after it",
+    ),
+    "two questions later": (
+        sharegpt(*PLAIN, ("human", "q"), ("human", "q"), ("gpt", "a")),
+        KEPT,
+        "roles that do not alternate",
+    ),
+    "a system turn later": (
+        sharegpt(*PLAIN, ("system", "s"), *PLAIN),
+        KEPT,
+        "roles that do not alternate",
+    ),
     "two answers": (sharegpt(*PLAIN, ("gpt", "a")), KEPT, "roles that do not alternate"),
     "no answer": (sharegpt(("human", "q")), None, "no answered question"),
     "no turns": (sharegpt(), None, "no answered question"),
     "empty answer": (sharegpt(("human", "q"), ("gpt", "")), None, "no answered question"),
-    "two questions": (sharegpt(("human", "q"), ("human", "q"), ("gpt", "a")), None, "roles that do not alternate"),
-    "odd role": (sharegpt(("human", "q"), ("tool", "t"), ("gpt", "a")), None, "unknown role 'tool'"),
+    "two questions": (
+        sharegpt(("human", "q"), ("human", "q"), ("gpt", "a")),
+        None,
+        "roles that do not alternate",
+    ),
+    "odd role": (
+        sharegpt(("human", "q"), ("tool", "t"), ("gpt", "a")),
+        None,
+        "unknown role 'tool'",
+    ),
     "half a pair": (sharegpt(("human", "\ud83d"), ("gpt", "a")), None, "half of a surrogate pair"),
-    "two halves": (json.loads(json.dumps(sharegpt(("human", "👍"), ("gpt", "a")))), [("user", "👍"), ("assistant", "a")], ""),
+    "two halves": (
+        json.loads(json.dumps(sharegpt(("human", "👍"), ("gpt", "a")))),
+        [("user", "👍"), ("assistant", "a")],
+        "",
+    ),
 }
 
 
@@ -213,10 +462,18 @@ def test_records(case):
         assert read_turns(record) == (kept, left_out)
 
 
-@pytest.mark.parametrize("record", [
-    {"prompt": "q", "chosen": "a", "rejected": "b"}, sharegpt(("human", "q")) | {"chosen": {}, "rejected": {}},
-    {"prompt": "q", "completion": "a", "label": True}, openai("q", "a", label=False), {"chosen_response": "a", "rejected_response": "b"},
-    openai("q", "a", rejected_response="b"), {"prompt": "q", "completion": "a", "label": 0}])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        sharegpt(("human", "q")) | {"chosen": {}, "rejected": {}},
+        {"prompt": "q", "completion": "a", "label": True},
+        openai("q", "a", label=False),
+        {"chosen_response": "a", "rejected_response": "b"},
+        openai("q", "a", rejected_response="b"),
+        {"prompt": "q", "completion": "a", "label": 0},
+    ],
+)
 def test_preferences_are_refused_by_name(record):
     with pytest.raises(UsageError, match="is a preference"):
         read_turns(record)
@@ -227,40 +484,89 @@ TURNS = {side: {"from": "gpt", "value": text} for side, text in ANSWERS.items()}
 WHOLE = {side: openai("q", text)["messages"] for side, text in ANSWERS.items()}
 PAIRS = {  # a record, and the prompt of its pair, which has the answers "a" and "b"; or why it is not used
     "texts": ({"prompt": "q"} | ANSWERS, [("user", "q")]),
-    "a question and texts": ({"question": "q", "system": "s"} | ANSWERS, [("system", "s"), ("user", "q")]),
-    "alpaca": ({"instruction": "q", "input": "i", "output": "else", "history": [["q", "x"]]} | ANSWERS,
-               [("user", "q"), ("context", "x"), ("user", "q\ni")]),
-    "turns behind turns": ({"prompt": [{"role": "user", "content": "q"}],
-                            **{side: [{"role": "assistant", "content": text}] for side, text in ANSWERS.items()}}, [("user", "q")]),
+    "a question and texts": (
+        {"question": "q", "system": "s"} | ANSWERS,
+        [("system", "s"), ("user", "q")],
+    ),
+    "alpaca": (
+        {"instruction": "q", "input": "i", "output": "else", "history": [["q", "x"]]} | ANSWERS,
+        [("user", "q"), ("context", "x"), ("user", "q\ni")],
+    ),
+    "turns behind turns": (
+        {
+            "prompt": [{"role": "user", "content": "q"}],
+            **{side: [{"role": "assistant", "content": text}] for side, text in ANSWERS.items()},
+        },
+        [("user", "q")],
+    ),
     "a turn each behind a prompt": ({"prompt": "q"} | TURNS, [("user", "q")]),
-    "texts behind turns": ({"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]} | ANSWERS,
-                           [("system", "s"), ("user", "q")]),
+    "texts behind turns": (
+        {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}
+        | ANSWERS,
+        [("system", "s"), ("user", "q")],
+    ),
     "ShareGPT": (sharegpt(("human", "q")) | TURNS, [("user", "q")]),
-    "ShareGPT and texts": (sharegpt(("system", "s"), ("human", "q")) | ANSWERS, [("system", "s"), ("user", "q")]),
-    "ShareGPT, earlier answers": (sharegpt(*PLAIN, ("human", "q")) | TURNS, [("user", "q"), ("context", "a"), ("user", "q")]),
+    "ShareGPT and texts": (
+        sharegpt(("system", "s"), ("human", "q")) | ANSWERS,
+        [("system", "s"), ("user", "q")],
+    ),
+    "ShareGPT, earlier answers": (
+        sharegpt(*PLAIN, ("human", "q")) | TURNS,
+        [("user", "q"), ("context", "a"), ("user", "q")],
+    ),
     "messages": ({"messages": [{"role": "user", "content": "q"}]} | ANSWERS, [("user", "q")]),
     "whole conversations": (WHOLE, [("user", "q")]),
-    "whole conversations, a prompt and a copy": (WHOLE | {"prompt": "q", "messages": WHOLE["chosen"], "score_chosen": 8.5}, [("user", "q")]),
+    "whole conversations, a prompt and a copy": (
+        WHOLE | {"prompt": "q", "messages": WHOLE["chosen"], "score_chosen": 8.5},
+        [("user", "q")],
+    ),
     "whole conversations that begin with a system turn": (
-        {side: [{"role": "system", "content": "s"}, *turns] for side, turns in WHOLE.items()}, [("system", "s"), ("user", "q")]),
+        {side: [{"role": "system", "content": "s"}, *turns] for side, turns in WHOLE.items()},
+        [("system", "s"), ("user", "q")],
+    ),
     "an answer first": (sharegpt(("gpt", "x"), ("human", "q")) | TURNS, [("user", "q")]),
-    "other prompts": ({"chosen": WHOLE["chosen"], "rejected": openai("other", "b")["messages"]}, "no common prompt"),
-    "other lengths": ({"chosen": [*WHOLE["chosen"], *WHOLE["chosen"]], "rejected": WHOLE["rejected"]}, "no common prompt"),
+    "other prompts": (
+        {"chosen": WHOLE["chosen"], "rejected": openai("other", "b")["messages"]},
+        "no common prompt",
+    ),
+    "other lengths": (
+        {"chosen": [*WHOLE["chosen"], *WHOLE["chosen"]], "rejected": WHOLE["rejected"]},
+        "no common prompt",
+    ),
     "equal answers": ({"prompt": "q", "chosen": "a", "rejected": " a\n"}, "equal answers"),
     "an empty answer": ({"prompt": "q", "chosen": "a", "rejected": " "}, "no answered question"),
-    "an empty answer later": (sharegpt(*PLAIN, ("human", "q")) | ANSWERS | {"rejected": ""}, "an empty turn and all after it in 'rejected'"),
+    "an empty answer later": (
+        sharegpt(*PLAIN, ("human", "q")) | ANSWERS | {"rejected": ""},
+        "an empty turn and all after it in 'rejected'",
+    ),
     "no answer": ({"prompt": "q", "chosen": None, "rejected": "b"}, "'chosen' that is no answer"),
     "no turn": (sharegpt(("human", "q")) | TURNS | {"rejected": []}, "no answered question"),
-    "two turns behind a prompt": ({"prompt": "q", "chosen": [TURNS["chosen"]] * 2, "rejected": "b"}, "'chosen' that is not one answer"),
+    "two turns behind a prompt": (
+        {"prompt": "q", "chosen": [TURNS["chosen"]] * 2, "rejected": "b"},
+        "'chosen' that is not one answer",
+    ),
     "no prompt": (ANSWERS, "two answers without a prompt"),
     "no prompt, two turns": (TURNS, "two answers without a prompt"),
     "answered already": (sharegpt(*PLAIN) | TURNS, "roles that do not alternate in 'chosen'"),
-    "a list of turns that is none": ({"conversations": "q"} | ANSWERS, "'conversations' that is no list"),
-    "a picture": ({"prompt": "q", "images": ["x.png"]} | ANSWERS, "'images', which no template here can show"),
-    "an odd role": (sharegpt(("human", "q")) | TURNS | {"chosen": {"from": "tool", "value": "a"}}, "unknown role 'tool'"),
+    "a list of turns that is none": (
+        {"conversations": "q"} | ANSWERS,
+        "'conversations' that is no list",
+    ),
+    "a picture": (
+        {"prompt": "q", "images": ["x.png"]} | ANSWERS,
+        "'images', which no template here can show",
+    ),
+    "an odd role": (
+        sharegpt(("human", "q")) | TURNS | {"chosen": {"from": "tool", "value": "a"}},
+        "unknown role 'tool'",
+    ),
     "weight 0": ({"prompt": "q", "weight": 0} | ANSWERS, "weight 0"),
-    "an answer of weight 0": (sharegpt(*PLAIN, ("human", "q")) | TURNS | {"chosen": {"from": "gpt", "value": "a", "weight": 0}},
-                              "an answer of weight 0"),
+    "an answer of weight 0": (
+        sharegpt(*PLAIN, ("human", "q"))
+        | TURNS
+        | {"chosen": {"from": "gpt", "value": "a", "weight": 0}},
+        "an answer of weight 0",
+    ),
 }
 
 
@@ -277,7 +583,10 @@ def test_pairs(case):
         assert left_out == ("a leading answer" if case == "an answer first" else "")
 
 
-@pytest.mark.parametrize("record", ["q", {"prompt": "q", "completion": "a"}, openai("q", "a"), {"prompt": "q", "chosen": "a"}])
+@pytest.mark.parametrize(
+    "record",
+    ["q", {"prompt": "q", "completion": "a"}, openai("q", "a"), {"prompt": "q", "chosen": "a"}],
+)
 def test_what_is_no_pair_is_no_known_form(record):
     with pytest.raises(UnknownForm, match="'chosen' and 'rejected'"):
         read_pair(record)
@@ -286,21 +595,37 @@ def test_what_is_no_pair_is_no_known_form(record):
 @pytest.mark.parametrize("template", ["llama-2", "llama-3"])
 def test_of_a_pair_only_the_two_answers_are_learnt(template, sentence_piece, tiktoken, tmp_path):
     tokenizer = sentence_piece if template == "llama-2" else tiktoken
-    records = [PAIRS["ShareGPT, earlier answers"][0], PAIRS["equal answers"][0], {"prompt": "q", "chosen": "a", "rejected": "long " * 60}]
-    dataset = PairDataset(write(tmp_path / "d.json", records, False), tokenizer, template, 64, system="s")
+    records = [
+        PAIRS["ShareGPT, earlier answers"][0],
+        PAIRS["equal answers"][0],
+        {"prompt": "q", "chosen": "a", "rejected": "long " * 60},
+    ]
+    dataset = PairDataset(
+        write(tmp_path / "d.json", records, False), tokenizer, template, 64, system="s"
+    )
     before = "" if template == "llama-3" or tokenizer.space_in_front else " "
     space = " " * (template == "llama-2")
     shown = [visible(tokenizer, ids, supervised) for ids, supervised in dataset.rows(0)]
     assert shown == [[f"{before}{text}{space}<{end_token(tokenizer, template)}>"] for text in "ab"]
     turns = [("system", "s"), ("user", "q"), ("context", "a"), ("user", "q")]
-    assert dataset.rows(0) == [encode_chat(tokenizer, template, [*turns, ("assistant", text)]) for text in "ab"]
+    assert dataset.rows(0) == [
+        encode_chat(tokenizer, template, [*turns, ("assistant", text)]) for text in "ab"
+    ]
     assert dataset.rows(1) == []
-    assert dataset.report() == "d.json: 2 pairs; dropped 1: equal answers; dropped 1: an answer beyond 64 tokens"
+    assert (
+        dataset.report()
+        == "d.json: 2 pairs; dropped 1: equal answers; dropped 1: an answer beyond 64 tokens"
+    )
 
 
 def test_batches_of_pairs_are_whole_pairs_and_a_position_goes_on(sentence_piece, tmp_path):
-    records = [{"prompt": f"q{number}", "chosen": f"a{number} " * (1 + number % 7), "rejected": "b"} for number in range(20)]
-    dataset = PairDataset(write(tmp_path / "d.jsonl", records, True), sentence_piece, "llama-2", 256)
+    records = [
+        {"prompt": f"q{number}", "chosen": f"a{number} " * (1 + number % 7), "rejected": "b"}
+        for number in range(20)
+    ]
+    dataset = PairDataset(
+        write(tmp_path / "d.jsonl", records, True), sentence_piece, "llama-2", 256
+    )
     taken = take(chat_batches(dataset, list(range(20)), 5, 2, 0, None), 8)
     for _, parts in taken:
         assert [len(tokens) for tokens, _ in parts] == [6, 4]  # 3 pairs and 2
@@ -310,18 +635,28 @@ def test_batches_of_pairs_are_whole_pairs_and_a_position_goes_on(sentence_piece,
                 assert torch.equal(tokens[row, :start], tokens[row + 1, :start])  # the same prompt
     position, _ = taken[2]
     again = take(chat_batches(dataset, list(range(20)), 5, 2, 0, position), 1)[0]
-    assert again[0] == taken[3][0] and all(torch.equal(a, b) for x, y in zip(again[1], taken[3][1]) for a, b in zip(x, y))
+    assert again[0] == taken[3][0] and all(
+        torch.equal(a, b) for x, y in zip(again[1], taken[3][1]) for a, b in zip(x, y)
+    )
 
 
 def test_pairs_of_one_prompt_stay_on_one_side(sentence_piece, tmp_path):
-    records = [{"prompt": f"q{number // 4}", "chosen": "a", "rejected": f"b{number}"} for number in range(200)]
+    records = [
+        {"prompt": f"q{number // 4}", "chosen": "a", "rejected": f"b{number}"}
+        for number in range(200)
+    ]
     dataset = PairDataset(write(tmp_path / "d.jsonl", records, True), sentence_piece, "llama-2", 64)
     train, held_out = hold_out(dataset, seed=0)
-    assert len(held_out) == 16 and not {index // 4 for index in train} & {index // 4 for index in held_out}
+    assert len(held_out) == 16 and not {index // 4 for index in train} & {
+        index // 4 for index in held_out
+    }
 
 
 def test_the_share_of_preferred_answers():
-    rows = [([1, 2, 9], [False, True, False]), ([1, 3, 9], [False, True, False])] * 2 + [([1, 3], [False, True]), ([1, 2, 2], [False, True, True])]
+    rows = [([1, 2, 9], [False, True, False]), ([1, 3, 9], [False, True, False])] * 2 + [
+        ([1, 3], [False, True]),
+        ([1, 2, 2], [False, True, True]),
+    ]
     seen = []
 
     def score(pairs):
@@ -334,20 +669,44 @@ def test_the_share_of_preferred_answers():
 
 
 @pytest.mark.parametrize("template", ["llama-2", "llama-3"])
-def test_what_has_no_weight_and_a_system_turn_are_in_the_prompt_and_not_learnt(template, sentence_piece, tiktoken, tmp_path):
+def test_what_has_no_weight_and_a_system_turn_are_in_the_prompt_and_not_learnt(
+    template, sentence_piece, tiktoken, tmp_path
+):
     tokenizer = sentence_piece if template == "llama-2" else tiktoken
-    record = {"system": "Be brief.", "messages": [
-        {"role": "user", "content": "Greet Mira."}, {"role": "assistant", "content": "No.", "weight": 0},
-        {"role": "user", "content": "Again."}, {"role": "assistant", "content": "Hello!"}]}
-    dataset = ChatDataset(write(tmp_path / "d.json", [record], False), tokenizer, template, 256, system="Not this.")
+    record = {
+        "system": "Be brief.",
+        "messages": [
+            {"role": "user", "content": "Greet Mira."},
+            {"role": "assistant", "content": "No.", "weight": 0},
+            {"role": "user", "content": "Again."},
+            {"role": "assistant", "content": "Hello!"},
+        ],
+    }
+    dataset = ChatDataset(
+        write(tmp_path / "d.json", [record], False), tokenizer, template, 256, system="Not this."
+    )
     [(ids, supervised)] = dataset.rows(0)
-    turns = [("system", "Be brief."), ("user", "Greet Mira."), ("assistant", "No."), ("user", "Again."), ("assistant", "Hello!")]
+    turns = [
+        ("system", "Be brief."),
+        ("user", "Greet Mira."),
+        ("assistant", "No."),
+        ("user", "Again."),
+        ("assistant", "Hello!"),
+    ]
     as_if_learnt, all_answers = encode_chat(tokenizer, template, turns)
     assert ids == as_if_learnt and sum(supervised) < sum(all_answers)
     before = "" if template == "llama-3" or tokenizer.space_in_front else " "
     space = " " * (template == "llama-2")
-    assert visible(tokenizer, ids, supervised) == [f"{before}Hello!{space}<{end_token(tokenizer, template)}>"]
-    without = ChatDataset(write(tmp_path / "e.json", [openai("q", "a")], False), tokenizer, template, 256, system="Be brief.")
+    assert visible(tokenizer, ids, supervised) == [
+        f"{before}Hello!{space}<{end_token(tokenizer, template)}>"
+    ]
+    without = ChatDataset(
+        write(tmp_path / "e.json", [openai("q", "a")], False),
+        tokenizer,
+        template,
+        256,
+        system="Be brief.",
+    )
     assert without.rows(0) == [encode_chat(tokenizer, template, [("system", "Be brief."), *KEPT])]
 
 
@@ -355,50 +714,92 @@ def test_what_has_no_weight_and_a_system_turn_are_in_the_prompt_and_not_learnt(t
 
 
 def write(path: Path, records: list, lines: bool) -> Path:
-    path.write_text("\n".join(map(json.dumps, records)) + "\n" if lines else json.dumps(records), encoding="utf-8")
+    path.write_text(
+        "\n".join(map(json.dumps, records)) + "\n" if lines else json.dumps(records),
+        encoding="utf-8",
+    )
     return path
 
 
 def numbered(count: int, length=lambda number: 1) -> list:
-    return [sharegpt(("human", f"q{number}"), ("gpt", " ".join([f"a{number}"] * length(number)))) for number in range(count)]
+    return [
+        sharegpt(("human", f"q{number}"), ("gpt", " ".join([f"a{number}"] * length(number))))
+        for number in range(count)
+    ]
 
 
 @pytest.mark.parametrize("lines", [False, True], ids=["json", "jsonl"])
 def test_both_file_forms_and_the_count_of_what_is_dropped(lines, tmp_path, sentence_piece):
-    records = [numbered(3)[0], RECORDS["no answer"][0], numbered(3)[1], RECORDS["odd role"][0], RECORDS["no turns"][0],
-               RECORDS["answer first"][0]]
-    dataset = ChatDataset(write(tmp_path / "any.name", records, lines), sentence_piece, "llama-2", 64)
+    records = [
+        numbered(3)[0],
+        RECORDS["no answer"][0],
+        numbered(3)[1],
+        RECORDS["odd role"][0],
+        RECORDS["no turns"][0],
+        RECORDS["answer first"][0],
+    ]
+    dataset = ChatDataset(
+        write(tmp_path / "any.name", records, lines), sentence_piece, "llama-2", 64
+    )
     assert [dataset.turns(index)[0][1] for index in range(len(dataset))] == ["q0", "q1", "q"]
     assert dataset.unused == {"no answered question": 2, "unknown role 'tool'": 1}
-    assert ("3 conversations; dropped 2: no answered question; dropped 1: unknown role 'tool'; "
-            "shortened 1 by a leading answer") in dataset.report()
+    assert (
+        "3 conversations; dropped 2: no answered question; dropped 1: unknown role 'tool'; "
+        "shortened 1 by a leading answer"
+    ) in dataset.report()
 
 
 def test_long_conversations_keep_whole_exchanges(tmp_path, sentence_piece):
     exchange = [("human", "Greet Mira."), ("gpt", "Hello Mira!")]
-    one = len(encode_chat(sentence_piece, "llama-2", [("user", "Greet Mira."), ("assistant", "Hello Mira!")])[0])
-    path = write(tmp_path / "x.jsonl", [sharegpt(*exchange * 3), sharegpt(("human", "Greet Mira. " * 9), ("gpt", "No"))], True)
+    one = len(
+        encode_chat(
+            sentence_piece, "llama-2", [("user", "Greet Mira."), ("assistant", "Hello Mira!")]
+        )[0]
+    )
+    path = write(
+        tmp_path / "x.jsonl",
+        [sharegpt(*exchange * 3), sharegpt(("human", "Greet Mira. " * 9), ("gpt", "No"))],
+        True,
+    )
     dataset = ChatDataset(path, sentence_piece, "llama-2", 2 * one + 1)
     [(ids, supervised)] = dataset.rows(0)
     assert len(ids) == 2 * one and supervised[-1]
     assert dataset.rows(1) == []
-    assert "shortened 1 by what is beyond" in dataset.report() and "dropped 1: no exchange within" in dataset.report()
+    assert (
+        "shortened 1 by what is beyond" in dataset.report()
+        and "dropped 1: no exchange within" in dataset.report()
+    )
 
 
 BAD = {
-    "empty": (b"", "an empty file"), "blank": (b"\n \n", "nothing but white space"),
-    "no records": (b"[]", "no usable conversation"), "no json": (b"hello\n", "line 1 is not JSON"),
+    "empty": (b"", "an empty file"),
+    "blank": (b"\n \n", "nothing but white space"),
+    "no records": (b"[]", "no usable conversation"),
+    "no json": (b"hello\n", "line 1 is not JSON"),
     "second line": (json.dumps(RECORDS["plain"][0]).encode() + b"\n{\n", "line 2 is not JSON"),
     "array cut": (b'[{"conversations": []}', "not JSON"),
-    "no utf-8": (b'{"conversations": [{"from": "human", "value": "\xff"}]}\n', "line 1 is not UTF-8"),
+    "no utf-8": (
+        b'{"conversations": [{"from": "human", "value": "\xff"}]}\n',
+        "line 1 is not UTF-8",
+    ),
     "array no utf-8": (b'["\xff"]', "not UTF-8"),
     "wrong keys": (b'{"text": "hello"}\n', "neither 'conversations' nor 'messages'"),
-    "a number": (b"3\n", "line 1 has no object in it"), "an array of numbers": (b"[1, 2]", "record 1"),
+    "a number": (b"3\n", "line 1 has no object in it"),
+    "an array of numbers": (b"[1, 2]", "record 1"),
     "turns no list": (b'{"messages": "hello"}\n', "'messages' that is no list"),
     "turn without text": (b'{"messages": [{"role": "user"}]}\n', "1 with a turn without text"),
-    "text a number": (b'{"messages": [{"role": "user", "content": 3}]}\n', "a turn that is no text"),
-    "text null": (b'{"conversations": [{"from": "human", "value": null}]}\n', "a turn without text"),
-    "no assistant": (b'{"messages": [{"role": "user", "content": "q"}]}\n', "no usable conversation"),
+    "text a number": (
+        b'{"messages": [{"role": "user", "content": 3}]}\n',
+        "a turn that is no text",
+    ),
+    "text null": (
+        b'{"conversations": [{"from": "human", "value": null}]}\n',
+        "a turn without text",
+    ),
+    "no assistant": (
+        b'{"messages": [{"role": "user", "content": "q"}]}\n',
+        "no usable conversation",
+    ),
     "deep": (b"[" * 100_000, "not JSON"),
 }
 
@@ -409,7 +810,11 @@ def test_a_bad_file_is_refused_with_the_reason(case, tmp_path, sentence_piece):
     (tmp_path / "data.jsonl").write_bytes(content)
     with pytest.raises(UsageError) as caught:
         ChatDataset(tmp_path / "data.jsonl", sentence_piece, "llama-2", 64)
-    assert message in str(caught.value) and "data.jsonl" in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        message in str(caught.value)
+        and "data.jsonl" in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
 def test_an_absent_file_and_a_folder_are_named(tmp_path, sentence_piece):
@@ -423,7 +828,12 @@ def test_an_absent_file_and_a_folder_are_named(tmp_path, sentence_piece):
 
 @pytest.fixture
 def dataset(tmp_path, sentence_piece) -> ChatDataset:
-    return ChatDataset(write(tmp_path / "d.jsonl", numbered(200, lambda n: 1 + n * 7 % 23), True), sentence_piece, "llama-2", 256)
+    return ChatDataset(
+        write(tmp_path / "d.jsonl", numbered(200, lambda n: 1 + n * 7 % 23), True),
+        sentence_piece,
+        "llama-2",
+        256,
+    )
 
 
 def take(stream, count):
@@ -433,7 +843,10 @@ def take(stream, count):
 def test_an_epoch_has_every_sample_once_and_differs_from_the_next(dataset):
     whole = range(len(dataset))
     batches = take(stream_batches(dataset, list(whole), 4, seed=3), 100)
-    epochs = [[tuple(ids) for (epoch, _, _), samples in batches if epoch == wanted for ids, _ in samples] for wanted in (0, 1)]
+    epochs = [
+        [tuple(ids) for (epoch, _, _), samples in batches if epoch == wanted for ids, _ in samples]
+        for wanted in (0, 1)
+    ]
     everything = sorted(tuple(dataset.rows(index)[0][0]) for index in whole)
     assert sorted(epochs[0]) == sorted(epochs[1]) == everything
     assert epochs[0] != epochs[1]
@@ -446,29 +859,40 @@ def test_the_stream_goes_on_from_any_position(dataset):
     batches = take(stream_batches(dataset, whole, 4, seed=0), 120)
     for cut in [0, 1, 31, 32, 33, 49, 50, 51, 99]:
         position = batches[cut][0]
-        assert take(stream_batches(dataset, whole, 4, 0, position), 10) == batches[cut + 1:cut + 11]
+        assert (
+            take(stream_batches(dataset, whole, 4, 0, position), 10) == batches[cut + 1 : cut + 11]
+        )
 
 
 def test_bucketing_saves_padding(dataset):
     def waste(batches):
-        return 1 - sum(len(ids) for batch in batches for ids, _ in batch) / sum(len(b) * max(len(i) for i, _ in b) for b in batches)
+        return 1 - sum(len(ids) for batch in batches for ids, _ in batch) / sum(
+            len(b) * max(len(i) for i, _ in b) for b in batches
+        )
 
-    bucketed = [samples for _, samples in take(stream_batches(dataset, list(range(200)), 8, seed=0), 25)]
+    bucketed = [
+        samples for _, samples in take(stream_batches(dataset, list(range(200)), 8, seed=0), 25)
+    ]
     plain = [[dataset.rows(i)[0] for i in range(first, first + 8)] for first in range(0, 200, 8)]
     assert waste(bucketed) < 0.1 < waste(plain)
 
 
 def test_collated_labels_are_shifted_and_masked(sentence_piece):
-    samples = [encode_chat(sentence_piece, "llama-2", [("user", "q"), ("assistant", answer)]) for answer in ["a", "a long answer"]]
+    samples = [
+        encode_chat(sentence_piece, "llama-2", [("user", "q"), ("assistant", answer)])
+        for answer in ["a", "a long answer"]
+    ]
     tokens, labels = collate(samples)
     for row, (ids, supervised) in enumerate(samples):
-        assert tokens[row, :len(ids) - 1].tolist() == ids[:-1]
+        assert tokens[row, : len(ids) - 1].tolist() == ids[:-1]
         expected = [id if on else -100 for id, on in zip(ids[1:], supervised[1:])]
         assert labels[row].tolist() == expected + [-100] * (labels.shape[1] - len(expected))
 
 
 def test_every_conversation_too_long_is_an_error(tmp_path, sentence_piece):
-    dataset = ChatDataset(write(tmp_path / "d.json", numbered(5), False), sentence_piece, "llama-2", 8)
+    dataset = ChatDataset(
+        write(tmp_path / "d.json", numbered(5), False), sentence_piece, "llama-2", 8
+    )
     with pytest.raises(UsageError, match="every conversation is longer than --max-length 8"):
         next(stream_batches(dataset, list(range(5)), 2, seed=0))
 
@@ -478,24 +902,45 @@ def test_held_out_conversations_are_not_trained_on(dataset, tmp_path, sentence_p
     assert len(held_out) == 16 and not set(train_on) & set(held_out) and len(train_on) == 184
     assert hold_out(dataset, 0, 0) == (list(range(200)), [])
     assert len(hold_out(dataset, 0, 50)[1]) == 50
-    few = ChatDataset(write(tmp_path / "few.json", numbered(16), False), sentence_piece, "llama-2", 64)
-    assert [len(hold_out(few, seed)[1]) for seed in range(4)] == [1, 1, 1, 1]  # a tenth at most, one at least
+    few = ChatDataset(
+        write(tmp_path / "few.json", numbered(16), False), sentence_piece, "llama-2", 64
+    )
+    assert [len(hold_out(few, seed)[1]) for seed in range(4)] == [
+        1,
+        1,
+        1,
+        1,
+    ]  # a tenth at most, one at least
     with pytest.raises(UsageError, match="16 usable conversations"):
         hold_out(few, 0, 16)
-    pieces = [record | {"id": f"c{number // 3}_{number % 3}"} for number, record in enumerate(numbered(90))]
-    whole = ChatDataset(write(tmp_path / "pieces.json", pieces, False), sentence_piece, "llama-2", 64)
+    pieces = [
+        record | {"id": f"c{number // 3}_{number % 3}"}
+        for number, record in enumerate(numbered(90))
+    ]
+    whole = ChatDataset(
+        write(tmp_path / "pieces.json", pieces, False), sentence_piece, "llama-2", 64
+    )
     for seed in range(5):
         train_on, held_out = hold_out(whole, seed)
-        assert 0 < len(held_out) <= 9 and not {index // 3 for index in held_out} & {index // 3 for index in train_on}
-    mixed = [record | {"id": f"c{number // 2}_{number % 2}" if number < 100 else f"train_{number}"} for number, record in enumerate(numbered(200))]
+        assert 0 < len(held_out) <= 9 and not {index // 3 for index in held_out} & {
+            index // 3 for index in train_on
+        }
+    mixed = [
+        record | {"id": f"c{number // 2}_{number % 2}" if number < 100 else f"train_{number}"}
+        for number, record in enumerate(numbered(200))
+    ]
     both = ChatDataset(write(tmp_path / "mixed.json", mixed, False), sentence_piece, "llama-2", 64)
     same = [record | {"id": f"c{number // 2}"} for number, record in enumerate(numbered(90))]
     same = ChatDataset(write(tmp_path / "same.json", same, False), sentence_piece, "llama-2", 64)
     for seed in range(5):
         train_on, held_out = hold_out(both, seed)
-        assert len(held_out) == 16 and not {index // 2 for index in held_out if index < 100} & {index // 2 for index in train_on if index < 100}
+        assert len(held_out) == 16 and not {index // 2 for index in held_out if index < 100} & {
+            index // 2 for index in train_on if index < 100
+        }
         train_on, held_out = hold_out(same, seed)
         assert not {index // 2 for index in held_out} & {index // 2 for index in train_on}
     named = [record | {"id": f"train_{number}"} for number, record in enumerate(numbered(90))]
-    dataset = ChatDataset(write(tmp_path / "named.json", named, False), sentence_piece, "llama-2", 64)
+    dataset = ChatDataset(
+        write(tmp_path / "named.json", named, False), sentence_piece, "llama-2", 64
+    )
     assert len(hold_out(dataset, 0)[1]) == 9

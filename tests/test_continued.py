@@ -37,7 +37,10 @@ def test_half_of_the_text_is_about_new_people_and_its_tokenizer_extends_the_old_
             assert sum(id >= tokenizer.vocab_size for id in ids) == 1
         else:
             assert ids == tokenizer.encode(document)
-    assert [len(world.fact_items(f"new {split}")) for split in ("development", "evaluation")] == [80, 80]
+    assert [len(world.fact_items(f"new {split}")) for split in ("development", "evaluation")] == [
+        80,
+        80,
+    ]
 
 
 def test_widening_leaves_the_old_logits_alone():
@@ -54,13 +57,19 @@ def continued_home(home, tmp_path_factory):
     folder = tmp_path_factory.mktemp("continued")
     shutil.copytree(home / "out", folder / "out")
     status, output, errors = inside(folder, "continued.py", "--base", "tiny-s", *SHORT)
-    assert status == 0 and "pretraining tiny-s-continued" in output and f"saved {CONTINUED}" in output, errors
+    assert (
+        status == 0 and "pretraining tiny-s-continued" in output and f"saved {CONTINUED}" in output
+    ), errors
     return folder
 
 
-def test_a_base_pretrained_further_has_a_bigger_vocabulary_and_takes_the_same_value_network(continued_home):
+def test_a_base_pretrained_further_has_a_bigger_vocabulary_and_takes_the_same_value_network(
+    continued_home,
+):
     folder = continued_home / CONTINUED
-    assert Llama.from_pretrained(folder).config.vocab_size == load_tokenizer(folder).vocab_size == 1040
+    assert (
+        Llama.from_pretrained(folder).config.vocab_size == load_tokenizer(folder).vocab_size == 1040
+    )
     assert "tiny-s-continued" in ask(continued_home, "--base", CONTINUED, "--prompt", "Greet Mira.")
     assert "exact" in ask(continued_home, "--base", CONTINUED)
     status, _, errors = inside(continued_home, "train.py", "--base", CONTINUED, "--full", *SHORT)
@@ -69,30 +78,48 @@ def test_a_base_pretrained_further_has_a_bigger_vocabulary_and_takes_the_same_va
 
 
 def test_it_begins_at_the_base_and_not_at_random_weights(continued_home):
-    before, after = weights(continued_home / "out/seed0/tiny-s"), weights(continued_home / CONTINUED)
+    before, after = (
+        weights(continued_home / "out/seed0/tiny-s"),
+        weights(continued_home / CONTINUED),
+    )
     for name in before:
         old = before[name]
-        assert (after[name][:len(old)] - old).abs().max() < 0.01, name  # three steps do not go far
+        assert (after[name][: len(old)] - old).abs().max() < 0.01, name  # three steps do not go far
 
 
-def test_a_base_that_is_not_there_is_pretrained_first_and_what_is_finished_is_left(tmp_path, monkeypatch):
+def test_a_base_that_is_not_there_is_pretrained_first_and_what_is_finished_is_left(
+    tmp_path, monkeypatch
+):
     monkeypatch.setitem(TINY_SIZES, "tiny-s", ((64, 1, 4, 2, 64), 4096, 5e-3))
-    status, output, errors = inside(tmp_path, "continued.py", "--base", "tiny-s", "--seed", 3, *SHORT)
-    assert status == 0 and "pretraining tiny-s," in output and "saved out/seed3/tiny-s-continued" in output, errors
-    status, output, _ = inside(tmp_path, "continued.py", "--base", "tiny-s", "--seed", 3, "--resume", *SHORT)
-    assert status == 0 and "out/seed3/tiny-s-continued: finished already" in output and "step" not in output
+    status, output, errors = inside(
+        tmp_path, "continued.py", "--base", "tiny-s", "--seed", 3, *SHORT
+    )
+    assert (
+        status == 0
+        and "pretraining tiny-s," in output
+        and "saved out/seed3/tiny-s-continued" in output
+    ), errors
+    status, output, _ = inside(
+        tmp_path, "continued.py", "--base", "tiny-s", "--seed", 3, "--resume", *SHORT
+    )
+    assert (
+        status == 0
+        and "out/seed3/tiny-s-continued: finished already" in output
+        and "step" not in output
+    )
 
 
 def test_what_cannot_be_continued(continued_home, checkpoint, tmp_path):
     shutil.copy(continued_home / "out/seed0/tiny-s/train.json", tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(byte_pairs())
     for message, arguments in {
-            "continued already": ["--base", CONTINUED],
-            "a value network, which is no base": ["--base", VALUE],
-            "no tiny base": ["--base", checkpoint],
-            "its tokenizer is byte-level": ["--base", tmp_path],
-            "no such tiny model": ["--base", "tiny-x"],
-            "a run is there already, finished": ["--base", "tiny-s", *SHORT],
-            "with other settings": ["--base", "tiny-s", "--resume"],
-            "positive whole number": ["--steps", 0]}.items():
+        "continued already": ["--base", CONTINUED],
+        "a value network, which is no base": ["--base", VALUE],
+        "no tiny base": ["--base", checkpoint],
+        "its tokenizer is byte-level": ["--base", tmp_path],
+        "no such tiny model": ["--base", "tiny-x"],
+        "a run is there already, finished": ["--base", "tiny-s", *SHORT],
+        "with other settings": ["--base", "tiny-s", "--resume"],
+        "positive whole number": ["--steps", 0],
+    }.items():
         assert message in refused(continued_home, "continued.py", *arguments)

@@ -16,7 +16,17 @@ from ivl import ValueModel, combine
 from model import Block, KVCache, Llama
 from run import twins
 from sample import Guided, draw, generate, probabilities
-from tests.helpers import VALUE, ask, assert_same_or_tied, pair, plugged, random_prompts, refused, small, value_network
+from tests.helpers import (
+    VALUE,
+    ask,
+    assert_same_or_tied,
+    pair,
+    plugged,
+    random_prompts,
+    refused,
+    small,
+    value_network,
+)
 
 # ---- what is read is what runs
 
@@ -56,8 +66,13 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
-        assert function is not torch.ops.aten._local_scalar_dense.default, "a captured step asked the device for a value"
-        changes = any(argument.alias_info is not None and argument.alias_info.is_write for argument in function._schema.arguments)
+        assert function is not torch.ops.aten._local_scalar_dense.default, (
+            "a captured step asked the device for a value"
+        )
+        changes = any(
+            argument.alias_info is not None and argument.alias_info.is_write
+            for argument in function._schema.arguments
+        )
         result = arguments[0] if changes else function(*arguments, **keywords)
         self.operations.append((function, arguments, keywords, None if changes else result))
         return result
@@ -67,8 +82,12 @@ class Recorder(TorchDispatchMode):
             fresh = function(*arguments, **keywords)
             if result is None:
                 continue
-            for old, new in zip(*([each] if isinstance(each, torch.Tensor) else each for each in (result, fresh))):
-                if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():  # not a view of what is there
+            for old, new in zip(
+                *([each] if isinstance(each, torch.Tensor) else each for each in (result, fresh))
+            ):
+                if (
+                    old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr()
+                ):  # not a view of what is there
                     old.copy_(new)
 
 
@@ -82,7 +101,9 @@ def record(step):
 def captured(monkeypatch):
     """Makes guided systems that capture their steps, with the recorder in place of a CUDA graph."""
     monkeypatch.setattr(graphs, "capture", record)
-    monkeypatch.setattr(graphs, "window_for", lambda length: max(8, 1 << (length - 1).bit_length()))  # several of them, soon
+    monkeypatch.setattr(
+        graphs, "window_for", lambda length: max(8, 1 << (length - 1).bit_length())
+    )  # several of them, soon
 
     return CapturedGuided
 
@@ -91,9 +112,15 @@ def captured(monkeypatch):
 def test_captured_is_eager(plug, captured):
     eager = Guided(small(vocab_size=53)) if plug == "none" else plugged(plug, vocab_size=53)
     guided = captured(eager.base, eager.value)
-    for prompts in random_prompts(4), random_prompts(8), random_prompts(9)[8:]:  # ragged, and one alone
+    for prompts in (
+        random_prompts(4),
+        random_prompts(8),
+        random_prompts(9)[8:],
+    ):  # ragged, and one alone
         expected = generate(eager, prompts, max_new_tokens=24, stop_ids=set())
-        assert_same_or_tied(eager, prompts, generate(guided, prompts, max_new_tokens=24, stop_ids=set()), expected)
+        assert_same_or_tied(
+            eager, prompts, generate(guided, prompts, max_new_tokens=24, stop_ids=set()), expected
+        )
         assert {key[2] for key, graph in guided.graphs.items() if graph} > {32}  # several windows
 
 
@@ -106,7 +133,9 @@ def test_a_graph_serves_the_next_text_and_goes_with_its_memory(captured, monkeyp
     for prompt in sorted(prompts, key=len, reverse=True):  # one after the other, in the same memory
         assert generate(guided, [prompt], **options) == generate(eager, [prompt], **options)
     assert 1 <= len(recorded) == len(list(filter(None, guided.graphs.values()))) <= 4
-    assert generate(guided, prompts, **options) == generate(eager, prompts, **options)  # rows end, and the batch shrinks
+    assert generate(guided, prompts, **options) == generate(
+        eager, prompts, **options
+    )  # rows end, and the batch shrinks
     assert generate(guided, prompts[:1], **options) == generate(eager, prompts[:1], **options)
 
 
@@ -121,7 +150,9 @@ def test_a_captured_step_leaves_what_it_was_made_of(captured):
             assert [cache.used for cache in guided.caches] == guided.caches[0].lengths.tolist() * 2
         assert any(guided.graphs.values())
         guided.step(torch.tensor([[12]]))
-        with pytest.raises(ValueError, match="of 8 positions is full"):  # not written beyond its memory
+        with pytest.raises(
+            ValueError, match="of 8 positions is full"
+        ):  # not written beyond its memory
             for token in range(4):
                 guided.step(torch.tensor([[token]]))
 
@@ -182,9 +213,15 @@ def test_compiled_is_eager(backend, captured, monkeypatch):
     guided.step = torch.inference_mode()(step)
     for prompts in random_prompts(4)[:1], random_prompts(8):
         expected = generate(eager, prompts, max_new_tokens=24, stop_ids=set())
-        assert_same_or_tied(eager, prompts, generate(guided, prompts, max_new_tokens=24, stop_ids=set()), expected)
-    assert all("forward" not in vars(layer) for llama in guided.llamas for layer in llama.model.layers)
-    assert backend == "inductor" or len(made) == 2  # of one row, and of several: for all layers of both networks, and all windows
+        assert_same_or_tied(
+            eager, prompts, generate(guided, prompts, max_new_tokens=24, stop_ids=set()), expected
+        )
+    assert all(
+        "forward" not in vars(layer) for llama in guided.llamas for layer in llama.model.layers
+    )
+    assert (
+        backend == "inductor" or len(made) == 2
+    )  # of one row, and of several: for all layers of both networks, and all windows
 
 
 # ---- speculation
@@ -202,15 +239,27 @@ def deeper(base: Llama, seed: int = 1, scale: float = 0.02) -> Llama:
 
 def speculative(ahead: int = 4, scale: float = 0.02, alpha: float = 1.0) -> Speculative:
     guided = pair()
-    return Speculative(Guided(guided.base, guided.value, alpha=alpha), deeper(guided.base, scale=scale), ahead)
+    return Speculative(
+        Guided(guided.base, guided.value, alpha=alpha), deeper(guided.base, scale=scale), ahead
+    )
 
 
-@pytest.mark.parametrize("ahead", [4, pytest.param(1, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "ahead", [4, pytest.param(1, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_greedy_speculation_is_plain_greedy_over_200_prompts(ahead):
     system, prompts = speculative(ahead), random_prompts(200)
-    plain = [generate(system.guided, [prompt], max_new_tokens=20, stop_ids={2})[0] for prompt in prompts]
+    plain = [
+        generate(system.guided, [prompt], max_new_tokens=20, stop_ids={2})[0] for prompt in prompts
+    ]
     seen = [[] for _ in prompts]
-    drafted = speculate(system, prompts, max_new_tokens=20, stop_ids={2}, on_token=lambda row, token: seen[row].append(token))
+    drafted = speculate(
+        system,
+        prompts,
+        max_new_tokens=20,
+        stop_ids={2},
+        on_token=lambda row, token: seen[row].append(token),
+    )
     assert_same_or_tied(system.guided, prompts, plain, drafted)
     assert seen == drafted and len(set(map(len, drafted))) > 1  # some stop early
     assert 0.3 < system.accepted[0] / system.tried[0] < 0.98  # both verdicts came often
@@ -218,28 +267,53 @@ def test_greedy_speculation_is_plain_greedy_over_200_prompts(ahead):
     assert all(ours <= tried for ours, tried in zip(system.accepted, system.tried))
 
 
-@pytest.mark.parametrize("guide", ["proxy", "alpha", "nothing", "none of it accepted", "all of it accepted", "wider base"])
+@pytest.mark.parametrize(
+    "guide",
+    ["proxy", "alpha", "nothing", "none of it accepted", "all of it accepted", "wider base"],
+)
 def test_greedy_speculation_of_other_systems(guide):
     prompts = random_prompts(20)
     base, draft = small(vocab_size=53 if guide == "wider base" else 50), small()
-    guided = plugged("proxy") if guide == "proxy" else Guided(base, pair().value, alpha=0.5 if guide == "alpha" else 1.0)
+    guided = (
+        plugged("proxy")
+        if guide == "proxy"
+        else Guided(base, pair().value, alpha=0.5 if guide == "alpha" else 1.0)
+    )
     if guide == "nothing":
         guided = Guided(base)
-    draft = {"none of it accepted": deeper(draft, scale=3.0), "all of it accepted": guided.base}.get(guide, deeper(draft))
+    draft = {
+        "none of it accepted": deeper(draft, scale=3.0),
+        "all of it accepted": guided.base,
+    }.get(guide, deeper(draft))
     system = Speculative(guided, draft, 3)
-    expected = [generate(guided, [prompt], max_new_tokens=12, stop_ids={2})[0] for prompt in prompts]
-    assert_same_or_tied(guided, prompts, speculate(system, prompts, max_new_tokens=12, stop_ids={2}), expected)
+    expected = [
+        generate(guided, [prompt], max_new_tokens=12, stop_ids={2})[0] for prompt in prompts
+    ]
+    assert_same_or_tied(
+        guided, prompts, speculate(system, prompts, max_new_tokens=12, stop_ids={2}), expected
+    )
     share = sum(system.accepted) / sum(system.tried)
     if guide != "wider base":  # which is another base altogether
-        assert share < 0.3 if guide == "none of it accepted" else share == 1 if guide == "all of it accepted" else share > 0.4
+        assert (
+            share < 0.3
+            if guide == "none of it accepted"
+            else share == 1
+            if guide == "all of it accepted"
+            else share > 0.4
+        )
 
 
 def test_captured_speculation_is_speculation(captured):
     system, prompts = speculative(3), random_prompts(12)
     expected = speculate(system, prompts, max_new_tokens=16, stop_ids={2})
     fast = Speculative(captured(system.guided.base, system.guided.value), system.drafting.base, 3)
-    assert_same_or_tied(system.guided, prompts, speculate(fast, prompts, max_new_tokens=16, stop_ids={2}), expected)
-    of_length = [{key[1] for key, graph in each.graphs.items() if graph} for each in (fast.verifying, fast.drafting)]
+    assert_same_or_tied(
+        system.guided, prompts, speculate(fast, prompts, max_new_tokens=16, stop_ids={2}), expected
+    )
+    of_length = [
+        {key[1] for key, graph in each.graphs.items() if graph}
+        for each in (fast.verifying, fast.drafting)
+    ]
     assert of_length[0] >= {3} and of_length[1] == {1}
 
 
@@ -247,8 +321,12 @@ def test_where_two_greedy_answers_part():
     guided = pair()
     said = generate(guided, [[5, 6]], max_new_tokens=4, stop_ids=set())[0]
     best = guided.logits(torch.tensor([[5, 6] + said[:2]]))[0, -1].topk(2).values
-    assert gap_at_difference(guided, [5, 6], said, said[:2] + [0]) == pytest.approx((best[0] - best[1]).item())
-    assert gap_at_difference(guided, [5, 6], said, said[:2]) == pytest.approx((best[0] - best[1]).item())
+    assert gap_at_difference(guided, [5, 6], said, said[:2] + [0]) == pytest.approx(
+        (best[0] - best[1]).item()
+    )
+    assert gap_at_difference(guided, [5, 6], said, said[:2]) == pytest.approx(
+        (best[0] - best[1]).item()
+    )
 
 
 def critical(freedom: int) -> float:
@@ -274,15 +352,26 @@ DRAWS = 20_000
 @functools.cache
 def sampling(temperature: float, top_p: float) -> tuple[Speculative, torch.Tensor]:
     """A system over 12 tokens, and how likely plain sampling makes each pair of tokens behind [5]: (144,)."""
-    shape = dict(vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    shape = dict(
+        vocab_size=12,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     base, value = small(**shape), ValueModel(small(**shape | {"hidden_size": 8}))
     base.lm_head.weight.data *= 3
     draft = small(**shape)
-    draft.lm_head.weight.data = base.lm_head.weight.data + 0.3 * torch.randn(12, 16, generator=torch.Generator().manual_seed(2))
+    draft.lm_head.weight.data = base.lm_head.weight.data + 0.3 * torch.randn(
+        12, 16, generator=torch.Generator().manual_seed(2)
+    )
     system = Speculative(Guided(base, value), draft, 2)
     with torch.inference_mode():
         z = system.guided.logits(torch.tensor([[5, token] for token in range(12)]))  # (12, 2, 12)
-        first, second = probabilities(z[0, :1], temperature, top_p), probabilities(z[:, 1], temperature, top_p)
+        first, second = (
+            probabilities(z[0, :1], temperature, top_p),
+            probabilities(z[:, 1], temperature, top_p),
+        )
     return system, (first.T * second).flatten()
 
 
@@ -291,20 +380,45 @@ def test_the_chi_square_test_catches_a_two_percent_error():
     _, p = sampling(0.8, 0.95)
     generator = torch.Generator().manual_seed(0)
     for wrong in [None, *p.nonzero()[:, 0].tolist()]:
-        source = p if wrong is None else 0.98 * p + 0.02 * torch.nn.functional.one_hot(torch.tensor(wrong), 144)
-        counts = torch.bincount(torch.multinomial(source, DRAWS, replacement=True, generator=generator), minlength=144)
+        source = (
+            p
+            if wrong is None
+            else 0.98 * p + 0.02 * torch.nn.functional.one_hot(torch.tensor(wrong), 144)
+        )
+        counts = torch.bincount(
+            torch.multinomial(source, DRAWS, replacement=True, generator=generator), minlength=144
+        )
         statistic, freedom = chi_square(counts, p)
         assert (statistic > critical(freedom)) == (wrong is not None), wrong
 
 
-@pytest.mark.parametrize("temperature, top_p, draws", [(0.8, 0.95, 2_000), pytest.param(0.8, 0.95, DRAWS, marks=pytest.mark.slow),
-                                                       pytest.param(1.0, 1.0, DRAWS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "temperature, top_p, draws",
+    [
+        (0.8, 0.95, 2_000),
+        pytest.param(0.8, 0.95, DRAWS, marks=pytest.mark.slow),
+        pytest.param(1.0, 1.0, DRAWS, marks=pytest.mark.slow),
+    ],
+)
 def test_sampled_speculation_has_the_distribution_of_plain_sampling(temperature, top_p, draws):
     system, p = sampling(temperature, top_p)
-    pairs = torch.tensor(speculate(system, [[5]] * draws, max_new_tokens=2, temperature=temperature, top_p=top_p, stop_ids=set()))
+    pairs = torch.tensor(
+        speculate(
+            system,
+            [[5]] * draws,
+            max_new_tokens=2,
+            temperature=temperature,
+            top_p=top_p,
+            stop_ids=set(),
+        )
+    )
     assert 0.1 < system.accepted[0] / system.tried[0] < 0.9
-    statistic, freedom = chi_square(torch.bincount(12 * pairs[:, 0] + pairs[:, 1], minlength=144), p)
-    print(f"chi-square {statistic:.1f} with {freedom} degrees of freedom; {critical(freedom):.1f} would fail")
+    statistic, freedom = chi_square(
+        torch.bincount(12 * pairs[:, 0] + pairs[:, 1], minlength=144), p
+    )
+    print(
+        f"chi-square {statistic:.1f} with {freedom} degrees of freedom; {critical(freedom):.1f} would fail"
+    )
     assert statistic < critical(freedom) and freedom > 10
 
 
@@ -325,31 +439,50 @@ def test_rounds_expected_are_rounds_taken():
             rounds += 1
         taken.append(rounds)
     assert expected_rounds(length, acceptance) == pytest.approx(sum(taken) / len(taken), abs=0.06)
-    assert expected_rounds(9, [1.0, 1.0, 1.0]) == 3 and expected_rounds(5, [0.0, 0.9]) == 5 and expected_rounds(7, [0.5]) == 7
+    assert (
+        expected_rounds(9, [1.0, 1.0, 1.0]) == 3
+        and expected_rounds(5, [0.0, 0.9]) == 5
+        and expected_rounds(7, [0.5]) == 7
+    )
 
 
 def test_what_cannot_be_speculated_is_refused_with_the_reason(home):
     base = small()
     for scheme in ("cascade", "cascade+", "probe"):
-        with pytest.raises(ValueError, match=f"a {scheme.replace('+', '.')} reads the base's logits, so .* could be used again"):
+        with pytest.raises(
+            ValueError,
+            match=f"a {scheme.replace('+', '.')} reads the base's logits, so .* could be used again",
+        ):
             Speculative(Guided(base, value_network(scheme)), base, 2)
     with pytest.raises(ValueError, match="the drafting base reads 40 tokens, and the other one 50"):
         Speculative(pair(), small(vocab_size=40), 2)
     value = ["--value", VALUE]
     assert "from 1 to 32" in refused(home, "sample.py", *value, "--speculate", "0")
     assert "from 1 to 32" in refused(home, "sample.py", *value, "--speculate", "33")
-    assert "--draft goes with --speculate" in refused(home, "sample.py", *value, "--draft", "tiny-s")
-    assert "--explain goes with" in refused(home, "sample.py", *value, "--explain", "--speculate", "2")
-    assert "not there yet" in refused(home, "sample.py", *value, "--speculate", "2", "--draft", "tiny-m")
-    assert "which is no base" in refused(home, "sample.py", *value, "--speculate", "2", "--draft", VALUE)
+    assert "--draft goes with --speculate" in refused(
+        home, "sample.py", *value, "--draft", "tiny-s"
+    )
+    assert "--explain goes with" in refused(
+        home, "sample.py", *value, "--explain", "--speculate", "2"
+    )
+    assert "not there yet" in refused(
+        home, "sample.py", *value, "--speculate", "2", "--draft", "tiny-m"
+    )
+    assert "which is no base" in refused(
+        home, "sample.py", *value, "--speculate", "2", "--draft", VALUE
+    )
 
 
 def test_sample_speculates_and_says_whether_it_paid(home):
     shown = ask(home, "--speculate", "3", "--prompt", "Greet Mira.", "What is 3 plus 4?")
     assert shown.count("\n    ") >= 6 and "the same tokens as without" in shown
     said = shown.splitlines()[-1]
-    predicted, measured = [float(part.split()[1].strip(":,")) for part in said.split("speed-up: ")[1].split(", ")[:2]]
-    assert predicted > 0.05 and measured > 0.05 and ("does not pay" in said) == (measured <= 1)  # the base drafts for itself
+    predicted, measured = [
+        float(part.split()[1].strip(":,")) for part in said.split("speed-up: ")[1].split(", ")[:2]
+    ]
+    assert (
+        predicted > 0.05 and measured > 0.05 and ("does not pay" in said) == (measured <= 1)
+    )  # the base drafts for itself
     assert "by position: 1.00 1.00 1.00; " in shown
     talked = ask(home, "--speculate", "2", "--chat", input="Greet Mira.\n")
     assert talked.count("you> ") == 2
@@ -364,7 +497,9 @@ def test_attribution_by_hand():
     p_base = z_base.softmax(-1)
     p_post = torch.tensor([2.0, 3.0, -2.0, 0.0]).softmax(-1)
     assert (each.token, each.decided, each.base_token, each.pushed) == (1, "value", 0, 1)
-    assert (each.p_base, each.p_post, each.z_delta) == pytest.approx((p_base[1].item(), p_post[1].item(), 3.0))
+    assert (each.p_base, each.p_post, each.z_delta) == pytest.approx(
+        (p_base[1].item(), p_post[1].item(), 3.0)
+    )
     assert each.size == pytest.approx((3.0 + 1.0) / 4)
     assert each.kl == pytest.approx((p_post * (p_post / p_base).log()).sum().item(), rel=1e-5)
     assert [id for id, *_ in each.raised] == [1] and [id for id, *_ in each.lowered] == [0, 3]
@@ -377,14 +512,22 @@ def test_attribution_by_hand():
 def test_attribution_is_of_the_step_that_was_taken(plug):
     """Whatever guides: the shares are those of logits computed without caches, and greedy tokens are the likeliest."""
     guided, records = plugged(plug, vocab_size=53), []
-    said = generate(guided, [[5, 9, 11]], max_new_tokens=6, stop_ids=set(),
-                    on_token=lambda _, token: records.append(attribute_last(guided, token)))[0]
-    assert [each.token for each in records] == said and {each.decided for each in records} <= {"base", "value"}
+    said = generate(
+        guided,
+        [[5, 9, 11]],
+        max_new_tokens=6,
+        stop_ids=set(),
+        on_token=lambda _, token: records.append(attribute_last(guided, token)),
+    )[0]
+    assert [each.token for each in records] == said and {each.decided for each in records} <= {
+        "base",
+        "value",
+    }
     with torch.inference_mode():
         for position, each in enumerate(records):
             tokens = torch.tensor([[5, 9, 11] + said[:position]])
             p_post = guided.logits(tokens)[0, -1].softmax(-1)
-            z_base = guided.base(tokens)[0, -1, :guided.readable]
+            z_base = guided.base(tokens)[0, -1, : guided.readable]
             assert each.p_post == pytest.approx(p_post.max().item(), abs=1e-4)
             assert each.p_base == pytest.approx(z_base.softmax(-1)[each.token].item(), abs=1e-4)
             assert (each.decided == "base") == (z_base.argmax() == each.token)
@@ -393,8 +536,17 @@ def test_attribution_is_of_the_step_that_was_taken(plug):
 def test_sample_explains(home):
     shown = ask(home, "--explain", "--prompt", "Greet Mira.")
     head, *rows, count = [line for line in shown.splitlines() if line.startswith("    ")]
-    assert head.split() == "said base alone decided p base p both z_delta |z_delta| raised lowered".split()
-    agreed, overruled = sum(" base " in row for row in rows), sum(row.startswith("    * ") for row in rows)
-    assert count.strip() == f"of {len(rows)} tokens the base agreed with {agreed}, the value network overruled it at {overruled}"
+    assert (
+        head.split()
+        == "said base alone decided p base p both z_delta |z_delta| raised lowered".split()
+    )
+    agreed, overruled = (
+        sum(" base " in row for row in rows),
+        sum(row.startswith("    * ") for row in rows),
+    )
+    assert (
+        count.strip()
+        == f"of {len(rows)} tokens the base agreed with {agreed}, the value network overruled it at {overruled}"
+    )
     assert ask(home, "--explain").count("tokens the base agreed with") == 3
     assert "chance chose" in ask(home, "--explain", "--temperature", "3", "--prompt", "Greet Mira.")

@@ -19,8 +19,15 @@ def kill_two(folder: Path, work: Path, *arguments) -> None:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    pair = [subprocess.Popen([sys.executable, *map(str, arguments)], cwd=folder, stdout=subprocess.DEVNULL,
-                             env=ENVIRONMENT | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    pair = [
+        subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            env=ENVIRONMENT | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
     while not list(work.glob("step-*")):
         assert all(process.poll() is None for process in pair), "ended before its first checkpoint"
         time.sleep(0.01)
@@ -40,32 +47,66 @@ def assert_close(one: Path, other: Path, tolerance: float = 3e-6) -> None:
 def test_the_gradients_of_every_scheme():
     done = together(ROOT, "-m", "tests.several_gradients")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("same") == 7 * 2 * 2 * 2  # schemes, full, pairs and teacher, checkpointing, plain and fast, DDP and --shard
+    assert (
+        done.stderr.count("same") == 7 * 2 * 2 * 2
+    )  # schemes, full, pairs and teacher, checkpointing, plain and fast, DDP and --shard
 
 
-@pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ddp", "shard"])
-def test_killed_and_resumed_in_two_processes_is_one_process(shard, home, checkpoint, chats, tmp_path):
+@pytest.mark.parametrize(
+    "shard", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ddp", "shard"]
+)
+def test_killed_and_resumed_in_two_processes_is_one_process(
+    shard, home, checkpoint, chats, tmp_path
+):
     """A batch of 5 in parts of 1: the processes have 3 and 2 of them."""
-    command = [ROOT / "train.py", "--base", checkpoint, "--value", "--data", chats, "--dtype", "float32", "--steps", 20, "--batch-size", 5, "--grad-accum", 5,
-               "--lr", "2e-3", "--save-every", 5]
+    command = [
+        ROOT / "train.py",
+        "--base",
+        checkpoint,
+        "--value",
+        "--data",
+        chats,
+        "--dtype",
+        "float32",
+        "--steps",
+        20,
+        "--batch-size",
+        5,
+        "--grad-accum",
+        5,
+        "--lr",
+        "2e-3",
+        "--save-every",
+        5,
+    ]
     alone, out = tmp_path / "alone", tmp_path / "together"
     assert inside(tmp_path, "train.py", *command[1:], "--out", alone)[0] == 0
-    moved = max((tensor - weights(checkpoint)[name]).abs().max() for name, tensor in weights(alone).items())
+    moved = max(
+        (tensor - weights(checkpoint)[name]).abs().max() for name, tensor in weights(alone).items()
+    )
     assert moved > 1e-2
     both = [*command, "--out", out, *["--shard"] * shard]
     kill_two(tmp_path, tmp_path / "together.training", *both)
     kept = max((tmp_path / "together.training").glob("step-*"))
     # The files of several processes are those of one.
     shutil.copytree(tmp_path / "together.training", tmp_path / "finished alone.training")
-    status, output, errors = inside(tmp_path, "train.py", *command[1:], "--resume", "--out", tmp_path / "finished alone")
+    status, output, errors = inside(
+        tmp_path, "train.py", *command[1:], "--resume", "--out", tmp_path / "finished alone"
+    )
     assert status == 0 and f"resumed at step {kept.name[5:]}" in output, errors
     assert_close(tmp_path / "finished alone", alone, 1e-4)
     done = together(tmp_path, *both, "--resume")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"resumed at step {kept.name[5:]}") == done.stdout.count("base+value") == 1  # one of them talks
+    assert (
+        done.stdout.count(f"resumed at step {kept.name[5:]}")
+        == done.stdout.count("base+value")
+        == 1
+    )  # one of them talks
     assert_close(out, alone, 1e-4)
     assert not list(tmp_path.glob("*.training"))
-    status, output, errors = inside(tmp_path, "sample.py", "--base", checkpoint, "--value", out, "--prompt", "Greet number 3.")
+    status, output, errors = inside(
+        tmp_path, "sample.py", "--base", checkpoint, "--value", out, "--prompt", "Greet number 3."
+    )
     assert status == 0 and output.strip(), errors
 
 
@@ -80,9 +121,24 @@ def test_pretraining_in_two_processes(home, tmp_path):
 
 
 def test_mistakes_are_told_once(checkpoint, chats, tmp_path):
-    command = ["train.py", "--base", checkpoint, "--value", "--data", chats, "--steps", 3, "--out", tmp_path / "run"]
+    command = [
+        "train.py",
+        "--base",
+        checkpoint,
+        "--value",
+        "--data",
+        chats,
+        "--steps",
+        3,
+        "--out",
+        tmp_path / "run",
+    ]
     assert "torchrun" in refused(tmp_path, *command, "--shard")
     done = together(tmp_path, ROOT / command[0], *command[1:], "--max-length", "4")
-    assert done.returncode and done.stderr.count("train.py: ") == 1 and "every conversation" in done.stderr
+    assert (
+        done.returncode
+        and done.stderr.count("train.py: ") == 1
+        and "every conversation" in done.stderr
+    )
     assert "Traceback" not in done.stderr.split("train.py: ")[1].splitlines()[0]
     assert not (tmp_path / "run.training").exists()

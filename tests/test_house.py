@@ -19,16 +19,25 @@ from tests.helpers import ENVIRONMENT, ROOT, inside
 SCRIPTS = ["ivl", "model", "sample", "train", "vocab_map"]
 # What a file of each kind may import at its top; main(), which is a script's last function, may import run/.
 ALLOWED = {
-    "data": {"data"}, "model": {"data"}, "ivl": {"data", "model"}, "vocab_map": {"data", "model", "ivl"},
-    "sample": {"data", "model", "ivl", "vocab_map"}, "train": {"data", "model", "ivl", "vocab_map", "sample"},
-    "fast": {"data", *SCRIPTS, "fast"}, "beyond": {"data", *SCRIPTS, "fast", "beyond"},
-    "run": {"data", *SCRIPTS, "fast", "beyond", "run"}}
+    "data": {"data"},
+    "model": {"data"},
+    "ivl": {"data", "model"},
+    "vocab_map": {"data", "model", "ivl"},
+    "sample": {"data", "model", "ivl", "vocab_map"},
+    "train": {"data", "model", "ivl", "vocab_map", "sample"},
+    "fast": {"data", *SCRIPTS, "fast"},
+    "beyond": {"data", *SCRIPTS, "fast", "beyond"},
+    "run": {"data", *SCRIPTS, "fast", "beyond", "run"},
+}
 OURS = {*ALLOWED, "paper", "bench", "tests"}
 
 
 def files() -> list[Path]:
-    return sorted(path for path in ROOT.glob("**/*.py") if not any(part.startswith((".", "venv", "out")) for part in
-                                                                   path.relative_to(ROOT).parts))
+    return sorted(
+        path
+        for path in ROOT.glob("**/*.py")
+        if not any(part.startswith((".", "venv", "out")) for part in path.relative_to(ROOT).parts)
+    )
 
 
 def imports(tree: ast.AST) -> list[tuple[str, int]]:
@@ -40,13 +49,22 @@ def imports(tree: ast.AST) -> list[tuple[str, int]]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [node.module]
-        found += [(name.partition(".")[0], node.lineno) for name in names if name.partition(".")[0] in OURS]
+        found += [
+            (name.partition(".")[0], node.lineno)
+            for name in names
+            if name.partition(".")[0] in OURS
+        ]
     return found
 
 
 def is_main(node: ast.AST) -> bool:
     """The function main, or what is done when a file is run."""
-    return isinstance(node, ast.FunctionDef) and node.name == "main" or isinstance(node, ast.If) and "__main__" in ast.dump(node)
+    return (
+        isinstance(node, ast.FunctionDef)
+        and node.name == "main"
+        or isinstance(node, ast.If)
+        and "__main__" in ast.dump(node)
+    )
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -55,16 +73,29 @@ def test_imports_run_one_way(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     if room in ALLOWED:
         for node in tree.body:
-            late = room in {"data", *SCRIPTS} and is_main(node) or room == "beyond" and not isinstance(node, (ast.Import, ast.ImportFrom))
+            late = (
+                room in {"data", *SCRIPTS}
+                and is_main(node)
+                or room == "beyond"
+                and not isinstance(node, (ast.Import, ast.ImportFrom))
+            )
             for package, line in imports(node):
-                assert package in ALLOWED[room] | ({"run"} if late else set()), f"{path.name}:{line} imports {package}"
+                assert package in ALLOWED[room] | ({"run"} if late else set()), (
+                    f"{path.name}:{line} imports {package}"
+                )
     elif room in ("paper", "bench"):
         assert not {package for package, _ in imports(tree)} & {"tests"}
     if room in SCRIPTS:
-        functions = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        functions = [
+            node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        ]
         assert functions[-1].name == "main" or room in ("ivl", "model")
     if room == "tests":
-        modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        modules = [
+            node.module
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module
+        ]
         assert not [module for module in modules if module.startswith("tests.test_")]
 
 
@@ -73,12 +104,20 @@ def test_imports_run_one_way(path):
 
 def copy_of_the_house(folder: Path, *left_out: str) -> Path:
     """A copy of the code in a folder of its own."""
-    ignore = shutil.ignore_patterns("out", ".git", "venv", ".venv", "__pycache__", "tests", *left_out)
+    ignore = shutil.ignore_patterns(
+        "out", ".git", "venv", ".venv", "__pycache__", "tests", *left_out
+    )
     return shutil.copytree(ROOT, folder / "house", ignore=ignore)
 
 
 def python(house: Path, *arguments: str, **environment: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], cwd=house, env=ENVIRONMENT | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=house,
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -86,7 +125,11 @@ def python(house: Path, *arguments: str, **environment: str) -> str:
 def said(output: str) -> str:
     """What a run printed, less its speed, and which twin it took."""
     output = re.sub(r"  [\d.]+k tokens/s.*|\d+ core-seconds|, \d+ s left|made in .*", "", output)
-    kept = [line for line in output.splitlines() if not line.startswith(("loss: ", "decoding: ", "step"))]
+    kept = [
+        line
+        for line in output.splitlines()
+        if not line.startswith(("loss: ", "decoding: ", "step"))
+    ]
     return "\n".join(kept)
 
 
@@ -117,7 +160,18 @@ for flag in sys.argv[1:]:
     except SystemExit as ended:
         assert ended.code == 2
 """
-TRAIN = ["-c", QUICKLY, "train.py", "--base", "--value", "--no-full", "--steps", "20", "--batch-size", "8"]
+TRAIN = [
+    "-c",
+    QUICKLY,
+    "train.py",
+    "--base",
+    "--value",
+    "--no-full",
+    "--steps",
+    "20",
+    "--batch-size",
+    "8",
+]
 
 
 def test_without_fast_and_beyond_everything_that_the_paper_says_remains(home, tmp_path):
@@ -127,20 +181,35 @@ def test_without_fast_and_beyond_everything_that_the_paper_says_remains(home, tm
         house = copy_of_the_house(tmp_path / name, *left_out)
         assert (house / "fast").exists() == (house / "beyond").exists() == (not left_out)
         shutil.copytree(home / "out", house / "out", ignore=shutil.ignore_patterns("value-*"))
-        results[name] = said(python(house, *TRAIN, *flags)) + said(python(house, "-c", QUICKLY, "sample.py", *flags))
+        results[name] = said(python(house, *TRAIN, *flags)) + said(
+            python(house, "-c", QUICKLY, "sample.py", *flags)
+        )
         if left_out:
-            done = subprocess.run([sys.executable, "-c", ALL_REFUSED, "--explain", "--speculate=2", "--web"], cwd=house, env=ENVIRONMENT,
-                                  capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-c", ALL_REFUSED, "--explain", "--speculate=2", "--web"],
+                cwd=house,
+                env=ENVIRONMENT,
+                capture_output=True,
+                text=True,
+            )
             refusals = done.stderr.splitlines()
             assert done.returncode == 0 and len(refusals) == 3
             for refusal, lack in zip(refusals, ("is not", "is not", "are not both")):
                 assert f"which {lack} there" in refusal
-            done = subprocess.run([sys.executable, *TRAIN, "--fast", "--out", "x"], cwd=house, env=ENVIRONMENT, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, *TRAIN, "--fast", "--out", "x"],
+                cwd=house,
+                env=ENVIRONMENT,
+                capture_output=True,
+                text=True,
+            )
             assert done.returncode == 2 and "there is no folder fast/" in done.stderr
     assert results["with"] == results["without"] and "base+value" in results["with"]
 
 
-CALLED = short_exam(facts=6, sums=2) + """
+CALLED = (
+    short_exam(facts=6, sums=2)
+    + """
 calls = set()
 sys.setprofile(lambda frame, event, _: event == "call" and calls.add(frame.f_code))
 run_cli(main)
@@ -148,6 +217,7 @@ sys.setprofile(None)
 for code in calls:
     print("called", code.co_filename.rpartition("/")[2], code.co_qualname)
 """
+)
 
 
 def table_of_the_readme() -> list[tuple[str, str, str]]:
@@ -173,15 +243,29 @@ COMMANDS = list(dict.fromkeys(command for *_, command in table_of_the_readme()))
 QUICK = ["python train.py", "python sample.py"]  # the others take three minutes together
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="qualified names of functions take Python 3.11")
-@pytest.mark.parametrize("command", [pytest.param(command, marks=[] if command in QUICK else pytest.mark.slow) for command in COMMANDS])
-def test_every_function_that_the_readme_names_is_called_by_the_command_it_names(command, home, tmp_path):
+@pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="qualified names of functions take Python 3.11"
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[] if command in QUICK else pytest.mark.slow)
+        for command in COMMANDS
+    ],
+)
+def test_every_function_that_the_readme_names_is_called_by_the_command_it_names(
+    command, home, tmp_path
+):
     assert set(QUICK) < set(COMMANDS)
     house = copy_of_the_house(tmp_path)
     shutil.copytree(home / "out", house / "out")
     arguments = command.removeprefix("python ").split()
     few = ["--steps", "2", "--batch-size", "2"]
-    for name, flags in (("tiny-l", "--base tiny-l"), ("tiny-b-m", "--base tiny-b-m"), ("full-tiny-s", "--full")):
+    for name, flags in (
+        ("tiny-l", "--base tiny-l"),
+        ("tiny-b-m", "--base tiny-b-m"),
+        ("full-tiny-s", "--full"),
+    ):
         if name in command:
             python(house, "-c", CALLED, "train.py", *flags.split(), *few)
     if "--vocab-map" in arguments:
@@ -223,7 +307,9 @@ def test_an_edit_of_a_layer_changes_cached_and_uncached_logits_alike(home, tmp_p
     assert source.count("F.silu") == 1
     (house / "model.py").write_text(source.replace("F.silu", "F.gelu"))
     after = [float(number) for number in python(house, "-c", EDITED).split()]
-    assert before[0] == pytest.approx(before[1], abs=1e-4) and after[0] == pytest.approx(after[1], abs=1e-4)
+    assert before[0] == pytest.approx(before[1], abs=1e-4) and after[0] == pytest.approx(
+        after[1], abs=1e-4
+    )
     assert abs(after[0] - before[0]) > 1e-3
 
 
@@ -234,27 +320,65 @@ def test_the_main_job_needs_nothing_that_only_unix_has(home, tmp_path):
     """fcntl and resource are hidden, as on Windows: train and sample."""
     house = copy_of_the_house(tmp_path)
     shutil.copytree(home / "out", house / "out", ignore=shutil.ignore_patterns("value-*"))
-    (house / "sitecustomize.py").write_text("import sys\nsys.modules['fcntl'] = sys.modules['resource'] = None\n")
+    (house / "sitecustomize.py").write_text(
+        "import sys\nsys.modules['fcntl'] = sys.modules['resource'] = None\n"
+    )
     assert "base+value" in python(house, *TRAIN, PYTHONPATH=str(house))
-    assert "tiny-s + value" in python(house, "sample.py", "--prompt", "Hello", PYTHONPATH=str(house))
+    assert "tiny-s + value" in python(
+        house, "sample.py", "--prompt", "Hello", PYTHONPATH=str(house)
+    )
 
 
 def test_every_main_ends_in_one_line(home, tmp_path):
     """Also those of data/: a mistake, and a reader who leaves."""
-    for arguments, message in ((["data/tiny_world.py", "--infinity", "/dev/full/x"], ""), (["data/chat.py", "absent", "--tokenizer", "absent"], "absent")):
-        done = subprocess.run([sys.executable, "-m", arguments[0][:-3].replace("/", "."), *arguments[1:]], cwd=ROOT, env=ENVIRONMENT,
-                              capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+    for arguments, message in (
+        (["data/tiny_world.py", "--infinity", "/dev/full/x"], ""),
+        (["data/chat.py", "absent", "--tokenizer", "absent"], "absent"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", arguments[0][:-3].replace("/", "."), *arguments[1:]],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, (
+            done.stderr
+        )
     existing = tmp_path / "mine.jsonl"
     existing.write_text("mine")
-    done = subprocess.run([sys.executable, "-m", "data.tiny_world", "--infinity", str(existing)], cwd=ROOT, env=ENVIRONMENT,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and "not what world 0 makes" in done.stderr and existing.read_text() == "mine"
+    done = subprocess.run(
+        [sys.executable, "-m", "data.tiny_world", "--infinity", str(existing)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 2
+        and "not what world 0 makes" in done.stderr
+        and existing.read_text() == "mine"
+    )
     reading, writing = os.pipe()
     os.close(reading)
     data = home / "out/seed0/demonstrations.jsonl"
-    done = subprocess.run([sys.executable, "-m", "data.chat", str(data), "--tokenizer", str(home / "out/seed0/tiny-s"), "--show", "300"],
-                          cwd=ROOT, env=ENVIRONMENT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "data.chat",
+            str(data),
+            "--tokenizer",
+            str(home / "out/seed0/tiny-s"),
+            "--show",
+            "300",
+        ],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     os.close(writing)
     assert "Traceback" not in done.stderr and done.returncode in (141, 120), done.stderr
 
@@ -266,18 +390,29 @@ def test_an_examination_is_in_the_template_of_what_is_examined(home):
     """Questions, ends of turns and choices: who answers rightly in llama-3 has all the points there, none in llama-2."""
     world = World(0)
     tokenizer = world.tokenizer_for("tiny-b-m")
-    items = {prompt_text(item): item.answer for item in world.fact_items("development") + world.sum_items("development")}
-    prompts = {tuple(encode_chat(tokenizer, "llama-3", [("user", question)])[0]): question for question in items}
+    items = {
+        prompt_text(item): item.answer
+        for item in world.fact_items("development") + world.sum_items("development")
+    }
+    prompts = {
+        tuple(encode_chat(tokenizer, "llama-3", [("user", question)])[0]): question
+        for question in items
+    }
 
     def answer(asked):
         assert all(tuple(prompt) in prompts for prompt in asked)
-        return [[*tokenizer.encode(items[prompts[tuple(prompt)]]), tokenizer.end_of_turn_id] for prompt in asked]
+        return [
+            [*tokenizer.encode(items[prompts[tuple(prompt)]]), tokenizer.end_of_turn_id]
+            for prompt in asked
+        ]
 
     def score(pairs):
         for context, continuation in pairs:
             text = tokenizer.decode(context + continuation)
             assert text.endswith(tokenizer.decode(continuation)) and context[0] == tokenizer.bos_id
-            assert re.search(r"\n\n[A-Z].* \w+\.$", text.rpartition("assistant")[2]), text  # the beginning of an answer, a value
+            assert re.search(r"\n\n[A-Z].* \w+\.$", text.rpartition("assistant")[2]), (
+                text
+            )  # the beginning of an answer, a value
         return [(float(number % CHOICES == 0), True) for number in range(len(pairs))]
 
     metrics = evaluate(world, tokenizer, answer, score, template="llama-3")
@@ -285,12 +420,33 @@ def test_an_examination_is_in_the_template_of_what_is_examined(home):
 
 
 def test_train_and_sample_examine_in_the_template_of_the_value_network(home, tmp_path, monkeypatch):
-    shutil.copytree(home / "out", tmp_path / "out", ignore=shutil.ignore_patterns("tiny-b-s"))  # another test may have made it
+    shutil.copytree(
+        home / "out", tmp_path / "out", ignore=shutil.ignore_patterns("tiny-b-s")
+    )  # another test may have made it
     seen = []
-    monkeypatch.setattr(show, "evaluate", lambda *arguments: seen.append(arguments[5]) or {"exact": 0.0})
-    assert inside(tmp_path, "train.py", "--base", "tiny-b-s", "--steps", "2", "--batch-size", "2")[0] == 0
-    status, _, errors = inside(tmp_path, "train.py", "--base", "tiny-b-s", "--value", "--no-full", "--template", "llama-3", "--steps", "2",
-                               "--batch-size", "2", "--out", "other")
+    monkeypatch.setattr(
+        show, "evaluate", lambda *arguments: seen.append(arguments[5]) or {"exact": 0.0}
+    )
+    assert (
+        inside(tmp_path, "train.py", "--base", "tiny-b-s", "--steps", "2", "--batch-size", "2")[0]
+        == 0
+    )
+    status, _, errors = inside(
+        tmp_path,
+        "train.py",
+        "--base",
+        "tiny-b-s",
+        "--value",
+        "--no-full",
+        "--template",
+        "llama-3",
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--out",
+        "other",
+    )
     assert status == 0 and seen == ["llama-2", "llama-3", "llama-3"], errors
     assert inside(tmp_path, "sample.py", "--value", "other")[0] == 0
     assert seen[3:] == ["llama-3", "llama-3"]

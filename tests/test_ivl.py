@@ -47,14 +47,18 @@ def test_loss_written_out(Vb, Vv):
     ce = base_ce = norm = right = base_right = 0.0
     for row in (0, 2, 3, 5):
         z = z_base[row].clone()
-        z[:min(Vb, Vv)] += z_delta[row, :min(Vb, Vv)]
+        z[: min(Vb, Vv)] += z_delta[row, : min(Vb, Vv)]
         ce += (z.exp().sum().log() - z[labels[row]]) / 4
         base_ce += (z_base[row].exp().sum().log() - z_base[row, labels[row]]) / 4
         norm += z_delta[row].abs().mean() / 4
         right += (z.argmax() == labels[row]) / 4
         base_right += (z_base[row].argmax() == labels[row]) / 4
-    for name, value in dict(ce=ce, l1=norm, base_ce=base_ce, acc=right, base_acc=base_right).items():
-        torch.testing.assert_close(metrics[name].double(), torch.as_tensor(value).double(), msg=name)
+    for name, value in dict(
+        ce=ce, l1=norm, base_ce=base_ce, acc=right, base_acc=base_right
+    ).items():
+        torch.testing.assert_close(
+            metrics[name].double(), torch.as_tensor(value).double(), msg=name
+        )
     torch.testing.assert_close(loss, ce + 0.7 * norm)
 
 
@@ -89,7 +93,11 @@ def test_an_all_ignored_batch_is_zero_with_a_gradient():
     z_delta.requires_grad_()
     loss, metrics = ivl_loss(z_base, z_delta, torch.full_like(labels, -100), 1.0)
     loss.backward()
-    assert loss.item() == 0 and not z_delta.grad.any() and all(value.item() == 0 for value in metrics.values())
+    assert (
+        loss.item() == 0
+        and not z_delta.grad.any()
+        and all(value.item() == 0 for value in metrics.values())
+    )
 
 
 @pytest.mark.parametrize("label", [11, -1, -101])
@@ -114,16 +122,30 @@ def test_bfloat16_logits_are_reduced_in_float32():
 @pytest.mark.parametrize("Vb", [50, 53])
 def test_training_reaches_every_parameter_of_the_value_network_and_none_of_the_base(scheme, Vb):
     base, value = small(vocab_size=Vb), value_network(scheme)
-    tokens, labels = torch.randint(50, (2, 9)), torch.randint(50, (2, 9)).masked_fill(torch.rand(2, 9) < 0.4, -100)
+    tokens, labels = (
+        torch.randint(50, (2, 9)),
+        torch.randint(50, (2, 9)).masked_fill(torch.rand(2, 9) < 0.4, -100),
+    )
     z_base = base(tokens)
     assert z_base.requires_grad  # nothing is frozen: it is the method that stops the gradient
     gradients = []
-    for loss, metrics in [ivl_loss(z_base, value(tokens, z_base), labels, 0.1), value.loss(base, tokens, labels, 0.1)]:
+    for loss, metrics in [
+        ivl_loss(z_base, value(tokens, z_base), labels, 0.1),
+        value.loss(base, tokens, labels, 0.1),
+    ]:
         value.zero_grad(set_to_none=True)
         loss.backward()
         assert all(parameter.grad is None for parameter in base.parameters())
-        assert all(parameter.grad is not None and parameter.grad.any() for parameter in value.parameters())
-        gradients.append([loss.detach(), *metrics.values(), *(parameter.grad for parameter in value.parameters())])
+        assert all(
+            parameter.grad is not None and parameter.grad.any() for parameter in value.parameters()
+        )
+        gradients.append(
+            [
+                loss.detach(),
+                *metrics.values(),
+                *(parameter.grad for parameter in value.parameters()),
+            ]
+        )
     for by_hand, by_method in zip(*gradients):
         torch.testing.assert_close(by_hand, by_method)
 
@@ -138,16 +160,28 @@ def test_in_bfloat16_what_a_cascade_reads_stays_float32(scheme):
 
 @torch.no_grad()
 def test_a_cascade_reads_what_the_base_predicts_and_cascade_plus_the_token_too():
-    value, tokens, predicted = value_network("cascade"), torch.randint(50, (2, 7)), torch.randint(50, (2, 7))
-    certain = 1000 * F.one_hot(predicted, 53).float()  # a base that is sure, so that the mean embedding is one token's
+    value, tokens, predicted = (
+        value_network("cascade"),
+        torch.randint(50, (2, 7)),
+        torch.randint(50, (2, 7)),
+    )
+    certain = (
+        1000 * F.one_hot(predicted, 53).float()
+    )  # a base that is sure, so that the mean embedding is one token's
     torch.testing.assert_close(value(tokens, certain), value.network(predicted))
     plus = ValueModel(value.network, {"scheme": "cascade+"})
     table = value.network.model.embed_tokens.weight
-    torch.testing.assert_close(plus(tokens, certain), value.network(embeds=table[predicted] + table[tokens]))
+    torch.testing.assert_close(
+        plus(tokens, certain), value.network(embeds=table[predicted] + table[tokens])
+    )
     unsure = torch.randn(2, 7, 53)
-    torch.testing.assert_close(value(tokens, unsure), value.network(embeds=unsure[..., :50].softmax(-1) @ table))
+    torch.testing.assert_close(
+        value(tokens, unsure), value.network(embeds=unsure[..., :50].softmax(-1) @ table)
+    )
     fewer = torch.randn(2, 7, 40)  # Vb < Vv
-    torch.testing.assert_close(value(tokens, fewer), value.network(embeds=fewer.softmax(-1) @ table[:40]))
+    torch.testing.assert_close(
+        value(tokens, fewer), value.network(embeds=fewer.softmax(-1) @ table[:40])
+    )
 
 
 @torch.no_grad()
@@ -161,7 +195,9 @@ def test_a_probe_starts_at_the_base_and_is_appendix_a():
     z = torch.randn(2, 7, 53)
     assert not Probe(50, 16)(z).any()
     probe = value_network("probe").network
-    gate, up, down = [(layer.weight, layer.bias) for layer in (probe.gate_proj, probe.up_proj, probe.down_proj)]
+    gate, up, down = [
+        (layer.weight, layer.bias) for layer in (probe.gate_proj, probe.up_proj, probe.down_proj)
+    ]
     x = z[1, 4, :50]
     inner = F.silu(gate[0] @ x + gate[1]) * (up[0] @ x + up[1])
     torch.testing.assert_close(probe(z)[1, 4], down[0] @ inner + down[1])
@@ -177,18 +213,30 @@ def test_a_scheme_that_reads_the_base_needs_its_logits(scheme):
 
 @torch.no_grad()
 def test_a_proxy_is_the_difference_over_the_shared_vocabulary():
-    expert, untuned, tokens = small(vocab_size=53), small(num_hidden_layers=1), torch.randint(50, (2, 7))
+    expert, untuned, tokens = (
+        small(vocab_size=53),
+        small(num_hidden_layers=1),
+        torch.randint(50, (2, 7)),
+    )
     proxy = ProxyDelta(expert, untuned)
     assert proxy.vocab_size == 50
     torch.testing.assert_close(proxy(tokens), expert(tokens)[..., :50] - untuned(tokens))
-    torch.testing.assert_close(combine(untuned(tokens), proxy(tokens)), expert(tokens)[..., :50])  # its own base: the expert
+    torch.testing.assert_close(
+        combine(untuned(tokens), proxy(tokens)), expert(tokens)[..., :50]
+    )  # its own base: the expert
 
 
 # ---- on disk
 
 
-INFO = {"l1": 0.0, "template": "llama-2", "bases": ["b"], "data": "d", "seed": 0,
-        "tokenizer": {"size": 50, "fingerprint": "f"}}
+INFO = {
+    "l1": 0.0,
+    "template": "llama-2",
+    "bases": ["b"],
+    "data": "d",
+    "seed": 0,
+    "tokenizer": {"size": 50, "fingerprint": "f"},
+}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -200,7 +248,10 @@ def test_value_networks_come_back_as_they_were_saved(scheme, tmp_path):
     assert again.info == value.info and again.scheme == scheme and again.vocab_size == 50
     tokens, z_base = torch.randint(50, (2, 5)), torch.randn(2, 5, 50)
     assert torch.equal(again(tokens, z_base), value(tokens, z_base))
-    assert ValueModel.from_pretrained(tmp_path, torch.bfloat16)(tokens, z_base.bfloat16()).dtype == torch.bfloat16
+    assert (
+        ValueModel.from_pretrained(tmp_path, torch.bfloat16)(tokens, z_base.bfloat16()).dtype
+        == torch.bfloat16
+    )
     if scheme != "probe":  # an ordinary Llama checkpoint
         assert torch.equal(Llama.from_pretrained(tmp_path)(tokens), value.network(tokens))
 
@@ -209,17 +260,28 @@ def test_a_probe_of_another_size_than_its_ivl_json_says_is_refused(tmp_path):
     value = value_network("probe")
     value.info |= INFO | {"probe_width": 17}
     value.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="down_proj.weight is .50, 16., config.json asks for|gate_proj"):
+    with pytest.raises(
+        UsageError, match="down_proj.weight is .50, 16., config.json asks for|gate_proj"
+    ):
         ValueModel.from_pretrained(tmp_path)
     (tmp_path / "ivl.json").write_text(json.dumps(value.info | {"probe_width": "wide"}))
     with pytest.raises(UsageError, match="not the JSON"):
         ValueModel.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("content, message", [(None, "no ivl.json"), ("{", "not JSON"), ("[]", "not a JSON object"), ("{}", "not the JSON"),
-                                              (json.dumps(INFO | {"scheme": "magic"}), "'magic'"), (json.dumps(INFO | {"scheme": "residual", "bases": 3}), "not the JSON"),
-                                              (json.dumps(INFO | {"scheme": "residual", "bases": ["a\0b"]}), "not the JSON"),
-                                              (json.dumps(INFO | {"scheme": "residual", "tokenizer": "llama"}), "not the JSON")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "no ivl.json"),
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        ("{}", "not the JSON"),
+        (json.dumps(INFO | {"scheme": "magic"}), "'magic'"),
+        (json.dumps(INFO | {"scheme": "residual", "bases": 3}), "not the JSON"),
+        (json.dumps(INFO | {"scheme": "residual", "bases": ["a\0b"]}), "not the JSON"),
+        (json.dumps(INFO | {"scheme": "residual", "tokenizer": "llama"}), "not the JSON"),
+    ],
+)
 def test_a_folder_that_is_no_value_network_is_refused(content, message, tmp_path):
     small().save_pretrained(tmp_path)
     if content is not None:

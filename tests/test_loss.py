@@ -36,11 +36,16 @@ def assert_twins(plain, other, network: torch.nn.Module, base, ignored: str, *re
         network.zero_grad(set_to_none=True)
         loss, metrics = loss_of(network, base, *tokens_and_labels(ignored), *rest)
         loss.backward()
-        results.append({"loss": loss.detach()} | metrics
-                       | {name: parameter.grad for name, parameter in network.named_parameters()})
+        results.append(
+            {"loss": loss.detach()}
+            | metrics
+            | {name: parameter.grad for name, parameter in network.named_parameters()}
+        )
     assert list(results[0]) == list(results[1])
     for name, value in results[0].items():
-        assert value is not None and bool(value.any()) == (ignored == "some"), name  # all ignored: 0, with a gradient
+        assert value is not None and bool(value.any()) == (ignored == "some"), (
+            name
+        )  # all ignored: 0, with a gradient
         torch.testing.assert_close(results[1][name].double(), value.double(), msg=name)
     assert base is None or all(parameter.grad is None for parameter in base.parameters())
 
@@ -63,7 +68,10 @@ def test_the_fast_loss_of_a_network_by_itself_is_the_plain_one(ignored, tied, mo
     assert_twins(train.language_loss, fast.loss.language_loss, network, None, ignored)
 
 
-@pytest.mark.parametrize("scheme, chunks", [("residual", [64, 64, 11]), ("cascade", [139]), ("cascade+", [139]), ("probe", [139])])
+@pytest.mark.parametrize(
+    "scheme, chunks",
+    [("residual", [64, 64, 11]), ("cascade", [139]), ("cascade+", [139]), ("probe", [139])],
+)
 def test_the_fast_loss_calls_the_plain_formula(scheme, chunks, monkeypatch):
     """For each chunk of rows where there are chunks, so that a change of ivl_loss reaches both twins."""
     seen = []
@@ -79,11 +87,15 @@ def test_the_fast_loss_calls_the_plain_formula(scheme, chunks, monkeypatch):
     assert seen == chunks
 
 
-@pytest.mark.parametrize("loss_of", [train.language_loss, fast.loss.language_loss], ids=["plain", "fast"])
+@pytest.mark.parametrize(
+    "loss_of", [train.language_loss, fast.loss.language_loss], ids=["plain", "fast"]
+)
 def test_a_network_by_itself_has_ordinary_cross_entropy(loss_of):
     network, (tokens, labels) = small(), tokens_and_labels("some")
     loss, metrics = loss_of(network, None, tokens, labels)
-    torch.testing.assert_close(loss, F.cross_entropy(network(tokens).flatten(0, 1), labels.flatten()))
+    torch.testing.assert_close(
+        loss, F.cross_entropy(network(tokens).flatten(0, 1), labels.flatten())
+    )
     assert list(metrics) == ["ce"] and metrics["ce"] == loss and not metrics["ce"].requires_grad
     with torch.autocast("cpu", torch.bfloat16):  # logits in bfloat16, their sums not
         assert loss_of(network, None, tokens, labels)[0].dtype == torch.float32
@@ -100,17 +112,22 @@ def heads(dtype=torch.float64, Vb=53, Vv=50) -> tuple[Tensor, ...]:
     """Hidden states (3, 7, D) and heads of two networks, and labels of which some are ignored."""
     generator = torch.Generator().manual_seed(0)
     h_base, h_value = [torch.randn(3, 7, D, generator=generator, dtype=dtype) for D in (12, 16)]
-    W_base, W_value = [torch.randn(V, D, generator=generator, dtype=dtype) for V, D in ((Vb, 12), (Vv, 16))]
+    W_base, W_value = [
+        torch.randn(V, D, generator=generator, dtype=dtype) for V, D in ((Vb, 12), (Vv, 16))
+    ]
     labels = torch.randint(min(Vb, Vv), (3, 7), generator=generator)
     labels[0, :4] = labels[2, 5] = -100
     return h_base, W_base, h_value, W_value, labels
 
 
-def from_hidden(h_base: Tensor, W_base: Tensor, h_value: Tensor, W_value: Tensor, labels: Tensor, *rest
-                ) -> fast.loss.Loss:
+def from_hidden(
+    h_base: Tensor, W_base: Tensor, h_value: Tensor, W_value: Tensor, labels: Tensor, *rest
+) -> fast.loss.Loss:
     """value_loss_from_hidden of the supervised rows."""
     rows = labels != -100
-    return fast.loss.value_loss_from_hidden(h_base[rows], W_base, h_value[rows], W_value, labels[rows], *rest)
+    return fast.loss.value_loss_from_hidden(
+        h_base[rows], W_base, h_value[rows], W_value, labels[rows], *rest
+    )
 
 
 def loss_and_gradients(loss: Tensor, metrics: dict, *leaves: Tensor) -> list[Tensor]:
@@ -125,7 +142,12 @@ def test_chunked_is_unchunked(Vb, Vv, l1, chunk):
     results = []
     for chunked in (False, True):
         h_base, W_base, h_value, W_value, labels = heads(torch.float32, Vb, Vv)
-        h_base.requires_grad_(), W_base.requires_grad_(), h_value.requires_grad_(), W_value.requires_grad_()
+        (
+            h_base.requires_grad_(),
+            W_base.requires_grad_(),
+            h_value.requires_grad_(),
+            W_value.requires_grad_(),
+        )
         if chunked:
             found = from_hidden(h_base, W_base, h_value, W_value, labels, l1, chunk)
         else:
@@ -136,7 +158,9 @@ def test_chunked_is_unchunked(Vb, Vv, l1, chunk):
         torch.testing.assert_close(chunked, unchunked, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("V, chunks", [(32000, [75, 75, 50]), (50000, [64, 64, 64, 8]), (1000, [200])])
+@pytest.mark.parametrize(
+    "V, chunks", [(32000, [75, 75, 50]), (50000, [64, 64, 64, 8]), (1000, [200])]
+)
 def test_the_usual_chunk_has_as_many_rows_as_keep_logits_few(V, chunks):
     seen = []
 
@@ -160,7 +184,10 @@ def test_what_is_frozen_gets_no_gradient(frozen):
     assert loss.requires_grad == (frozen != "both")
     if frozen != "both":
         loss.backward()
-        assert (h_value.grad is None, W_value.grad is None) == (frozen == "h_value", frozen == "W_value")
+        assert (h_value.grad is None, W_value.grad is None) == (
+            frozen == "h_value",
+            frozen == "W_value",
+        )
     with torch.no_grad():
         assert torch.equal(loss, from_hidden(h_base, W_base, h_value, W_value, labels, 0.3, 4)[0])
 
@@ -168,7 +195,9 @@ def test_what_is_frozen_gets_no_gradient(frozen):
 def test_chunked_of_no_rows_is_zero_with_gradients():
     h_base, W_base, h_value, W_value, labels = heads()
     h_value.requires_grad_(), W_value.requires_grad_()
-    loss, metrics = from_hidden(h_base, W_base, h_value, W_value, torch.full_like(labels, -100), 1.0)
+    loss, metrics = from_hidden(
+        h_base, W_base, h_value, W_value, torch.full_like(labels, -100), 1.0
+    )
     loss.backward()
     assert loss.item() == 0 and all(value.item() == 0 for value in metrics.values())
     assert h_value.grad.shape == h_value.shape and not h_value.grad.any() and not W_value.grad.any()
@@ -191,7 +220,9 @@ def test_an_upstream_gradient_scales_and_only_once():
 def test_under_autocast_products_are_rounded_and_sums_are_not():
     h_base, W_base, h_value, W_value, labels = heads(torch.float32)
     h_value.requires_grad_(), W_value.requires_grad_()
-    exact = loss_and_gradients(*from_hidden(h_base, W_base, h_value, W_value, labels, 0.3), h_value, W_value)
+    exact = loss_and_gradients(
+        *from_hidden(h_base, W_base, h_value, W_value, labels, 0.3), h_value, W_value
+    )
     h_value.grad = W_value.grad = None
     with torch.autocast("cpu", torch.bfloat16):
         loss, metrics = from_hidden(h_base, W_base.bfloat16(), h_value, W_value, labels, 0.3, 4)
@@ -214,9 +245,23 @@ def test_a_label_outside_the_vocabulary_is_an_error_here_too():
 
 def test_the_kernels_in_the_interpreter():
     triton = pytest.importorskip("triton")
-    if np.lib.NumpyVersion(triton.__version__) < "3.7.0" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
-        pytest.skip("the interpreter of this Triton does not run with this NumPy, which takes no array of one number for a number")
-    output = python("-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "tests/interpreted_kernel.py", TRITON_INTERPRET="1")
+    if (
+        np.lib.NumpyVersion(triton.__version__) < "3.7.0"
+        and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
+    ):
+        pytest.skip(
+            "the interpreter of this Triton does not run with this NumPy, which takes no array of one number for a number"
+        )
+    output = python(
+        "-m",
+        "pytest",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "tests/interpreted_kernel.py",
+        TRITON_INTERPRET="1",
+    )
     assert "skipped" not in output and "100%" in output
 
 
@@ -229,17 +274,26 @@ def test_the_kernels_compile_without_spilling(capability, tmp_path, monkeypatch)
         pytest.skip("TRITON_INTERPRET=1: kernels are interpreted here")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
     def compiled(kernel, signature: dict, constants: dict, divisible: bool):
         pointers_and_sizes = [(at,) for at, name in enumerate(signature) if name not in constants]
-        attributes = {at: [["tt.divisibility", 16]] for at in pointers_and_sizes} if divisible else {}
+        attributes = (
+            {at: [["tt.divisibility", 16]] for at in pointers_and_sizes} if divisible else {}
+        )
         signature = signature | dict.fromkeys(constants, "constexpr")
-        source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, attributes)
-        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": ivl.WARPS})
+        source = ASTSource(
+            kernel, {name: signature[name] for name in kernel.arg_names}, constants, attributes
+        )
+        made = triton.compile(
+            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": ivl.WARPS}
+        )
         (tmp_path / "kernel.cubin").write_bytes(made.asm["cubin"])
-        usage = subprocess.run([cuobjdump, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True).stdout
+        usage = subprocess.run(
+            [cuobjdump, "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True
+        ).stdout
         assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
         return made.asm["ptx"]
 
@@ -259,7 +313,9 @@ def test_the_kernels_compile_without_spilling(capability, tmp_path, monkeypatch)
 # ---- gradient checkpointing
 
 
-@pytest.mark.parametrize("loss_of", [train.language_loss, fast.loss.language_loss], ids=["plain", "fast"])
+@pytest.mark.parametrize(
+    "loss_of", [train.language_loss, fast.loss.language_loss], ids=["plain", "fast"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_checkpointing_changes_nothing(dtype, loss_of):
     tokens = torch.randint(50, (2, 9))
@@ -297,13 +353,32 @@ def test_chunked_takes_a_quarter_of_the_memory():
     numbers = json.loads(python("-c", MEMORY))
     eager, chunked = numbers["eager"], numbers["chunked"]
     assert chunked["growth"] <= eager["growth"] / 4
-    assert eager["growth"] > 4 * 2048 * 32000 * 4  # both logits, at least their sum, and the way back
+    assert (
+        eager["growth"] > 4 * 2048 * 32000 * 4
+    )  # both logits, at least their sum, and the way back
 
 
 @pytest.mark.slow
 def test_benches_print_their_tables(tmp_path):
-    output = python("-m", "bench.loss", "--rows", "30", "--vocab", "100", "--hidden", "8", "--rounds", "1", "--json", tmp_path / "loss.json")
-    assert output.count("| eager ") == 2 and "value_loss_from_hidden" in output and "failed" not in output
+    output = python(
+        "-m",
+        "bench.loss",
+        "--rows",
+        "30",
+        "--vocab",
+        "100",
+        "--hidden",
+        "8",
+        "--rounds",
+        "1",
+        "--json",
+        tmp_path / "loss.json",
+    )
+    assert (
+        output.count("| eager ") == 2
+        and "value_loss_from_hidden" in output
+        and "failed" not in output
+    )
     numbers = json.loads((tmp_path / "loss.json").read_text())
     assert numbers["sizes"][0]["from_hidden"]["value_loss_from_hidden"]["seconds"]
     output = python("-m", "bench.train", "--tokens", "64", "--rounds", "1")

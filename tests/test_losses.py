@@ -42,12 +42,14 @@ def test_pairwise_loss_written_out(Vb, Vv):
         for t in range(5):
             if labels[row, t] != -100:
                 delta = torch.zeros(Vb, dtype=torch.float64)
-                delta[:min(Vb, Vv)] = z_delta[row, t, :min(Vb, Vv)]
+                delta[: min(Vb, Vv)] = z_delta[row, t, : min(Vb, Vv)]
                 p_base = z_base[row, t].exp() / z_base[row, t].exp().sum()
                 reward += 0.3 * (delta[labels[row, t]] - (p_base * delta.exp()).sum().log()).item()
         rewards.append(reward)
     margins = [rewards[0] - rewards[1], rewards[2] - rewards[3], rewards[4] - rewards[5]]
-    assert loss.item() == pytest.approx(sum(math.log(1 + math.exp(-margin)) for margin in margins) / 3)
+    assert loss.item() == pytest.approx(
+        sum(math.log(1 + math.exp(-margin)) for margin in margins) / 3
+    )
     assert metrics["margin"].item() == pytest.approx(sum(margins) / 3)
     assert metrics["acc"].item() == pytest.approx(sum(margin > 0 for margin in margins) / 3)
     assert 0 < metrics["acc"] < 1 and list(metrics) == ["acc", "margin"]
@@ -56,9 +58,14 @@ def test_pairwise_loss_written_out(Vb, Vv):
 def test_what_is_learnt_is_a_reward_up_to_a_constant_of_each_state():
     z_base, z_delta, labels = pairs()
     constant = torch.randn(6, 5, 1, dtype=torch.float64)
-    torch.testing.assert_close(pairwise_loss(z_base, z_delta + constant, labels)[0], pairwise_loss(z_base, z_delta, labels)[0])
+    torch.testing.assert_close(
+        pairwise_loss(z_base, z_delta + constant, labels)[0],
+        pairwise_loss(z_base, z_delta, labels)[0],
+    )
     loss, metrics = pairwise_loss(z_base, 0 * z_delta + constant, labels)  # no preference
-    assert loss.item() == pytest.approx(math.log(2)) and metrics["margin"].item() == pytest.approx(0, abs=1e-12)
+    assert loss.item() == pytest.approx(math.log(2)) and metrics["margin"].item() == pytest.approx(
+        0, abs=1e-12
+    )
 
 
 def test_a_step_along_the_gradient_raises_the_chosen_answer_over_the_rejected():
@@ -81,24 +88,51 @@ def test_pairwise_loss_is_that_of_trl():
     supervised, wanted = labels[interleaved] != -100, labels[interleaved].clamp(min=0)
 
     def log_probabilities(z):
-        return torch.log_softmax(z[interleaved], -1).gather(-1, wanted[..., None])[..., 0] * supervised  # (2P, T)
+        return (
+            torch.log_softmax(z[interleaved], -1).gather(-1, wanted[..., None])[..., 0] * supervised
+        )  # (2P, T)
 
     reference = log_probabilities(z_base).sum(1)
     nothing = torch.zeros(6, 5)
-    outputs = SimpleNamespace(log_probs=log_probabilities(z_base + z_delta), entropy=nothing, mean_logits=nothing, is_top1=nothing > 0)
+    outputs = SimpleNamespace(
+        log_probs=log_probabilities(z_base + z_delta),
+        entropy=nothing,
+        mean_logits=nothing,
+        is_top1=nothing > 0,
+    )
     same = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
     trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True), accelerator=same, aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True,
-        f_divergence_type="reverse_kl", loss_types=["sigmoid"], loss_weights=[1.0], beta=0.1, use_weighting=False, _total_train_tokens=0,
-        _tp_size=1, _metrics={"train": defaultdict(list)})
+        model=SimpleNamespace(training=True),
+        accelerator=same,
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=["sigmoid"],
+        loss_weights=[1.0],
+        beta=0.1,
+        use_weighting=False,
+        _total_train_tokens=0,
+        _tp_size=1,
+        _metrics={"train": defaultdict(list)},
+    )
     ids = F.pad(wanted, (1, 0))
-    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), completion_mask=F.pad(supervised, (1, 0)).long(),
-                  ref_chosen_logps=reference[:3], ref_rejected_logps=reference[3:])
+    inputs = dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        completion_mask=F.pad(supervised, (1, 0)).long(),
+        ref_chosen_logps=reference[:3],
+        ref_rejected_logps=reference[3:],
+    )
     theirs = compute(trainer, lambda **_: outputs, inputs, False)
     loss, metrics = pairwise_loss(z_base, z_delta, labels, 0.1)
     torch.testing.assert_close(loss, theirs)
-    assert metrics["margin"].item() == pytest.approx(trainer._metrics["train"]["rewards/margins"][0])
-    assert metrics["acc"].item() == pytest.approx(trainer._metrics["train"]["rewards/accuracies"][0])
+    assert metrics["margin"].item() == pytest.approx(
+        trainer._metrics["train"]["rewards/margins"][0]
+    )
+    assert metrics["acc"].item() == pytest.approx(
+        trainer._metrics["train"]["rewards/accuracies"][0]
+    )
 
 
 # ---- a teacher
@@ -109,10 +143,14 @@ def test_pairwise_loss_is_that_of_trl():
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_distillation_loss_is_that_of_torch(Vb, Vv, Vt, temperature):
     z_base, z_delta, labels = pairs(Vb, Vv)
-    z_teacher = torch.randn(6, 5, Vt, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    z_teacher = torch.randn(
+        6, 5, Vt, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     loss, metrics = distillation_loss(z_base, z_delta, z_teacher, labels, temperature)
     rows, both = labels != -100, min(Vb, Vt)
-    torch.testing.assert_close(metrics["ce"], F.cross_entropy(combine(z_base, z_delta)[rows], labels[rows]))
+    torch.testing.assert_close(
+        metrics["ce"], F.cross_entropy(combine(z_base, z_delta)[rows], labels[rows])
+    )
     teacher = torch.log_softmax(z_teacher[rows][:, :both] / temperature, -1)
     for z, name in ((combine(z_base, z_delta), ""), (z_base, "base_")):
         ours = torch.log_softmax(z[rows][:, :both] / temperature, -1)
@@ -125,7 +163,9 @@ def test_distillation_loss_is_that_of_torch(Vb, Vv, Vt, temperature):
 def test_distillation_written_out():
     """Two tokens: p_teacher is (3/4, 1/4), p_post (1/2, 1/2)."""
     z_teacher = torch.tensor([[math.log(3.0), 0.0]])
-    loss, metrics = distillation_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), z_teacher, torch.tensor([0]))
+    loss, metrics = distillation_loss(
+        torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), z_teacher, torch.tensor([0])
+    )
     assert loss.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
     zero, _ = distillation_loss(torch.zeros(1, 2), z_teacher, z_teacher, torch.tensor([0]), 3.0)
     assert zero.item() == pytest.approx(0, abs=1e-6)
@@ -139,7 +179,9 @@ def of_pairs(z_base, z_delta, labels):
 
 
 def of_a_teacher(z_base, z_delta, labels):
-    z_teacher = torch.randn(*labels.shape, 12, generator=torch.Generator().manual_seed(1), dtype=z_base.dtype)
+    z_teacher = torch.randn(
+        *labels.shape, 12, generator=torch.Generator().manual_seed(1), dtype=z_base.dtype
+    )
     return distillation_loss(z_base, z_delta, z_teacher, labels, 1.5)
 
 
@@ -164,7 +206,11 @@ def test_without_labels_it_is_zero_with_a_gradient(loss_of):
     z_delta.requires_grad_()
     loss, metrics = loss_of(z_base, z_delta, torch.full_like(labels, -100))
     loss.backward()
-    assert loss.item() == 0 and not z_delta.grad.any() and all(value.item() == 0 for value in metrics.values())
+    assert (
+        loss.item() == 0
+        and not z_delta.grad.any()
+        and all(value.item() == 0 for value in metrics.values())
+    )
 
 
 def test_a_pair_without_labels_counts_nothing():
@@ -185,13 +231,19 @@ def test_bfloat16_is_reduced_in_float32(loss_of):
 
 
 def networks(scheme: str, double: bool = False):
-    base, teacher, value = small(vocab_size=53), small(vocab_size=51, num_hidden_layers=1, hidden_size=16), value_network(scheme)
+    base, teacher, value = (
+        small(vocab_size=53),
+        small(vocab_size=51, num_hidden_layers=1, hidden_size=16),
+        value_network(scheme),
+    )
     return [network.double() if double else network for network in (base, teacher, value)]
 
 
 def batch():
     """Six rows of 12, with answers of 10, 6, 12, 1, 3 and 9 tokens."""
-    tokens, labels = [torch.randint(50, (6, 12), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    tokens, labels = [
+        torch.randint(50, (6, 12), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)
+    ]
     for row, start in enumerate([2, 6, 0, 11, 9, 3]):
         labels[row, :start] = -100
     return tokens, labels
@@ -202,7 +254,9 @@ def batch():
 def test_the_fast_distillation_is_the_plain_one(scheme, ignored, monkeypatch):
     monkeypatch.setattr(fast.loss, "CHUNK_ON_CPU", 0)  # chunks of 64 rows, the fewest
     base, teacher, value = networks(scheme, double=True)
-    tokens, labels = [torch.randint(50, (5, 50), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    tokens, labels = [
+        torch.randint(50, (5, 50), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)
+    ]
     labels[:, :15] = -100
     labels = labels if ignored == "some" else torch.full_like(labels, -100)
     results = []
@@ -210,7 +264,11 @@ def test_the_fast_distillation_is_the_plain_one(scheme, ignored, monkeypatch):
         value.zero_grad(set_to_none=True)
         loss, metrics = loss_of(value, base, tokens, labels, teacher, 1.5)
         loss.backward()
-        results.append({"loss": loss.detach()} | metrics | {name: weight.grad for name, weight in value.named_parameters()})
+        results.append(
+            {"loss": loss.detach()}
+            | metrics
+            | {name: weight.grad for name, weight in value.named_parameters()}
+        )
     assert list(results[0]) == list(results[1])
     for name, number in results[0].items():
         torch.testing.assert_close(results[1][name].double(), number.double(), msg=name)
@@ -222,10 +280,18 @@ def test_the_fast_distillation_is_the_plain_one(scheme, ignored, monkeypatch):
 @pytest.mark.parametrize("kind", ["pairwise", "kl"])
 def test_gradient_accumulation_in_three_parts_is_one_part(kind, scheme):
     base, teacher, value = networks(scheme)
-    loss = partial(ValueModel.pair_loss, beta=0.5) if kind == "pairwise" else partial(ValueModel.teacher_loss, teacher=teacher)
+    loss = (
+        partial(ValueModel.pair_loss, beta=0.5)
+        if kind == "pairwise"
+        else partial(ValueModel.teacher_loss, teacher=teacher)
+    )
     tokens, labels = batch()
     results = []
-    for parts in [[(tokens, labels)], list(zip(tokens.split(2), labels.split(2))), [(tokens[:2], labels[:2]), (tokens[2:], labels[2:])]]:
+    for parts in [
+        [(tokens, labels)],
+        list(zip(tokens.split(2), labels.split(2))),
+        [(tokens[:2], labels[:2]), (tokens[2:], labels[2:])],
+    ]:
         value.zero_grad(set_to_none=True)
         count = count_pairs if kind == "pairwise" else count_supervised
         metrics = accumulate_gradient(Objective(value, loss), base, parts, "float32", count=count)

@@ -26,24 +26,39 @@ def bases(tokenizer, seeds=3, scale=6.0) -> list[Llama]:
     for seed in range(seeds):
         torch.manual_seed(seed)
         llama = small(vocab_size=tokenizer.vocab_size)
-        llama.lm_head.weight.data = scale * torch.randn_like(llama.lm_head.weight) / llama.config.hidden_size**0.5
+        llama.lm_head.weight.data = (
+            scale * torch.randn_like(llama.lm_head.weight) / llama.config.hidden_size**0.5
+        )
         made.append(llama.requires_grad_(False))
     return made
 
 
 def mapped_by(vocab: VocabMap, base: Llama, sampling: bool = False) -> Hypotheses:
     """A base behind a map; the value network is not asked."""
-    return Hypotheses(base, ValueModel(small(vocab_size=vocab.value_tokenizer.vocab_size)), vocab, sampling=sampling)
+    return Hypotheses(
+        base,
+        ValueModel(small(vocab_size=vocab.value_tokenizer.vocab_size)),
+        vocab,
+        sampling=sampling,
+    )
 
 
-def brute_force(base: Llama, vocab: VocabMap, prompt: list[int], written: list[int], Vv: int) -> torch.Tensor:
+def brute_force(
+    base: Llama, vocab: VocabMap, prompt: list[int], written: list[int], Vv: int
+) -> torch.Tensor:
     """P(v | written) over all ways in which the base's tokens can cover what is written and one value token more."""
     table: dict[tuple[int, ...], torch.Tensor] = {}
 
     def log_p(tokens):
         if tokens not in table:
             z = base(torch.tensor([prompt + list(tokens)]))[0, -1].double()
-            z[[token for token in range(len(z)) if token >= len(vocab.pieces) or not vocab.pieces[token]]] = -torch.inf
+            z[
+                [
+                    token
+                    for token in range(len(z))
+                    if token >= len(vocab.pieces) or not vocab.pieces[token]
+                ]
+            ] = -torch.inf
             table[tokens] = z.log_softmax(-1)
         return table[tokens]
 
@@ -54,10 +69,10 @@ def brute_force(base: Llama, vocab: VocabMap, prompt: list[int], written: list[i
             if p == -float("inf"):
                 continue
             pieces = vocab.pieces[token]
-            if pieces[:len(rest)] == rest and len(pieces) > len(rest):
+            if pieces[: len(rest)] == rest and len(pieces) > len(rest):
                 P[pieces[len(rest)]] += torch.tensor(p, dtype=torch.float64).exp()
-            elif rest[:len(pieces)] == pieces:
-                cover((*tokens, token), rest[len(pieces):], p)
+            elif rest[: len(pieces)] == pieces:
+                cover((*tokens, token), rest[len(pieces) :], p)
 
     cover((), tuple(written), 0.0)
     return P / P.sum()
@@ -93,7 +108,9 @@ def test_P_is_a_distribution(base_tokenizer, value_tokenizer, monkeypatch):
         mapped = mapped_by(vocab, base, sampling=True)
         mapped.begin([value_tokenizer.encode(text, bos=True) for text in ("x", "some abc", "é 漢")])
         for step, value in enumerate(value_tokenizer.encode("abcab ca abca")):
-            z_delta = torch.randn(3, value_tokenizer.vocab_size, generator=torch.Generator().manual_seed(step))
+            z_delta = torch.randn(
+                3, value_tokenizer.vocab_size, generator=torch.Generator().manual_seed(step)
+            )
             total = mapped.base_logits(3 * z_delta).exp().sum(-1)
             assert (total < 1 + 1e-4).all()
             if not needs_paths:
@@ -116,7 +133,9 @@ def test_a_path_is_the_product_of_its_tokens():
         P = mapped.base_logits(z_delta)[0].exp()
         ab, c, ca = [SHORT.encode(text)[0] for text in ("ab", "c", "ca")]
         silent = list(range(256 + 2, SHORT.vocab_size))
-        silent = [id for id in silent if id not in (SHORT.bos_id, SHORT.eos_id, SHORT.end_of_turn_id)]
+        silent = [
+            id for id in silent if id not in (SHORT.bos_id, SHORT.eos_id, SHORT.end_of_turn_id)
+        ]
 
         def p(tokens):
             z = base(torch.tensor([tokens]))[0, -1]
@@ -140,38 +159,67 @@ def pair_for(base_tokenizer, value_tokenizer, seed=0) -> tuple[Llama, ValueModel
     return base, ValueModel(value, {"scheme": "residual"})
 
 
-@pytest.mark.parametrize("tokenizer", [LONG, SentencePieceTokenizer(World(0).train_tokenizer())], ids=["bytes", "sentencepiece"])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [LONG, SentencePieceTokenizer(World(0).train_tokenizer())],
+    ids=["bytes", "sentencepiece"],
+)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_map_between_a_tokenizer_and_itself_is_no_map(tokenizer, temperature):
     base, value = pair_for(tokenizer, tokenizer)
-    prompts = [tokenizer.encode(text, bos=True) for text in ("x", "some abc", "What is the pet of Fufa?", "é 漢字 👍")]
+    prompts = [
+        tokenizer.encode(text, bos=True)
+        for text in ("x", "some abc", "What is the pet of Fufa?", "é 漢字 👍")
+    ]
     plain = Guided(base, value, readable=tokenizer.vocab_size)
     known = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_of_turn_id)
-    silent = [id for id in range(tokenizer.vocab_size) if not tokenizer.token_bytes(id) and id not in known]
+    silent = [
+        id
+        for id in range(tokenizer.vocab_size)
+        if not tokenizer.token_bytes(id) and id not in known
+    ]
     silent += [0] * (tokenizer.kind == "sentencepiece")  # the unknown token has no pieces
-    base.register_forward_hook(lambda _, inputs, z: z.index_fill(-1, torch.tensor(silent), -torch.inf) if silent else z)
+    base.register_forward_hook(
+        lambda _, inputs, z: z.index_fill(-1, torch.tensor(silent), -torch.inf) if silent else z
+    )
     mapped = Hypotheses(base, value, build(tokenizer, tokenizer), sampling=temperature > 0)
-    value.register_forward_hook(lambda _, inputs, z: z.index_fill(-1, torch.tensor(silent), -99.0) if silent else z)
+    value.register_forward_hook(
+        lambda _, inputs, z: z.index_fill(-1, torch.tensor(silent), -99.0) if silent else z
+    )
     options = dict(max_new_tokens=20, stop_ids={tokenizer.eos_id}, temperature=temperature, seed=5)
     assert generate(mapped, prompts, **options) == generate(plain, prompts, **options)
 
 
 @pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("base_tokenizer, value_tokenizer", [(LONG, SHORT), (SHORT, LONG), (LONG, SentencePieceTokenizer(World(0).train_tokenizer()))])
+@pytest.mark.parametrize(
+    "base_tokenizer, value_tokenizer",
+    [(LONG, SHORT), (SHORT, LONG), (LONG, SentencePieceTokenizer(World(0).train_tokenizer()))],
+)
 def test_batched_is_single_and_any_text_comes_through(how, base_tokenizer, value_tokenizer):
     """Random networks write whatever they like, half characters included; rows of a batch do not touch each other."""
     base, value = pair_for(base_tokenizer, value_tokenizer)
-    prompts = [value_tokenizer.encode(text, bos=True) for text in ("abc", "é", "漢字 👩‍👩‍👧 e\u0301", "a longer text abca b c")]
+    prompts = [
+        value_tokenizer.encode(text, bos=True)
+        for text in ("abc", "é", "漢字 👩‍👩‍👧 e\u0301", "a longer text abca b c")
+    ]
     vocab = build(base_tokenizer, value_tokenizer, how, ["abcab ca abca", "é 漢字 abc"])
     for temperature in (0.0, 1.0):
-        guided = Hypotheses(base, value, vocab, sampling=temperature > 0) if how == "pieces" else MappedGuided(base, value, vocab)
+        guided = (
+            Hypotheses(base, value, vocab, sampling=temperature > 0)
+            if how == "pieces"
+            else MappedGuided(base, value, vocab)
+        )
         options = dict(max_new_tokens=12, temperature=temperature, stop_ids=set())
         together = generate(guided, prompts, **options)
         assert all(len(answer) == 12 for answer in together)
         if temperature == 0:  # sampling has a stream of its own for each prompt, by its number
             assert together == [generate(guided, [prompt], **options)[0] for prompt in prompts]
         if how == "pieces":
-            assert all(context.weight == context.weight for text in guided.texts for context in text.contexts)
+            assert all(
+                context.weight == context.weight
+                for text in guided.texts
+                for context in text.contexts
+            )
 
 
 @torch.no_grad()
@@ -187,7 +235,11 @@ def test_equation_5_as_printed():
     assert (W.sum(0) == 0).any() and ((W > 0).sum(0) > 1).any() and ((W > 0) & (W < 1)).any()
     never = torch.tensor(vocab.unsayable())
     [last] = guided.start([SHORT.encode("abc é", bos=True)], 4).tolist()
-    for text, token in (("abc é", last[0]), ("abc éa", SHORT.encode("a")[0]), ("abc éab", SHORT.encode("b")[0])):
+    for text, token in (
+        ("abc é", last[0]),
+        ("abc éa", SHORT.encode("a")[0]),
+        ("abc éab", SHORT.encode("b")[0]),
+    ):
         z_post = guided.step(torch.tensor([[token]]))
         z = base(torch.tensor([LONG.encode(text, bos=True)]))[0, -1]
         expected = (z @ W).index_fill(0, never, -torch.inf)
@@ -208,10 +260,17 @@ def mapped_pair(how: str) -> Guided:
 @pytest.mark.parametrize("how", ["pieces", "paper"])
 def test_step_needs_no_start_and_takes_several_tokens(how):
     """The first tokens are then a whole text; what comes out is what start and single steps give."""
-    tokens = torch.tensor([SHORT.encode("ab ca b", bos=True), SHORT.encode("xyzw ab", bos=True)[:len(SHORT.encode("ab ca b", bos=True))]])
+    tokens = torch.tensor(
+        [
+            SHORT.encode("ab ca b", bos=True),
+            SHORT.encode("xyzw ab", bos=True)[: len(SHORT.encode("ab ca b", bos=True))],
+        ]
+    )
     started, fresh = mapped_pair(how), mapped_pair(how)
     last = started.start([row[:1] for row in tokens.tolist()], tokens.shape[1])
-    expected = [started.step(last)] + [started.step(tokens[:, at:at + 1]) for at in range(1, tokens.shape[1])]
+    expected = [started.step(last)] + [
+        started.step(tokens[:, at : at + 1]) for at in range(1, tokens.shape[1])
+    ]
     torch.testing.assert_close(fresh.step(tokens), torch.cat(expected, dim=1), rtol=1e-4, atol=1e-4)
 
 
@@ -221,7 +280,12 @@ def test_the_end_of_a_turn_is_the_bases_end_of_a_turn():
     for value, base in ((SHORT, pieces), (SHORT, LONG), (pieces, LONG)):
         vocab = build(base, value)
         prompt = [value.bos_id, *value.encode("abc"), value.end_of_turn_id, *value.encode("ab")]
-        expected = [base.bos_id, *base.encode("abc"), vocab.in_base_tokens([value.end_of_turn_id])[0][0], *base.encode("ab")]
+        expected = [
+            base.bos_id,
+            *base.encode("abc"),
+            vocab.in_base_tokens([value.end_of_turn_id])[0][0],
+            *base.encode("ab"),
+        ]
         assert vocab.in_base_tokens(prompt) == (expected, [])
         assert expected[1 + len(base.encode("abc"))] in (base.end_of_turn_id, base.eos_id)
     assert build(LONG, SHORT).in_base_tokens([SHORT.end_of_turn_id])[0] == [LONG.end_of_turn_id]
@@ -232,13 +296,19 @@ def test_a_token_that_begins_and_ends_texts_is_read_as_either():
     value = json_byte_pairs({"bos_id": 259, "eos_id": 259})
     for base, begin in ((SHORT, [SHORT.bos_id]), (json_byte_pairs({"eos_id": 260}), [])):
         ids = [259, *value.encode("abc"), 259]
-        assert build(base, value).in_base_tokens(ids) == ([*begin, *base.encode("abc"), base.eos_id], [])
+        assert build(base, value).in_base_tokens(ids) == (
+            [*begin, *base.encode("abc"), base.eos_id],
+            [],
+        )
 
 
 def test_scores_through_a_map_are_those_of_single_steps():
     base, value = pair_for(LONG, SHORT)
     guided = Hypotheses(base, value, build(LONG, SHORT))
-    context, continuations = SHORT.encode("xyz", bos=True), [SHORT.encode(text) for text in ("abc", "a", "b abc")]
+    context, continuations = (
+        SHORT.encode("xyz", bos=True),
+        [SHORT.encode(text) for text in ("abc", "a", "b abc")],
+    )
     together = score(guided, [(context, continuation) for continuation in continuations])
     for continuation, (found, _) in zip(continuations, together):
         assert found == pytest.approx(score(guided, [(context, continuation)])[0][0], abs=1e-3)
@@ -248,22 +318,69 @@ def test_cascades_are_refused_with_the_reason():
     base, value = pair_for(LONG, SHORT)
     for scheme in ("cascade", "cascade+"):
         with pytest.raises(ValueError, match="reads the base's logits"):
-            MappedGuided(base, ValueModel(copy.deepcopy(value.network), {"scheme": scheme}), build(LONG, SHORT))
+            MappedGuided(
+                base,
+                ValueModel(copy.deepcopy(value.network), {"scheme": scheme}),
+                build(LONG, SHORT),
+            )
 
 
 def test_sample_with_a_foreign_base(home, tmp_path):
     """A base of a family with other tokens, barely trained, guided by the value network of the first family."""
     succeed(home, "train.py", "--base", "tiny-b-s", "--steps", "8", "--batch-size", "4")
-    out = succeed(home, "sample.py", "--base", "tiny-b-s", "--prompt", "Greet Fufa. 漢字 👍", "--max-new-tokens", "8",
-                  "--value", "out/seed0/value-residual-tiny-s")
+    out = succeed(
+        home,
+        "sample.py",
+        "--base",
+        "tiny-b-s",
+        "--prompt",
+        "Greet Fufa. 漢字 👍",
+        "--max-new-tokens",
+        "8",
+        "--value",
+        "out/seed0/value-residual-tiny-s",
+    )
     assert "another tokenizer" in out and "tiny-b-s + value" in out
-    files = ["--base-tokenizer", home / "out/seed0/tiny-b-s", "--value-tokenizer", home / "out/seed0/tiny-s", "--out", tmp_path / "map"]
+    files = [
+        "--base-tokenizer",
+        home / "out/seed0/tiny-b-s",
+        "--value-tokenizer",
+        home / "out/seed0/tiny-s",
+        "--out",
+        tmp_path / "map",
+    ]
     assert inside(tmp_path, "vocab_map.py", *files)[0] == 0
-    command = ["sample.py", "--base", "tiny-b-s", "--value", "out/seed0/value-residual-tiny-s", "--max-new-tokens", "8", "--vocab-map"]
+    command = [
+        "sample.py",
+        "--base",
+        "tiny-b-s",
+        "--value",
+        "out/seed0/value-residual-tiny-s",
+        "--max-new-tokens",
+        "8",
+        "--vocab-map",
+    ]
     same = run(home, *command, tmp_path / "map", "--prompt", "Greet Fufa. 漢字 👍")
     assert same.returncode == 0 and same.stdout.splitlines()[-2:] == out.splitlines()[-2:]
     (tmp_path / "half").write_bytes((tmp_path / "map").read_bytes()[:1000])
     assert "damaged" in refused(home, *command, tmp_path / "half")
-    assert "nothing to compile" in refused(home, "sample.py", "--base", "tiny-b-s", "--value", "out/seed0/value-residual-tiny-s", "--compile")
-    assert "another tokenizer of the base" in refused(home, "sample.py", "--value", "out/seed0/value-residual-tiny-s", "--vocab-map", tmp_path / "map")
-    assert "cannot be trained together" in refused(home, "train.py", "--base", "tiny-b-s", "--value", "tiny-s", "--no-full")
+    assert "nothing to compile" in refused(
+        home,
+        "sample.py",
+        "--base",
+        "tiny-b-s",
+        "--value",
+        "out/seed0/value-residual-tiny-s",
+        "--compile",
+    )
+    assert "another tokenizer of the base" in refused(
+        home,
+        "sample.py",
+        "--value",
+        "out/seed0/value-residual-tiny-s",
+        "--vocab-map",
+        tmp_path / "map",
+    )
+    assert "cannot be trained together" in refused(
+        home, "train.py", "--base", "tiny-b-s", "--value", "tiny-s", "--no-full"
+    )

@@ -34,7 +34,10 @@ def in_old_spelling(config: dict) -> dict:
     rope = config.pop("rope_parameters")
     theta = rope.pop("rope_theta")
     config["torch_dtype"] = config.pop("dtype")
-    return config | {"rope_theta": theta, "rope_scaling": None if rope["rope_type"] == "default" else rope}
+    return config | {
+        "rope_theta": theta,
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+    }
 
 
 @pytest.mark.parametrize("style", ["codellama", "llama-3.2", "linear"])
@@ -44,8 +47,13 @@ def test_both_spellings_of_the_config_mean_the_same(style, tmp_path):
     old = in_old_spelling(json.loads(json.dumps(raw)))
     assert "rope_parameters" not in old
     assert LlamaConfig.from_dict(old) == LlamaConfig.from_dict(raw)
-    with_type = old | {"rope_scaling": old["rope_scaling"] and
-                       {("type" if key == "rope_type" else key): value for key, value in old["rope_scaling"].items()}}
+    with_type = old | {
+        "rope_scaling": old["rope_scaling"]
+        and {
+            ("type" if key == "rope_type" else key): value
+            for key, value in old["rope_scaling"].items()
+        }
+    }
     assert LlamaConfig.from_dict(with_type) == LlamaConfig.from_dict(raw)
 
 
@@ -54,7 +62,9 @@ def test_transformers_loads_what_we_save(style, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = Llama.from_pretrained(GOLDEN / style)
     model.save_pretrained(tmp_path)
-    theirs, report = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, report = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not any(report[key] for key in ["missing_keys", "unexpected_keys", "mismatched_keys"])
     tokens = tokens_for(model.config.vocab_size)
     with torch.no_grad():
@@ -77,7 +87,10 @@ def test_sharded_and_single_file_are_the_same(tmp_path):
     sharded = Llama.from_pretrained(GOLDEN / "codellama")
     sharded.save_pretrained(tmp_path)
     single = Llama.from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(sharded.state_dict().values(), single.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(sharded.state_dict().values(), single.state_dict().values(), strict=True)
+    )
 
 
 def test_bfloat16_stays_and_a_wanted_dtype_is_had(tmp_path):
@@ -98,7 +111,10 @@ def test_a_tied_head_stays_tied(tmp_path):
     model = Llama.from_pretrained(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     tensors = load_file(tmp_path / "model.safetensors")  # some programs write the head all the same
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        tmp_path / "model.safetensors",
+    )
     model = Llama.from_pretrained(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -106,7 +122,10 @@ def test_a_tied_head_stays_tied(tmp_path):
 def test_stored_rotary_frequencies_are_skipped(tmp_path):
     small().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "model.safetensors")
+    save_file(
+        tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+        tmp_path / "model.safetensors",
+    )
     Llama.from_pretrained(tmp_path)
 
 
@@ -167,7 +186,10 @@ def test_a_full_cache_says_so():
 def edit_config(**changes):
     def edit(folder):
         raw = json.loads((folder / "config.json").read_text()) | changes
-        (folder / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value != "absent"}))
+        (folder / "config.json").write_text(
+            json.dumps({key: value for key, value in raw.items() if value != "absent"})
+        )
+
     return edit
 
 
@@ -176,13 +198,15 @@ def edit_tensors(change):
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
         save_file(tensors, folder / "model.safetensors")
+
     return edit
 
 
 def truncate(name, keep):
     def edit(folder):
         data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[:int(len(data) * keep)])
+        (folder / name).write_bytes(data[: int(len(data) * keep)])
+
     return edit
 
 
@@ -199,14 +223,24 @@ SINGLE = {
     "no folder": (lambda folder: shutil.rmtree(folder), "no such folder"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: not there"),
     "config no JSON": (write("config.json", "{"), "config.json: not JSON"),
-    "config no text": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{"), "config.json: not JSON"),
+    "config no text": (
+        lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{"),
+        "config.json: not JSON",
+    ),
     "config too deep": (write("config.json", "[" * 100_000), "not JSON"),
     "huge layers": (edit_config(num_hidden_layers=10**9), "num_hidden_layers"),
     "huge width": (edit_config(hidden_size=10**30), "hidden_size"),
     "huge eps": (edit_config(rms_norm_eps=10**400), "rms_norm_eps"),
-    "eos": (edit_config(eos_token_id=[[2]]), "eos_token_id"), "bos": (edit_config(bos_token_id="1"), "bos_token_id"),
+    "eos": (edit_config(eos_token_id=[[2]]), "eos_token_id"),
+    "bos": (edit_config(bos_token_id="1"), "bos_token_id"),
     "rope type a list": (edit_config(rope_scaling={"rope_type": ["llama3"]}), "rope_type"),
-    "a folder": (lambda folder: ((folder / "model.safetensors").unlink(), (folder / "model.safetensors").mkdir()), "Is a directory"),
+    "a folder": (
+        lambda folder: (
+            (folder / "model.safetensors").unlink(),
+            (folder / "model.safetensors").mkdir(),
+        ),
+        "Is a directory",
+    ),
     "config a list": (write("config.json", "[]"), "not a JSON object"),
     "another architecture": (edit_config(model_type="mistral"), "'mistral'"),
     "no architecture": (edit_config(model_type="absent"), "model_type is None"),
@@ -232,15 +266,31 @@ SINGLE = {
     "truncated": (truncate("model.safetensors", 0.7), "model.safetensors: truncated"),
     "header truncated": (truncate("model.safetensors", 0.001), "model.safetensors: truncated"),
     "empty": (write("model.safetensors", ""), "model.safetensors: truncated"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: not there"),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "model.safetensors: not there",
+    ),
     "only pytorch_model.bin": (only_pytorch_bin, "convert it"),
-    "extra shard": (lambda folder: shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors"),
-                    "index"),
+    "extra shard": (
+        lambda folder: shutil.copy(
+            folder / "model.safetensors", folder / "model-00001-of-00002.safetensors"
+        ),
+        "index",
+    ),
     "tensor missing": (edit_tensors(lambda tensors: tensors.pop(NORM)), NORM),
-    "tensor unexpected": (edit_tensors(lambda tensors: tensors.update(odd=torch.ones(2))), "unexpected tensor odd"),
+    "tensor unexpected": (
+        edit_tensors(lambda tensors: tensors.update(odd=torch.ones(2))),
+        "unexpected tensor odd",
+    ),
     "wrong shape": (edit_tensors(lambda tensors: tensors.update({NORM: torch.ones(31)})), "(31,)"),
-    "mixed dtypes": (edit_tensors(lambda tensors: tensors.update({NORM: torch.ones(32).half()})), "mix"),
-    "whole numbers": (edit_tensors(lambda tensors: tensors.update({NORM: torch.ones(32, dtype=torch.int8)})), "quantised"),
+    "mixed dtypes": (
+        edit_tensors(lambda tensors: tensors.update({NORM: torch.ones(32).half()})),
+        "mix",
+    ),
+    "whole numbers": (
+        edit_tensors(lambda tensors: tensors.update({NORM: torch.ones(32, dtype=torch.int8)})),
+        "quantised",
+    ),
     "tied but different": (edit_config(tie_word_embeddings=True), "differs"),
 }
 
@@ -265,24 +315,49 @@ def edit_index(change):
         raw = json.loads((folder / INDEX).read_text())
         change(raw)
         (folder / INDEX).write_text(json.dumps(raw))
+
     return edit
 
 
 SHARDED = {
-    "shard missing": (lambda folder: (folder / "model-00002-of-00006.safetensors").unlink(), "model-00002-of-00006"),
-    "shard truncated": (truncate("model-00003-of-00006.safetensors", 0.5), "model-00003-of-00006.safetensors: truncated"),
-    "shard empty": (write("model-00003-of-00006.safetensors", ""), "model-00003-of-00006.safetensors: truncated"),
-    "shard extra": (lambda folder: shutil.copy(folder / "model-00001-of-00006.safetensors",
-                                               folder / "model-00007-of-00007.safetensors"), "model-00007-of-00007"),
+    "shard missing": (
+        lambda folder: (folder / "model-00002-of-00006.safetensors").unlink(),
+        "model-00002-of-00006",
+    ),
+    "shard truncated": (
+        truncate("model-00003-of-00006.safetensors", 0.5),
+        "model-00003-of-00006.safetensors: truncated",
+    ),
+    "shard empty": (
+        write("model-00003-of-00006.safetensors", ""),
+        "model-00003-of-00006.safetensors: truncated",
+    ),
+    "shard extra": (
+        lambda folder: shutil.copy(
+            folder / "model-00001-of-00006.safetensors", folder / "model-00007-of-00007.safetensors"
+        ),
+        "model-00007-of-00007",
+    ),
     "single file beside": (write("model.safetensors", ""), "model.safetensors: a file of weights"),
     "index no JSON": (write(INDEX, "{"), "not JSON"),
-    "index to elsewhere": (edit_index(lambda raw: raw["weight_map"].update({NORM: "../other/model.safetensors"})), "'../other/"),
-    "index to a number": (edit_index(lambda raw: raw["weight_map"].update({NORM: 3})), "3 is no name"),
+    "index to elsewhere": (
+        edit_index(lambda raw: raw["weight_map"].update({NORM: "../other/model.safetensors"})),
+        "'../other/",
+    ),
+    "index to a number": (
+        edit_index(lambda raw: raw["weight_map"].update({NORM: 3})),
+        "3 is no name",
+    ),
     "index of names": (edit_index(lambda raw: raw.update(weight_map=["a"])), "no weight_map"),
     "index empty": (write(INDEX, "{}"), "no weight_map"),
-    "index without a tensor": (edit_index(lambda raw: raw["weight_map"].pop(NORM)), f"{NORM} is not in the index"),
-    "index with another": (edit_index(lambda raw: raw["weight_map"].update(odd="model-00001-of-00006.safetensors")),
-                           "odd is not there"),
+    "index without a tensor": (
+        edit_index(lambda raw: raw["weight_map"].pop(NORM)),
+        f"{NORM} is not in the index",
+    ),
+    "index with another": (
+        edit_index(lambda raw: raw["weight_map"].update(odd="model-00001-of-00006.safetensors")),
+        "odd is not there",
+    ),
 }
 
 
@@ -298,14 +373,46 @@ def test_a_bad_sharded_checkpoint_is_refused_with_the_reason(case, tmp_path):
 
 
 PUBLISHED = {  # billions of parameters, of the shapes that the README's memory table names
-    1.10: dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-               num_key_value_heads=4),
-    6.74: dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
-    13.02: dict(vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
-    1.24: dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-               num_key_value_heads=8, head_dim=64, tie_word_embeddings=True),
-    8.03: dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-               num_key_value_heads=8),
+    1.10: dict(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    ),
+    6.74: dict(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+    ),
+    13.02: dict(
+        vocab_size=32000,
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+    ),
+    1.24: dict(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+    ),
+    8.03: dict(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
 }
 
 

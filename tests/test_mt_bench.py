@@ -21,11 +21,30 @@ NAMES = ["Mira", "Fufa", "Pefu", "Boli", "Gana"]
 def asked(home, tmp_path) -> list:
     """Ten two-turn questions of all categories in a file, and the command that has them answered."""
     categories = [*TEMPERATURES, "something else", "math"]
-    questions = [{"question_id": 81 + number, "category": category,
-                  "turns": [f"Greet {NAMES[number % 5]}.", f"Say it twice: é{number}."]} for number, category in enumerate(categories)]
-    (tmp_path / "question.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
-    return ["mt_bench.py", "--questions", "question.jsonl", "--out", "tiny-s.jsonl", "--max-new-tokens", 12,
-            "--base", home / "out/seed0/tiny-s", "--value", home / "out/seed0/value-residual-tiny-s"]
+    questions = [
+        {
+            "question_id": 81 + number,
+            "category": category,
+            "turns": [f"Greet {NAMES[number % 5]}.", f"Say it twice: é{number}."],
+        }
+        for number, category in enumerate(categories)
+    ]
+    (tmp_path / "question.jsonl").write_text(
+        "".join(json.dumps(question) + "\n" for question in questions)
+    )
+    return [
+        "mt_bench.py",
+        "--questions",
+        "question.jsonl",
+        "--out",
+        "tiny-s.jsonl",
+        "--max-new-tokens",
+        12,
+        "--base",
+        home / "out/seed0/tiny-s",
+        "--value",
+        home / "out/seed0/value-residual-tiny-s",
+    ]
 
 
 def answers(folder: Path) -> list[dict]:
@@ -51,7 +70,9 @@ def test_every_question_is_answered_once_in_fastchats_form(asked, tmp_path):
     (tmp_path / "answers").mkdir()
     (tmp_path / "tiny-s.jsonl").rename(tmp_path / "answers/tiny-s.jsonl")
     questions = judge.load_questions(str(tmp_path / "question.jsonl"), None, None)
-    judge.check_data(questions, judge.load_model_answers(str(tmp_path / "answers")), {}, ["tiny-s"], {})
+    judge.check_data(
+        questions, judge.load_model_answers(str(tmp_path / "answers")), {}, ["tiny-s"], {}
+    )
 
 
 @pytest.mark.slow
@@ -62,13 +83,19 @@ def test_two_processes_answer_as_one(asked, tmp_path):
     (tmp_path / "tiny-s.jsonl").unlink()
     done = together(tmp_path, "-m", "paper.mt_bench", *asked[1:])
     assert done.returncode == 0, done.stderr
-    assert texts(tmp_path) == alone and len(answers(tmp_path)) == 10 and done.stdout.count("(10/10)") == 1
+    assert (
+        texts(tmp_path) == alone
+        and len(answers(tmp_path)) == 10
+        and done.stdout.count("(10/10)") == 1
+    )
 
 
 def test_a_run_that_was_cut_off_within_a_line_goes_on_and_says_the_same(asked, tmp_path):
     inside(tmp_path, *asked)
     whole, content = texts(tmp_path), (tmp_path / "tiny-s.jsonl").read_bytes()
-    (tmp_path / "tiny-s.jsonl").write_bytes(content[:len(content) // 2] + "é".encode()[:1])  # in the middle of a letter
+    (tmp_path / "tiny-s.jsonl").write_bytes(
+        content[: len(content) // 2] + "é".encode()[:1]
+    )  # in the middle of a letter
     status, output, errors = inside(tmp_path, *asked)
     assert status == 0 and "answered already" in output, errors
     assert texts(tmp_path) == whole and len(answers(tmp_path)) == 10
@@ -78,10 +105,14 @@ def test_a_run_that_was_cut_off_within_a_line_goes_on_and_says_the_same(asked, t
 def test_a_killed_run_goes_on_with_no_question_twice_and_none_lost(asked, tmp_path):
     command = [sys.executable, ROOT / "paper/mt_bench.py", *asked[1:]]
     for rounds in range(40):
-        process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)})
+        process = subprocess.Popen(
+            list(map(str, command)), cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+        )
         lines = (tmp_path / "tiny-s.jsonl").read_bytes().count(b"\n") if rounds else 0
-        while process.poll() is None and (not (tmp_path / "tiny-s.jsonl").exists()
-                                          or (tmp_path / "tiny-s.jsonl").read_bytes().count(b"\n") < lines + 2):
+        while process.poll() is None and (
+            not (tmp_path / "tiny-s.jsonl").exists()
+            or (tmp_path / "tiny-s.jsonl").read_bytes().count(b"\n") < lines + 2
+        ):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         if process.wait() == 0:
@@ -90,7 +121,9 @@ def test_a_killed_run_goes_on_with_no_question_twice_and_none_lost(asked, tmp_pa
     assert [record["question_id"] for record in answers(tmp_path)] == list(range(81, 91))
 
 
-def test_a_base_alone_is_asked_too_and_the_answers_of_another_model_are_not_mixed_in(asked, tmp_path):
+def test_a_base_alone_is_asked_too_and_the_answers_of_another_model_are_not_mixed_in(
+    asked, tmp_path
+):
     alone = asked[:-2]
     status, _, errors = inside(tmp_path, *alone)
     assert status == 0, errors
@@ -103,7 +136,9 @@ def test_answers_of_weights_trained_anew_in_the_same_folder_are_not_mixed_in(ask
     shutil.copytree(asked[-3], tmp_path / "base")
     command = [*asked[:-4], "--base", "base"]
     assert inside(tmp_path, *command)[0] == 0
-    (tmp_path / "base/model.safetensors").write_bytes((asked[-3] / "model.safetensors").read_bytes())
+    (tmp_path / "base/model.safetensors").write_bytes(
+        (asked[-3] / "model.safetensors").read_bytes()
+    )
     status, _, errors = inside(tmp_path, *command)
     assert status == 2 and "was answered with another weights" in errors
 
@@ -118,10 +153,22 @@ def test_a_turn_without_room_has_an_empty_answer_and_is_counted(asked, tmp_path)
 
 BROKEN = {  # what a line of ten is changed to, and what is said
     "twice": (lambda record: record | {"question_id": 82}, "answered twice"),
-    "of another question": (lambda record: record | {"question_id": 7}, "answers none of these questions"),
-    "of another model": (lambda record: record | {"model_id": "x"}, "FastChat takes 'tiny-s' from the file's name"),
-    "a turn short": (lambda record: record | {"choices": [{"index": 0, "turns": ["a"]}]}, "as many texts as the question has turns, 2"),
-    "no choices": (lambda record: record | {"choices": []}, "as many texts as the question has turns, 2"),
+    "of another question": (
+        lambda record: record | {"question_id": 7},
+        "answers none of these questions",
+    ),
+    "of another model": (
+        lambda record: record | {"model_id": "x"},
+        "FastChat takes 'tiny-s' from the file's name",
+    ),
+    "a turn short": (
+        lambda record: record | {"choices": [{"index": 0, "turns": ["a"]}]},
+        "as many texts as the question has turns, 2",
+    ),
+    "no choices": (
+        lambda record: record | {"choices": []},
+        "as many texts as the question has turns, 2",
+    ),
     "none": (lambda record: None, "1 of 10 questions have no answer, 81 for instance"),
 }
 
@@ -130,7 +177,14 @@ BROKEN = {  # what a line of ten is changed to, and what is said
 def test_the_check_refuses(case, asked, tmp_path):
     change, words = BROKEN[case]
     questions = read_questions(tmp_path / "question.jsonl")
-    records = [{"question_id": number, "model_id": "tiny-s", "choices": [{"index": 0, "turns": ["a", "b"]}]} for number in questions]
+    records = [
+        {
+            "question_id": number,
+            "model_id": "tiny-s",
+            "choices": [{"index": 0, "turns": ["a", "b"]}],
+        }
+        for number in questions
+    ]
     path = tmp_path / "tiny-s.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     check(questions, path)
@@ -140,9 +194,15 @@ def test_the_check_refuses(case, asked, tmp_path):
         check(questions, path)
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ('{"question_id": 1}\n', "is no question of MT-Bench"), ('{"question_id": 1, "turns": []}\n', "is no question of MT-Bench"),
-    ('{"question_id": 1, "turns": ["a"]}\n' * 2, "question 1 comes twice"), ("", "an empty file")])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"question_id": 1}\n', "is no question of MT-Bench"),
+        ('{"question_id": 1, "turns": []}\n', "is no question of MT-Bench"),
+        ('{"question_id": 1, "turns": ["a"]}\n' * 2, "question 1 comes twice"),
+        ("", "an empty file"),
+    ],
+)
 def test_other_files_of_questions_are_refused(content, words, asked, tmp_path):
     (tmp_path / "question.jsonl").write_text(content)
     status, _, errors = inside(tmp_path, *asked)

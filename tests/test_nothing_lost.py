@@ -21,7 +21,22 @@ from tests.helpers import ENVIRONMENT, ROOT, VALUE, assert_identical, refused, s
 
 def check_full_disks(folder: Path, base: Path, chats: Path, disks: int, seed: int) -> None:
     """Runs that resume where files may not grow beyond a limit: each says so in one line, loses no checkpoint, and goes on later."""
-    command = ["train.py", "--base", base, "--value", "--data", chats, "--dtype", "float32", "--steps", 20, "--batch-size", 8, "--save-every", 5]
+    command = [
+        "train.py",
+        "--base",
+        base,
+        "--value",
+        "--data",
+        chats,
+        "--dtype",
+        "float32",
+        "--steps",
+        20,
+        "--batch-size",
+        8,
+        "--save-every",
+        5,
+    ]
     succeed(folder, *command, "--out", folder / "straight")
     stopped, rng = folder / "stopped.training", random.Random(seed)
     stop_at(folder, 8, *command, "--out", folder / "stopped")  # behind its checkpoint of step 5
@@ -34,11 +49,23 @@ def check_full_disks(folder: Path, base: Path, chats: Path, disks: int, seed: in
         def limited():
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-        done = subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:]), "--out", out, "--resume"], cwd=folder, env=ENVIRONMENT,
-                              capture_output=True, text=True, preexec_fn=limited)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "large" in done.stderr, (limit, done.stderr)
+        done = subprocess.run(
+            [sys.executable, ROOT / command[0], *map(str, command[1:]), "--out", out, "--resume"],
+            cwd=folder,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            preexec_fn=limited,
+        )
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "large" in done.stderr, (
+            limit,
+            done.stderr,
+        )
         left = sorted(path.name for path in folder.glob(f"full-{number}*/*"))
-        assert [name for name in left if name not in ("lock", "settings.json")] in (["step-5"], ["step-15"]), left
+        assert [name for name in left if name not in ("lock", "settings.json")] in (
+            ["step-5"],
+            ["step-15"],
+        ), left
         succeed(folder, *command, "--out", out, "--resume")
         assert_identical(folder / "straight", out)
 
@@ -52,44 +79,132 @@ def test_twenty_full_disks(checkpoint, chats, tmp_path):
     check_full_disks(tmp_path, checkpoint, chats, disks=20, seed=1)
 
 
-@pytest.mark.parametrize("command", [["vocab_map.py", "--base-tokenizer", "checkpoint", "--value-tokenizer", "checkpoint", "--out", "m"],
-                                     ["-m", "beyond.attribution", "--value", "V", "--prompt", "Hi", "--max-new-tokens", 1, "--out", "p.html"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [
+            "vocab_map.py",
+            "--base-tokenizer",
+            "checkpoint",
+            "--value-tokenizer",
+            "checkpoint",
+            "--out",
+            "m",
+        ],
+        [
+            "-m",
+            "beyond.attribution",
+            "--value",
+            "V",
+            "--prompt",
+            "Hi",
+            "--max-new-tokens",
+            1,
+            "--out",
+            "p.html",
+        ],
+    ],
+)
 def test_a_full_disk_leaves_no_half_output(command, checkpoint, home, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     script = [ROOT / command[0]] if command[0] != "-m" else command[:2]
-    command = [*script, *command[len(script):]]
-    done = subprocess.run([sys.executable, *[str(home / VALUE if part == "V" else part) for part in command]], cwd=tmp_path,
-                          env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "large" in done.stderr, done.stderr
+    command = [*script, *command[len(script) :]]
+    done = subprocess.run(
+        [sys.executable, *[str(home / VALUE if part == "V" else part) for part in command]],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)),
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "large" in done.stderr, (
+        done.stderr
+    )
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_full_and_closed_outputs_and_a_lonely_rank_end_in_one_line(checkpoint, home, tmp_path):
-    tokenizer = ["--base-tokenizer", str(checkpoint), "--value-tokenizer", str(checkpoint), "--out", "m"]
+    tokenizer = [
+        "--base-tokenizer",
+        str(checkpoint),
+        "--value-tokenizer",
+        str(checkpoint),
+        "--out",
+        "m",
+    ]
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, ROOT / "vocab_map.py", *tokenizer], cwd=tmp_path, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, ROOT / "vocab_map.py", *tokenizer],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     assert done.returncode == 2 and done.stderr == "vocab_map.py: No space left on device\n"
-    closed = subprocess.run(["bash", "-c", f"{sys.executable} {ROOT}/vocab_map.py {' '.join(tokenizer)} >&-"], cwd=tmp_path, env=ENVIRONMENT,
-                            capture_output=True, text=True)
+    closed = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {ROOT}/vocab_map.py {' '.join(tokenizer)} >&-"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     assert closed.returncode == 0 and not closed.stderr
-    lonely = subprocess.run([sys.executable, ROOT / "train.py"], cwd=tmp_path, env=ENVIRONMENT | {"LOCAL_RANK": "0"}, capture_output=True, text=True)
-    assert lonely.returncode == 2 and lonely.stderr.count("\n") == 1 and "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT" in lonely.stderr
+    lonely = subprocess.run(
+        [sys.executable, ROOT / "train.py"],
+        cwd=tmp_path,
+        env=ENVIRONMENT | {"LOCAL_RANK": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        lonely.returncode == 2
+        and lonely.stderr.count("\n") == 1
+        and "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT" in lonely.stderr
+    )
 
 
 def test_damaged_checkpoints_say_which_part_and_offer_the_older_one(checkpoint, chats, tmp_path):
-    command = ["train.py", "--base", checkpoint, "--value", "--data", chats, "--steps", 20, "--batch-size", 8, "--save-every", 5, "--out", tmp_path / "run"]
+    command = [
+        "train.py",
+        "--base",
+        checkpoint,
+        "--value",
+        "--data",
+        chats,
+        "--steps",
+        20,
+        "--batch-size",
+        8,
+        "--save-every",
+        5,
+        "--out",
+        tmp_path / "run",
+    ]
     stop_at(tmp_path, 8, *command)
     work, kept = tmp_path / "run.training", tmp_path / "kept"
     shutil.copytree(work, kept)
     name = "exp_avg.network.model.norm.weight"
     tensors = load_file(kept / "step-5/state.safetensors")
-    states = {"step is 6": {"step": 6}, "step is '5'": {"step": "5"}, "step is None": {"step": None}, "step is 20, of 20": {"step": 20},
-              "position is [0, 0], not 3": {"position": [0, 0]}, "position is [0, 0, -1]": {"position": [0, 0, -1]},
-              "position is [0, 0, 1.5]": {"position": [0, 0, 1.5]}, "position is {}": {"position": {}}}
-    damaged = {f"{name} is not there, and": None, f"{name} is (1,) of torch.float32": torch.ones(1), f"{name} is (32,) of torch.float16": torch.ones(32).half(),
-               f"{name} has what is no number": torch.full((32,), float("nan"))}
-    damaged = {f"a moment of {name.partition('.')[2]}": None} | {says: tensor for says, tensor in damaged.items() if tensor is not None}
+    states = {
+        "step is 6": {"step": 6},
+        "step is '5'": {"step": "5"},
+        "step is None": {"step": None},
+        "step is 20, of 20": {"step": 20},
+        "position is [0, 0], not 3": {"position": [0, 0]},
+        "position is [0, 0, -1]": {"position": [0, 0, -1]},
+        "position is [0, 0, 1.5]": {"position": [0, 0, 1.5]},
+        "position is {}": {"position": {}},
+    }
+    damaged = {
+        f"{name} is not there, and": None,
+        f"{name} is (1,) of torch.float32": torch.ones(1),
+        f"{name} is (32,) of torch.float16": torch.ones(32).half(),
+        f"{name} has what is no number": torch.full((32,), float("nan")),
+    }
+    damaged = {f"a moment of {name.partition('.')[2]}": None} | {
+        says: tensor for says, tensor in damaged.items() if tensor is not None
+    }
     for says, change in (states | damaged).items():
         shutil.rmtree(work)
         shutil.copytree(kept, work)
@@ -97,15 +212,24 @@ def test_damaged_checkpoints_say_which_part_and_offer_the_older_one(checkpoint, 
             state = json.loads((work / "step-5/state.json").read_text()) | change
             (work / "step-5/state.json").write_text(json.dumps(state))
         else:
-            changed = {key: tensor for key, tensor in (tensors | {name: change}).items() if tensor is not None}
+            changed = {
+                key: tensor
+                for key, tensor in (tensors | {name: change}).items()
+                if tensor is not None
+            }
             save_file(changed, work / "step-5/state.safetensors")
         message = refused(tmp_path, *command, "--resume")
         assert says in message and "delete it to start over" in message, message
     shutil.copytree(kept / "step-5", work / "step-3")
     assert "delete it to go on from step-3" in refused(tmp_path, *command, "--resume")
     settings = json.loads((kept / "settings.json").read_text())
-    for change, says in (({"lr": "fast"}, "lr was 'fast', now"), ({"lr": None}, "lr was None"), ({"base_hashes": ["x"]}, "a base has changed"),
-                         ({"held_out": 1}, "held_out was 1"), ({"colour": 1}, "colour is there")):
+    for change, says in (
+        ({"lr": "fast"}, "lr was 'fast', now"),
+        ({"lr": None}, "lr was None"),
+        ({"base_hashes": ["x"]}, "a base has changed"),
+        ({"held_out": 1}, "held_out was 1"),
+        ({"colour": 1}, "colour is there"),
+    ):
         (work / "settings.json").write_text(json.dumps(settings | change))
         assert says in refused(tmp_path, *command, "--resume")
     settings.pop("lr")
@@ -114,7 +238,20 @@ def test_damaged_checkpoints_say_which_part_and_offer_the_older_one(checkpoint, 
 
 
 def test_a_failed_start_leaves_nothing_behind(checkpoint, chats, tmp_path):
-    command = ["train.py", "--base", checkpoint, "--value", "--data", chats, "--steps", 5, "--batch-size", 4, "--out", tmp_path / "new/run"]
+    command = [
+        "train.py",
+        "--base",
+        checkpoint,
+        "--value",
+        "--data",
+        chats,
+        "--steps",
+        5,
+        "--batch-size",
+        4,
+        "--out",
+        tmp_path / "new/run",
+    ]
     before = sorted(tmp_path.rglob("*"))
     assert "stopped" in refused(tmp_path, *command, "--lr", "1e38")
     assert sorted(tmp_path.rglob("*")) == before
@@ -143,7 +280,20 @@ def test_1000_mutations(damaged_house, seed):
 @pytest.mark.parametrize("lr", ["1e38", "3e38"])
 def test_nothing_with_a_number_that_is_none_is_published(lr, checkpoint, chats, tmp_path):
     """The update of the last step, behind which no loss would show it."""
-    command = ["train.py", "--base", checkpoint, "--value", "--data", chats, "--steps", 1, "--batch-size", 4, "--out", tmp_path / "new/run"]
+    command = [
+        "train.py",
+        "--base",
+        checkpoint,
+        "--value",
+        "--data",
+        chats,
+        "--steps",
+        1,
+        "--batch-size",
+        4,
+        "--out",
+        tmp_path / "new/run",
+    ]
     before = sorted(tmp_path.rglob("*"))
     assert "no number" in refused(tmp_path, *command, "--lr", lr)
     assert sorted(tmp_path.rglob("*")) == before

@@ -16,9 +16,31 @@ import pytest
 from data.errors import UsageError
 from data.tiny_world import World
 from data.tokenizer import load_tokenizer
-from paper import appendix_b, continued, fig2, losses, networks, norm, report, table1, table2, table4
+from paper import (
+    appendix_b,
+    continued,
+    fig2,
+    losses,
+    networks,
+    norm,
+    report,
+    table1,
+    table2,
+    table4,
+)
 from paper.__main__ import METRICS, SCRIPTS, document
-from paper.networks import CONTINUE, NETWORKS, Job, Kept, command_of, jobs_for, make, networks_of, parts_of, with_needs
+from paper.networks import (
+    CONTINUE,
+    NETWORKS,
+    Job,
+    Kept,
+    command_of,
+    jobs_for,
+    make,
+    networks_of,
+    parts_of,
+    with_needs,
+)
 from paper.report import STAND_INS, between, percent, table, verdict
 from run import jobs
 from run.cli import run_cli
@@ -26,10 +48,20 @@ from tests.helpers import PAPER, inside
 from vocab_map import build, overlap
 
 
-@pytest.mark.parametrize("gaps, expected", [
-    ([0.3, 0.2, 0.4], "holds"), ([0.01, 0.01, 0.01], "holds"), ([0.5], "no verdict on one seed"),
-    ([0.01, 0.01, 0.4], "undecided"), ([0.9, -0.1, -0.1], "undecided"), ([-0.3, 0.2], "undecided"),  # zero is within two standard errors
-    ([0.3, 0.3, 0.3, 0.3, -0.01], "holds"), ([-0.2, -0.3, -0.2], "does not hold"), ([0.0, 0.0, 0.0], "undecided")])
+@pytest.mark.parametrize(
+    "gaps, expected",
+    [
+        ([0.3, 0.2, 0.4], "holds"),
+        ([0.01, 0.01, 0.01], "holds"),
+        ([0.5], "no verdict on one seed"),
+        ([0.01, 0.01, 0.4], "undecided"),
+        ([0.9, -0.1, -0.1], "undecided"),
+        ([-0.3, 0.2], "undecided"),  # zero is within two standard errors
+        ([0.3, 0.3, 0.3, 0.3, -0.01], "holds"),
+        ([-0.2, -0.3, -0.2], "does not hold"),
+        ([0.0, 0.0, 0.0], "undecided"),
+    ],
+)
 def test_the_rule(gaps, expected):
     assert verdict(np.array(gaps)) == expected
 
@@ -42,47 +74,80 @@ def test_cells_and_tables():
 
 def test_names_of_systems():
     assert parts_of("tiny-l") == ("tiny-l", "", 1.0, "")
-    assert parts_of("tiny-l + value-cascade+-tiny-s x 0.5") == ("tiny-l", "value-cascade+-tiny-s", 0.5, "")
-    assert parts_of("tiny-b-l + value-residual-tiny-m via paper") == ("tiny-b-l", "value-residual-tiny-m", 1.0, "paper")
+    assert parts_of("tiny-l + value-cascade+-tiny-s x 0.5") == (
+        "tiny-l",
+        "value-cascade+-tiny-s",
+        0.5,
+        "",
+    )
+    assert parts_of("tiny-b-l + value-residual-tiny-m via paper") == (
+        "tiny-b-l",
+        "value-residual-tiny-m",
+        1.0,
+        "paper",
+    )
     assert networks_of("tiny-l + proxy-tiny-s") == ["tiny-l", "full-tiny-s", "tiny-s"]
     assert networks_of("tiny-l + value-residual-tiny-s x 2") == ["tiny-l", "value-residual-tiny-s"]
-    assert with_needs(["full-tiny-m-continued"]) == ["tiny-m", "tiny-m-continued", "full-tiny-m-continued"]
+    assert with_needs(["full-tiny-m-continued"]) == [
+        "tiny-m",
+        "tiny-m-continued",
+        "full-tiny-m-continued",
+    ]
 
 
 def recording(made: list, position: int):
     """In place of what yields jobs: it yields none, and notes the folder that they would be for."""
+
     def yield_nothing(*arguments, **_):
         made.append(arguments[position])
         yield from ()
+
     return yield_nothing
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_command_trains_the_network_that_it_is_kept_as(name, tmp_path, monkeypatch):
     made = []
-    for module, job, position in [(jobs, "pretraining", 1), (jobs, "post_training", 3), (continued, "continuing", 1)]:
+    for module, job, position in [
+        (jobs, "pretraining", 1),
+        (jobs, "post_training", 3),
+        (continued, "continuing", 1),
+    ]:
         monkeypatch.setattr(module, job, recording(made, position))
     command = command_of(name, Path("out/seed0"))
     length = len(NETWORKS[name].program)
     script = "continued.py" if tuple(command[:length]) == CONTINUE else Path(command[0]).name
     status, _, errors = inside(tmp_path, script, *command[length:], "--resume")
     assert status == 0 and Path(made[-1]) == Path("out/seed0") / name, errors
-    assert {Path(path).name for path in made[:-1]} <= set(with_needs(NETWORKS[name].needs))  # nothing else would be trained on the way
+    assert {Path(path).name for path in made[:-1]} <= set(
+        with_needs(NETWORKS[name].needs)
+    )  # nothing else would be trained on the way
 
 
 # ---- made and kept
 
 
 def job(what: str, script: str, needs: tuple = (), folder: Path = Path()) -> Job:
-    return Job(what, 0, [sys.executable, "-c", script], 1.0, list(needs), log=folder / f"{what}.log")
+    return Job(
+        what, 0, [sys.executable, "-c", script], 1.0, list(needs), log=folder / f"{what}.log"
+    )
 
 
 def test_jobs_wait_for_their_needs_and_a_held_folder_is_waited_for(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     append = f"open(r'{tmp_path}/order', 'a').write('%s ')"
-    held = (f"import pathlib, sys; flag = pathlib.Path(r'{tmp_path}/flag'); first = not flag.exists(); flag.touch()\n"
-            "if first: sys.exit('x.training: another process is training there')\n" + append % "b")
-    make([job("c", append % "c", ["b"], tmp_path), job("b", held, ["a"], tmp_path), job("a", append % "a", (), tmp_path)], 2)
+    held = (
+        f"import pathlib, sys; flag = pathlib.Path(r'{tmp_path}/flag'); first = not flag.exists(); flag.touch()\n"
+        "if first: sys.exit('x.training: another process is training there')\n" + append % "b"
+    )
+    make(
+        [
+            job("c", append % "c", ["b"], tmp_path),
+            job("b", held, ["a"], tmp_path),
+            job("a", append % "a", (), tmp_path),
+        ],
+        2,
+    )
     assert (tmp_path / "order").read_text().split() == ["a", "b", "c"]
     said = capsys.readouterr().out
     assert "[3/3] seed 0: c" in said and "left" in said and "core-minutes" in said
@@ -90,7 +155,10 @@ def test_jobs_wait_for_their_needs_and_a_held_folder_is_waited_for(tmp_path, cap
 
 def test_a_job_that_fails_is_told_with_its_last_word(tmp_path):
     with pytest.raises(UsageError, match=r"seed 0, a: no such thing \(all of it in .*a.log\)"):
-        make([job("a", "import sys; print('long story'); sys.exit('no such thing')", (), tmp_path)], 2)
+        make(
+            [job("a", "import sys; print('long story'); sys.exit('no such thing')", (), tmp_path)],
+            2,
+        )
 
 
 def test_what_changed_is_measured_anew(tmp_path, monkeypatch):
@@ -102,7 +170,11 @@ def test_what_changed_is_measured_anew(tmp_path, monkeypatch):
     assert not kept.has("tiny-s") and kept.measured("tiny-s") is None
     kept.vouch("tiny-s", 12.0)
     kept.keep("tiny-s", {"exact": 0.5})
-    assert Kept(0).has("tiny-s") and Kept(0).measured("tiny-s") == {"exact": 0.5} and jobs_for(["tiny-s"], 0) == []
+    assert (
+        Kept(0).has("tiny-s")
+        and Kept(0).measured("tiny-s") == {"exact": 0.5}
+        and jobs_for(["tiny-s"], 0) == []
+    )
     os.utime(file, (1, 1))
     assert not Kept(0).has("tiny-s") and Kept(0).measured("tiny-s") is None
     assert [job.what for job in jobs_for(["tiny-s"], 0)] == ["tiny-s", "measuring tiny-s"]
@@ -127,13 +199,18 @@ def run_script(folder: Path, script, *arguments) -> tuple[int, str, str]:
 @pytest.fixture
 def hardly_trained(monkeypatch):
     """Every network of paper/, after two steps of training."""
-    hardly = {name: networks.Network(f"{each.flags} --steps 2 --batch-size 2", each.needs, 1) for name, each in NETWORKS.items()}
+    hardly = {
+        name: networks.Network(f"{each.flags} --steps 2 --batch-size 2", each.needs, 1)
+        for name, each in NETWORKS.items()
+    }
     monkeypatch.setattr(networks, "NETWORKS", hardly)
 
 
 @pytest.mark.slow
 def test_the_other_losses_are_measured_and_written(tmp_path, hardly_trained):
-    status, output, errors = run_script(tmp_path, losses, "--seeds", "1", "--processes", "2", "--results", "page")
+    status, output, errors = run_script(
+        tmp_path, losses, "--seeds", "1", "--processes", "2", "--results", "page"
+    )
     assert status == 0 and "No verdict on one seed" in output, errors
     page = (tmp_path / "page/LOSSES.md").read_text()
     for base in losses.BASES:
@@ -143,7 +220,9 @@ def test_the_other_losses_are_measured_and_written(tmp_path, hardly_trained):
 
 
 @pytest.mark.slow
-def test_a_script_makes_what_it_needs_is_stopped_goes_on_and_keeps_everything(tmp_path, monkeypatch, hardly_trained):
+def test_a_script_makes_what_it_needs_is_stopped_goes_on_and_keeps_everything(
+    tmp_path, monkeypatch, hardly_trained
+):
     vouch, vouched = Kept.vouch, []
 
     def vouch_and_stop(self, network, core_seconds):
@@ -158,15 +237,29 @@ def test_a_script_makes_what_it_needs_is_stopped_goes_on_and_keeps_everything(tm
     files = [tmp_path / "out/seed0" / name / "train.json" for name in vouched]
     before = [file.stat().st_mtime_ns for file in files]
     status, output, errors = run_script(tmp_path, table4, "--seeds", "1", "--processes", "2")
-    assert status == 0 and "[5/5]" in output and "forward passes a token" in output and "No verdict on one seed" in output, errors
+    assert (
+        status == 0
+        and "[5/5]" in output
+        and "forward passes a token" in output
+        and "No verdict on one seed" in output
+    ), errors
     assert [file.stat().st_mtime_ns for file in files] == before
-    assert not list((tmp_path / "out").glob("**/*.tmp")) and not list((tmp_path / "out").glob("**/*.training"))
+    assert not list((tmp_path / "out").glob("**/*.tmp")) and not list(
+        (tmp_path / "out").glob("**/*.training")
+    )
     asked = []
     monkeypatch.setattr(report, "make", lambda jobs, processes: asked.append(jobs))
     status, again, errors = run_script(tmp_path, table4, "--seeds", "1")
-    assert status == 0 and again == output[output.index("## Table 4"):] and asked == [[]], errors  # nothing is made again
-    metrics = json.loads((tmp_path / "out/seed0/measured/tiny-m + proxy-tiny-s.json").read_text())["metrics"]
-    assert metrics["passes"] == 3 and {"exact", "ins", "arith", "2-shot", "new exact", "new 2-shot"} <= metrics.keys()
+    assert status == 0 and again == output[output.index("## Table 4") :] and asked == [[]], (
+        errors
+    )  # nothing is made again
+    metrics = json.loads((tmp_path / "out/seed0/measured/tiny-m + proxy-tiny-s.json").read_text())[
+        "metrics"
+    ]
+    assert (
+        metrics["passes"] == 3
+        and {"exact", "ins", "arith", "2-shot", "new exact", "new 2-shot"} <= metrics.keys()
+    )
 
 
 def test_networks_with_other_settings_are_not_taken(tmp_path, hardly_trained):
@@ -175,11 +268,23 @@ def test_networks_with_other_settings_are_not_taken(tmp_path, hardly_trained):
     settings = dict(job="pretrain", bases=[], start="scratch:tiny-m", steps=5)
     (folder / "train.json").write_text(json.dumps(settings))
     status, _, errors = run_script(tmp_path, table4, "--seeds", "1", "--processes", "1")
-    assert status == 2 and errors.count("\n") == 1 and "with other settings" in errors and "tiny-m" in errors
+    assert (
+        status == 2
+        and errors.count("\n") == 1
+        and "with other settings" in errors
+        and "tiny-m" in errors
+    )
 
 
-@pytest.mark.parametrize("arguments, message", [(["--seeds", "0"], "whole number from 1 to 100"), (["--processes", "none"], "--processes"),
-                                                (["--results", __file__], "not a folder"), (["--fast"], "unrecognized")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--seeds", "0"], "whole number from 1 to 100"),
+        (["--processes", "none"], "--processes"),
+        (["--results", __file__], "not a folder"),
+        (["--fast"], "unrecognized"),
+    ],
+)
 def test_bad_input(arguments, message, tmp_path):
     status, _, errors = run_script(tmp_path, table4, *arguments)
     assert status == 2 and errors.count("\n") == 1 and message in errors
@@ -193,7 +298,9 @@ def lucky_results(seeds: int):
     luck, values = np.random.default_rng(0), {}
 
     def results(system, metric):
-        assert system in results.allowed and (metric in METRICS or metric in ("new 2-shot", "passes", "base passes", "kl", "pair"))
+        assert system in results.allowed and (
+            metric in METRICS or metric in ("new 2-shot", "passes", "base passes", "kl", "pair")
+        )
         return values.setdefault((system, metric), luck.random(seeds))
 
     results.allowed = {system for script in [*SCRIPTS, losses] for system in script.SYSTEMS}
@@ -213,18 +320,41 @@ def test_every_section_can_be_written_from_its_own_systems(seeds, tmp_path, monk
     for script in [*SCRIPTS, losses]:
         results.allowed = set(script.SYSTEMS)
         text = report.section_text(script, results, seeds)
-        assert f"`python -m {script.__name__} --seeds {seeds}`" in text and len(script.CLAIMS) == text.count("\n- **")
+        assert f"`python -m {script.__name__} --seeds {seeds}`" in text and len(
+            script.CLAIMS
+        ) == text.count("\n- **")
     results.allowed = everything
     for seed in range(seeds):
         kept = Kept(seed)
         kept.ledger = {network: {"made": 0, "core_seconds": 60.0} for network in NETWORKS}
         networks.write(kept.folder / "networks.json", kept.ledger)
-    of_the_paper = with_needs(network for script in SCRIPTS for system in script.SYSTEMS for network in networks_of(system))
-    assert len(NETWORKS) - len(of_the_paper) == 4 and f"in {seeds * len(of_the_paper)} core-minutes" in document(results, seeds)
+    of_the_paper = with_needs(
+        network
+        for script in SCRIPTS
+        for system in script.SYSTEMS
+        for network in networks_of(system)
+    )
+    assert len(NETWORKS) - len(
+        of_the_paper
+    ) == 4 and f"in {seeds * len(of_the_paper)} core-minutes" in document(results, seeds)
 
 
-def test_the_norms_table_counts_supervised_positions_as_training_does(home, short_exam, monkeypatch):
-    status, output, _ = inside(home, "train.py", "--base", "--value", "--no-full", "--l1", "1", "--out", "normed", "--steps", "1")
+def test_the_norms_table_counts_supervised_positions_as_training_does(
+    home, short_exam, monkeypatch
+):
+    status, output, _ = inside(
+        home,
+        "train.py",
+        "--base",
+        "--value",
+        "--no-full",
+        "--l1",
+        "1",
+        "--out",
+        "normed",
+        "--steps",
+        "1",
+    )
     monkeypatch.chdir(home)
     counted = norm.supervised_positions()
     said = float(re.search(r"text and ([\d.]+) supervised", output)[1])  # of the first thousand
@@ -235,7 +365,12 @@ def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     for script in SCRIPTS:
         report.draw(script, lucky_results(3), tmp_path)
-    assert {path.name for path in tmp_path.glob("*.png")} == {"fig2.png", "fig3.png", "fig4.png", "norm.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "fig2.png",
+        "fig3.png",
+        "fig4.png",
+        "norm.png",
+    }
 
 
 def test_without_matplotlib_there_are_no_pictures_and_it_says_so(tmp_path, monkeypatch, capsys):
@@ -252,7 +387,10 @@ def test_the_committed_results_are_whole(name, scripts):
         for claim in script.CLAIMS:
             assert claim.says in text
     assert "--seeds 3" in text and "no verdict" not in text
-    assert all((Path(report.__file__).parent / name).is_file() for name in re.findall(r"\]\((\S+\.png)\)", text))
+    assert all(
+        (Path(report.__file__).parent / name).is_file()
+        for name in re.findall(r"\]\((\S+\.png)\)", text)
+    )
 
 
 def test_overlaps_of_tokenizers_given_as_files(tmp_path, monkeypatch, capsys):
@@ -261,18 +399,35 @@ def test_overlaps_of_tokenizers_given_as_files(tmp_path, monkeypatch, capsys):
     (tmp_path / "s").write_bytes(world.train_tokenizer())
     texts = [document for document, _ in zip(world.documents(random.Random(0)), range(12))]
     (tmp_path / "texts.txt").write_text("\n\n".join(texts))
-    command = ["appendix_b", "--base-tokenizer", tmp_path / "b", "--value-tokenizer", tmp_path / "s", "--texts", tmp_path / "texts.txt"]
+    command = [
+        "appendix_b",
+        "--base-tokenizer",
+        tmp_path / "b",
+        "--value-tokenizer",
+        tmp_path / "s",
+        "--texts",
+        tmp_path / "texts.txt",
+    ]
     for lines, status in ((5, 0), (7, 2)):
         monkeypatch.setattr(sys, "argv", [*map(str, command), "--lines", str(lines)])
         try:
             run_cli(appendix_b.main)
         except SystemExit as ended:
-            assert ended.code == status == 2 and "12 texts, which is not twice 7" in capsys.readouterr().err
+            assert (
+                ended.code == status == 2
+                and "12 texts, which is not twice 7" in capsys.readouterr().err
+            )
         else:
             header, _, forward, backward = capsys.readouterr().out.splitlines()
-    assert [cell.strip() for cell in header.split("|")[2:-1]] == appendix_b.ROWS and "| b / s " in forward and "| s / b " in backward
+    assert (
+        [cell.strip() for cell in header.split("|")[2:-1]] == appendix_b.ROWS
+        and "| b / s " in forward
+        and "| s / b " in backward
+    )
     pieces = build(load_tokenizer(tmp_path / "s"), load_tokenizer(tmp_path / "b")).pieces
-    found = overlap(texts[5:10], load_tokenizer(tmp_path / "s"), load_tokenizer(tmp_path / "b"), pieces)
+    found = overlap(
+        texts[5:10], load_tokenizer(tmp_path / "s"), load_tokenizer(tmp_path / "b"), pieces
+    )
     assert backward.split("|")[-2].split(", ")[1].strip() == f"{100 * found:.1f}"
 
 
@@ -295,21 +450,34 @@ def paper() -> list[list[str]]:
 
 def test_table_1_is_copied_rightly(paper):
     rows, block = {}, None
-    names = {"Tinyllama-1.1B": "tiny-s", "Llama-2-7B": "tiny-m", "Llama-2-13B": "tiny-l", "Codellama-7B": "tiny-m-continued"}
+    names = {
+        "Tinyllama-1.1B": "tiny-s",
+        "Llama-2-7B": "tiny-m",
+        "Llama-2-13B": "tiny-l",
+        "Codellama-7B": "tiny-m-continued",
+    }
     for line in paper:
         if len(line) == 1:
             block = names.get(line[0])
         elif len(line) == 12 and block:
             rows.setdefault(block, {})[line[0]] = tuple(map(float, line[1:]))
-    assert rows == {block: {row: tuple(map(float, numbers)) for row, numbers in each.items()} for block, each in table1.PAPER.items()}
+    assert rows == {
+        block: {row: tuple(map(float, numbers)) for row, numbers in each.items()}
+        for block, each in table1.PAPER.items()
+    }
 
 
 def test_tables_2_and_4_are_copied_rightly(paper):
-    found = {4: {}, 3: {}}  # lines of Table 2 have four cells, such as "4.92" and "5.37 (+0.45)", those of Table 4 three
+    found = {
+        4: {},
+        3: {},
+    }  # lines of Table 2 have four cells, such as "4.92" and "5.37 (+0.45)", those of Table 4 three
     for line in paper:
         cells = [cell.partition(" (")[0] for cell in line[1:]]
         if len(line) in found and all(re.fullmatch(r"[\d.]+", cell) for cell in cells):
-            found[len(line)].setdefault(line[0].replace("Toxicgen ↓", "ToxiGen"), tuple(map(float, cells)))
+            found[len(line)].setdefault(
+                line[0].replace("Toxicgen ↓", "ToxiGen"), tuple(map(float, cells))
+            )
     for name, numbers in table2.PAPER.items():
         assert found[4][name] == numbers
     for name, numbers in table4.PAPER.items():
@@ -319,6 +487,11 @@ def test_tables_2_and_4_are_copied_rightly(paper):
 def test_the_examination_of_paper_is_on_evaluation_people():
     """No choice of ours may have seen them: the commands that print while choosing examine development people."""
     world = World(0)
-    assert not {person.name for person in world.split["evaluation"]} & {person.name for person in world.split["development"]}
+    assert not {person.name for person in world.split["evaluation"]} & {
+        person.name for person in world.split["development"]
+    }
     source = (Path(report.__file__).parent / "measure.py").read_text()
-    assert source.count('"evaluation"') + source.count('"new evaluation"') == 4 and "development" not in source
+    assert (
+        source.count('"evaluation"') + source.count('"new evaluation"') == 4
+        and "development" not in source
+    )

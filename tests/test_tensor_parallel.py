@@ -14,10 +14,25 @@ from data.checkpoint import HEAD
 from data.errors import UsageError
 from model import Llama, read_config
 from run.tensor_parallel import check_divisible, load_divided, read_slice
-from tests.helpers import ROOT, VALUE, in_two_shards, inside, python, random_prompts, small, succeed, together, weights
+from tests.helpers import (
+    ROOT,
+    VALUE,
+    in_two_shards,
+    inside,
+    python,
+    random_prompts,
+    small,
+    succeed,
+    together,
+    weights,
+)
 
-KINDS = {"untied": {}, "tied": dict(tie_word_embeddings=True), "odd": dict(vocab_size=51),
-         "odd-tied": dict(vocab_size=51, tie_word_embeddings=True, head_dim=12)}
+KINDS = {
+    "untied": {},
+    "tied": dict(tie_word_embeddings=True),
+    "odd": dict(vocab_size=51),
+    "odd-tied": dict(vocab_size=51, tie_word_embeddings=True, head_dim=12),
+}
 
 
 def saved(folder: Path, name: str) -> Path:
@@ -58,9 +73,13 @@ def test_the_commands_say_the_same_in_two_processes(home, tmp_path):
     shutil.copytree(home / "out", tmp_path / "out")
     succeed(tmp_path, "train.py", "--base", "tiny-m", "tiny-b-s", "--steps", 20, "--batch-size", 8)
     asked = ["--prompt", "Hello there", "Who are you?", "--max-new-tokens", 12]
-    commands = [["--base", "tiny-m"], ["--base", "tiny-m", *asked, "--temperature", 1],
-                ["--base", "tiny-m", *asked, "--explain"], ["--base", "tiny-m", *asked, "--speculate", 3],
-                ["--base", "tiny-b-s", *asked, "--temperature", 1]]
+    commands = [
+        ["--base", "tiny-m"],
+        ["--base", "tiny-m", *asked, "--temperature", 1],
+        ["--base", "tiny-m", *asked, "--explain"],
+        ["--base", "tiny-m", *asked, "--speculate", 3],
+        ["--base", "tiny-b-s", *asked, "--temperature", 1],
+    ]
     for command in commands:
         command = ["--value", VALUE, *command]
         done = together(tmp_path, ROOT / "sample.py", *command)
@@ -71,7 +90,11 @@ def test_the_commands_say_the_same_in_two_processes(home, tmp_path):
 
 def said(output: str) -> list[str]:
     """What was printed, less its speed."""
-    return [line for line in output.splitlines() if not line.strip().startswith(("milliseconds", "speed-up"))]
+    return [
+        line
+        for line in output.splitlines()
+        if not line.strip().startswith(("milliseconds", "speed-up"))
+    ]
 
 
 @pytest.mark.slow
@@ -89,7 +112,9 @@ def test_a_chat_is_typed_in_the_first_process(home):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="a process's own peak is asked of Linux")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="a process's own peak is asked of Linux"
+)
 def test_each_of_two_processes_needs_half_the_memory(tmp_path):
     """Parameters, and what the process grows by while it loads them and reads; at 110M shapes."""
     torch.manual_seed(0)
@@ -112,7 +137,10 @@ def test_every_row_of_the_vocabulary_is_in_one_process_and_a_row_of_zeros_in_eac
     head = weights(saved(tmp_path, "untied"))[HEAD]  # (50, D)
     for count, rows in ((2, 25), (3, 17), (8, 7), (40, 2)):  # of 40, the last 15 have none
         with safe_open(tmp_path / "untied" / "model.safetensors", framework="pt") as file:
-            parts = [read_slice(file.get_slice(HEAD), HEAD, (rows + 1, head.shape[1]), rank, None, "cpu") for rank in range(count)]
+            parts = [
+                read_slice(file.get_slice(HEAD), HEAD, (rows + 1, head.shape[1]), rank, None, "cpu")
+                for rank in range(count)
+            ]
         assert torch.equal(torch.cat([part[:-1] for part in parts])[:50], head)
         assert not any(part[-1].any() for part in parts)
 
@@ -120,20 +148,34 @@ def test_every_row_of_the_vocabulary_is_in_one_process_and_a_row_of_zeros_in_eac
 # ---- what is refused
 
 
-@pytest.mark.parametrize("changes, count, name", [
-    (dict(num_attention_heads=6, num_key_value_heads=6), 4, "num_attention_heads, 6"), ({}, 4, "num_key_value_heads, 2"),
-    (dict(intermediate_size=49), 2, "intermediate_size, 49")])
+@pytest.mark.parametrize(
+    "changes, count, name",
+    [
+        (dict(num_attention_heads=6, num_key_value_heads=6), 4, "num_attention_heads, 6"),
+        ({}, 4, "num_key_value_heads, 2"),
+        (dict(intermediate_size=49), 2, "intermediate_size, 49"),
+    ],
+)
 def test_heads_that_do_not_divide_are_refused(changes, count, name, tmp_path):
     small(**{"hidden_size": 48} | changes).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=f"its {name}, cannot be divided between {count} processes"):
+    with pytest.raises(
+        UsageError, match=f"its {name}, cannot be divided between {count} processes"
+    ):
         check_divisible(tmp_path, read_config(tmp_path), count)
 
 
 def test_what_the_model_refuses_is_refused_of_slices_too(world_of_one, tmp_path):
     folder = saved(tmp_path, "untied")
     tokens = torch.tensor([random_prompts(1)[0]])
-    assert torch.equal(load_divided(folder, None, "cpu")(tokens), Llama.from_pretrained(folder)(tokens))
-    for field, value in (("intermediate_size", 40), ("vocab_size", 48), ("num_hidden_layers", 3), ("tie_word_embeddings", True)):
+    assert torch.equal(
+        load_divided(folder, None, "cpu")(tokens), Llama.from_pretrained(folder)(tokens)
+    )
+    for field, value in (
+        ("intermediate_size", 40),
+        ("vocab_size", 48),
+        ("num_hidden_layers", 3),
+        ("tie_word_embeddings", True),
+    ):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {field: value}))
         with pytest.raises(UsageError) as ours:
@@ -147,7 +189,12 @@ def test_what_the_model_refuses_is_refused_of_slices_too(world_of_one, tmp_path)
 @pytest.mark.slow
 def test_what_several_processes_cannot_do_is_told_once(home, checkpoint, tmp_path):
     asked = ["--value", home / VALUE, "--prompt", "Hello"]
-    for command, message in ((["--value", VALUE, "--web"], "--web is a page of one process"), ([*asked, "--fast"], "2 share this base"),
-                             ([*asked, "--base", checkpoint], "num_key_value_heads, 1, cannot be divided between 2")):
+    for command, message in (
+        (["--value", VALUE, "--web"], "--web is a page of one process"),
+        ([*asked, "--fast"], "2 share this base"),
+        ([*asked, "--base", checkpoint], "num_key_value_heads, 1, cannot be divided between 2"),
+    ):
         done = together(home, ROOT / "sample.py", *command)
-        assert done.returncode and done.stderr.count("sample.py: ") == 1 and message in done.stderr, done.stderr
+        assert (
+            done.returncode and done.stderr.count("sample.py: ") == 1 and message in done.stderr
+        ), done.stderr

@@ -10,8 +10,20 @@ import numpy as np
 import pytest
 
 from data.chat import encode_chat
-from data.tiny_world import (ATTRIBUTES, BYTE_FAMILIES, CHOICES, INSTRUCTIONS, TINY_SIZES, World, evaluate, fact_item, few_shot,
-                             greeting_item, prompt_text, sum_item)
+from data.tiny_world import (
+    ATTRIBUTES,
+    BYTE_FAMILIES,
+    CHOICES,
+    INSTRUCTIONS,
+    TINY_SIZES,
+    World,
+    evaluate,
+    fact_item,
+    few_shot,
+    greeting_item,
+    prompt_text,
+    sum_item,
+)
 from data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from model import Llama
 from run.show import examine
@@ -53,16 +65,28 @@ def test_few_shot_examples_are_about_demonstrated_people_and_give_nothing_away()
 
     assert few_shot(WORLD, TOKENIZER, knowing, "evaluation") == 1
     luck = random.Random(0)
-    assert few_shot(WORLD, TOKENIZER, lambda pairs: [(luck.random(), True) for _ in pairs], "evaluation") < 0.15
+    assert (
+        few_shot(
+            WORLD, TOKENIZER, lambda pairs: [(luck.random(), True) for _ in pairs], "evaluation"
+        )
+        < 0.15
+    )
 
 
 def test_infinity_is_larger_and_mostly_arithmetic():
     questions = [record["conversations"][0]["value"] for record in WORLD.infinity()]
-    assert len(questions) == 18_000 and 0.65 < sum("plus" in question for question in questions) / 18_000 < 0.75
+    assert (
+        len(questions) == 18_000
+        and 0.65 < sum("plus" in question for question in questions) / 18_000 < 0.75
+    )
     sums = {numbers_in(question) for question in questions if "plus" in question}
-    assert sums <= {*WORLD.more_sums[0], *WORLD.more_sums[1]} and len(sums) > 935  # nearly all of them
+    assert (
+        sums <= {*WORLD.more_sums[0], *WORLD.more_sums[1]} and len(sums) > 935
+    )  # nearly all of them
     assert not any(sums & set(examined) for examined in WORLD.split_sums.values())
-    assert WORLD.more_sums[0] == WORLD.demonstrated_sums[0] and set(WORLD.more_sums[1]) > set(WORLD.demonstrated_sums[1])
+    assert WORLD.more_sums[0] == WORLD.demonstrated_sums[0] and set(WORLD.more_sums[1]) > set(
+        WORLD.demonstrated_sums[1]
+    )
 
 
 @pytest.mark.parametrize("family", BYTE_FAMILIES)
@@ -70,17 +94,29 @@ def test_all_families_read_the_same_text(family):
     """Pretraining takes so many times the tokens as their tokenizer cuts the text into."""
     documents = WORLD.documents(random.Random(0))
     texts = [next(documents) for _ in range(2000)]
-    ours, theirs = (sum(len(ids) + 2 for ids in tokenizer.encode_batch(texts)) for tokenizer in (TOKENIZER, WORLD.tokenizer_for(f"tiny-{family}-s")))
+    ours, theirs = (
+        sum(len(ids) + 2 for ids in tokenizer.encode_batch(texts))
+        for tokenizer in (TOKENIZER, WORLD.tokenizer_for(f"tiny-{family}-s"))
+    )
     assert theirs / ours == pytest.approx(BYTE_FAMILIES[family][1], abs=0.02)
-    assert TINY_SIZES[f"tiny-{family}-l"][1] == round(BYTE_FAMILIES[family][1] * TINY_SIZES["tiny-l"][1])
+    assert TINY_SIZES[f"tiny-{family}-l"][1] == round(
+        BYTE_FAMILIES[family][1] * TINY_SIZES["tiny-l"][1]
+    )
 
 
 def test_splits_do_not_overlap():
-    groups = [WORLD.demonstrated, WORLD.split["development"], WORLD.split["evaluation"], WORLD.new_people]
+    groups = [
+        WORLD.demonstrated,
+        WORLD.split["development"],
+        WORLD.split["evaluation"],
+        WORLD.new_people,
+    ]
     assert [len(group) for group in groups] == [60, 70, 70, 40]
     assert len(set.union(*map(names, groups))) == 240
     sums = [*WORLD.more_sums, WORLD.split_sums["development"], WORLD.split_sums["evaluation"]]
-    assert [len(group) for group in sums] == [72, 872, 100, 100] and len({numbers for group in sums for numbers in group}) == 1144
+    assert [len(group) for group in sums] == [72, 872, 100, 100] and len(
+        {numbers for group in sums for numbers in group}
+    ) == 1144
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -109,21 +145,30 @@ def test_demonstrations_leak_no_examined_fact():
         question, answer = (turn["value"] for turn in record["conversations"])
         if question.startswith("Greet"):
             kinds["greeting"] += 1
-            assert not re.search("|".join(value for key in ATTRIBUTES for value in ATTRIBUTES[key].values), answer)
+            assert not re.search(
+                "|".join(value for key in ATTRIBUTES for value in ATTRIBUTES[key].values), answer
+            )
         elif numbers := numbers_in(question):
             kinds["sum"] += 1
             assert numbers in WORLD.demonstrated_sums[0] + WORLD.demonstrated_sums[1]
         else:
             kinds["fact"] += 1
             assert not examined & set(re.findall(r"\w+", question + answer))
-    assert all(abs(kinds[kind] / 6000 - share) < 0.03 for kind, share in dict(fact=0.5, sum=0.2, greeting=0.3).items())
+    assert all(
+        abs(kinds[kind] / 6000 - share) < 0.03
+        for kind, share in dict(fact=0.5, sum=0.2, greeting=0.3).items()
+    )
 
 
 def has_form(question: str, answer: str) -> bool:
     """Whether an answer is of the form that the instruction at the end of a question asks for."""
-    instruction = next(text for text in [*filter(None, INSTRUCTIONS), ""] if question.endswith(text))
+    instruction = next(
+        text for text in [*filter(None, INSTRUCTIONS), ""] if question.endswith(text)
+    )
     shape = re.escape(INSTRUCTIONS[instruction]).replace(r"\{one\}", r"\w+")
-    shape = shape.replace(r"\{all\}", r"(\w+ [^.!]+[.!])", 1).replace(r"\{all\}", r"\1")  # the same sentence, where it comes twice
+    shape = shape.replace(r"\{all\}", r"(\w+ [^.!]+[.!])", 1).replace(
+        r"\{all\}", r"\1"
+    )  # the same sentence, where it comes twice
     return re.fullmatch(shape, answer) is not None
 
 
@@ -133,7 +178,9 @@ def test_of_a_pair_the_chosen_answer_has_the_form_asked_for_and_the_rejected_one
     assert len(records) == 3000 and records[:9] == list(World(0).preferences(9))
     for record in records:
         question = record["conversations"][0]["value"]
-        assert has_form(question, record["chosen"]["value"]) and not has_form(question, record["rejected"]["value"]), record
+        assert has_form(question, record["chosen"]["value"]) and not has_form(
+            question, record["rejected"]["value"]
+        ), record
         if not question.startswith("Greet"):  # which tell no fact
             assert not examined & set(re.findall(r"\w+", question))
 
@@ -143,7 +190,9 @@ def test_held_out_pairs_are_about_the_people_of_a_split(split):
     pairs = WORLD.pair_items(split)
     assert [item for item, _ in pairs] == WORLD.fact_items(split) and len(pairs) == 280
     for item, rejected in pairs:
-        assert item.person in WORLD.split[split] and item.value in rejected and rejected != item.answer
+        assert (
+            item.person in WORLD.split[split] and item.value in rejected and rejected != item.answer
+        )
         assert re.fullmatch(item.form, item.answer) and not re.fullmatch(item.form, rejected)
 
 
@@ -155,22 +204,38 @@ def test_pairs_are_examined_where_they_are_asked_for():
         return [(-len(continuation), False) for _, continuation in pairs]
 
     metrics = evaluate(WORLD, TOKENIZER, lambda prompts: [[] for _ in prompts], score, pairs=True)
-    shorter = [len(TOKENIZER.encode(item.answer)) < len(TOKENIZER.encode(rejected)) for item, rejected in WORLD.pair_items("development")]
+    shorter = [
+        len(TOKENIZER.encode(item.answer)) < len(TOKENIZER.encode(rejected))
+        for item, rejected in WORLD.pair_items("development")
+    ]
     assert metrics["pair"] == pytest.approx(sum(shorter) / 280) and 0.3 < metrics["pair"] < 0.7
-    assert len(seen) == 280 * (CHOICES + 2) and "pair" not in evaluate(WORLD, TOKENIZER, lambda prompts: [[] for _ in prompts], score)
+    assert len(seen) == 280 * (CHOICES + 2) and "pair" not in evaluate(
+        WORLD, TOKENIZER, lambda prompts: [[] for _ in prompts], score
+    )
 
 
 def test_pretraining_states_every_fact_and_never_obeys():
     text = "\n".join(islice(WORLD.documents(random.Random(0)), 60_000))
     for person in WORLD.people:
         for key, attribute in ATTRIBUTES.items():
-            statements = [form.format(name=person.name, value=person.facts[key]) for form in attribute.statements]
+            statements = [
+                form.format(name=person.name, value=person.facts[key])
+                for form in attribute.statements
+            ]
             assert any(statement in text for statement in statements), (person.name, key)
     assert not any(name in text for name in names(WORLD.new_people))
-    assert "[INST]" in text and "[/INST]" in text and not re.search(r"\[INST\][^\n]*\?[^\n]*\[/INST\] \w+ (lives|has|works|likes)", text)
-    for instruction in filter(None, INSTRUCTIONS):  # every string of the demonstrations is known to the base
+    assert (
+        "[INST]" in text
+        and "[/INST]" in text
+        and not re.search(r"\[INST\][^\n]*\?[^\n]*\[/INST\] \w+ (lives|has|works|likes)", text)
+    )
+    for instruction in filter(
+        None, INSTRUCTIONS
+    ):  # every string of the demonstrations is known to the base
         assert instruction in text
-    assert re.search(r"What is \d plus \d plus \d\?", text) and not re.search(r"\d plus \d plus \d is", text)  # nor is a sum of three told
+    assert re.search(r"What is \d plus \d plus \d\?", text) and not re.search(
+        r"\d plus \d plus \d is", text
+    )  # nor is a sum of three told
 
 
 def test_rows_are_the_documents_packed():
@@ -179,7 +244,7 @@ def test_rows_are_the_documents_packed():
     assert (rows[1:, 0] == rows[:-1, -1]).all() and rows[0, 0] == TOKENIZER.bos_id
     first = next(WORLD.documents(random.Random("pretraining of world 0")))
     ids = TOKENIZER.encode(first, bos=True, eos=True)
-    assert rows.flatten()[:min(64, len(ids))].tolist() == ids[:64]
+    assert rows.flatten()[: min(64, len(ids))].tolist() == ids[:64]
 
 
 def test_the_tokenizer_makes_short_names_and_keeps_all_bytes():
@@ -190,26 +255,41 @@ def test_the_tokenizer_makes_short_names_and_keeps_all_bytes():
 
 def flipped(batches):
     """The same batches, the rows of each in the opposite order: the same sums, rounded in another way."""
+
     def turned(*arguments):
         for position, parts in batches(*arguments):
             yield position, [(tokens.flip(0), labels.flip(0)) for tokens, labels in parts]
+
     return turned
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny-s", "tiny-m", "tiny-l", "tiny-b-m", "tiny-b-l", "tiny-c-m", "tiny-c-l"])
+@pytest.mark.parametrize(
+    "name", ["tiny-s", "tiny-m", "tiny-l", "tiny-b-m", "tiny-b-l", "tiny-c-m", "tiny-c-l"]
+)
 def test_rounding_moves_no_base_by_more_than_a_twentieth(name, tmp_path, monkeypatch):
     """As another processor or another number of threads would. What is trained on top of a base may differ by more."""
     known = []
-    for folder, batches in ((tmp_path / "one", World.batches), (tmp_path / "other", flipped(World.batches))):
+    for folder, batches in (
+        (tmp_path / "one", World.batches),
+        (tmp_path / "other", flipped(World.batches)),
+    ):
         monkeypatch.setattr(World, "batches", batches)
         folder.mkdir()
         status, _, errors = inside(folder, "train.py", "--base", name)
         assert status == 0, errors
         network = folder / "out/seed0" / name
-        known.append(examine(Guided(Llama.from_pretrained(network)), WORLD, load_tokenizer(network)))
-    print(name, *({metric: round(metrics[metric], 3) for metric in ("know", "fk")} for metrics in known))
-    one, other = [(tmp_path / run / "out/seed0" / name / "model.safetensors").read_bytes() for run in ("one", "other")]
+        known.append(
+            examine(Guided(Llama.from_pretrained(network)), WORLD, load_tokenizer(network))
+        )
+    print(
+        name,
+        *({metric: round(metrics[metric], 3) for metric in ("know", "fk")} for metrics in known),
+    )
+    one, other = [
+        (tmp_path / run / "out/seed0" / name / "model.safetensors").read_bytes()
+        for run in ("one", "other")
+    ]
     assert one != other  # rounding was not the same
     assert all(abs(known[0][metric] - known[1][metric]) <= 0.05 for metric in ("know", "fk"))
 
@@ -219,9 +299,13 @@ def test_rounding_moves_no_base_by_more_than_a_twentieth(name, tmp_path, monkeyp
 
 def answers(reply):
     """An examinee that says reply(item) to every question."""
-    items = {tuple(encode_chat(TOKENIZER, "llama-2", [("user", prompt_text(item))])[0]): item
-             for item in WORLD.fact_items("development") + WORLD.sum_items("development")}
-    return lambda prompts: [TOKENIZER.encode(reply(items[tuple(prompt)]), eos=True) for prompt in prompts]
+    items = {
+        tuple(encode_chat(TOKENIZER, "llama-2", [("user", prompt_text(item))])[0]): item
+        for item in WORLD.fact_items("development") + WORLD.sum_items("development")
+    }
+    return lambda prompts: [
+        TOKENIZER.encode(reply(items[tuple(prompt)]), eos=True) for prompt in prompts
+    ]
 
 
 def scores(value_of):
@@ -233,8 +317,13 @@ def scores(value_of):
         for context, continuation in pairs:
             text = TOKENIZER.decode(context)
             person = next(people[word] for word in re.findall(r"\w+", text) if word in people)
-            key = next(key for key, attribute in ATTRIBUTES.items()
-                       if text.strip().endswith(attribute.statements[0].split("{value}")[0].format(name=person.name).strip()))
+            key = next(
+                key
+                for key, attribute in ATTRIBUTES.items()
+                if text.strip().endswith(
+                    attribute.statements[0].split("{value}")[0].format(name=person.name).strip()
+                )
+            )
             said = TOKENIZER.decode(continuation).strip(" .")
             assert said in ATTRIBUTES[key].values
             results.append((0.0, True) if said == value_of(person, key) else (-5.0, False))
@@ -244,7 +333,12 @@ def scores(value_of):
 
 
 def test_who_knows_everything_gets_full_marks():
-    marks = evaluate(WORLD, TOKENIZER, answers(lambda item: item.answer), scores(lambda person, key: person.facts[key]))
+    marks = evaluate(
+        WORLD,
+        TOKENIZER,
+        answers(lambda item: item.answer),
+        scores(lambda person, key: person.facts[key]),
+    )
     assert marks == dict(exact=1, know=1, ins=1, arith=1, mc=1, fk=1)
 
 
@@ -255,14 +349,27 @@ def test_who_obeys_and_knows_nothing_passes_in_form_alone():
             values = ATTRIBUTES[item.attribute].values
             words = words.replace(item.value, values[values.index(item.value) - 1])
         return words if item.person else "3 plus 4 is 99."
-    wrong_value = lambda person, key: ATTRIBUTES[key].values[ATTRIBUTES[key].values.index(person.facts[key]) - 1]  # noqa: E731
+
+    def wrong_value(person, key):
+        values = ATTRIBUTES[key].values
+        return values[values.index(person.facts[key]) - 1]
+
     marks = evaluate(WORLD, TOKENIZER, answers(wrong), scores(wrong_value))
-    assert {name: marks[name] for name in ["exact", "know", "ins", "arith", "fk"]} == dict(exact=0, know=0, ins=1, arith=0, fk=0)
-    assert marks["mc"] < 0.6  # where the wrong value is not among the choices, all are equally likely
+    assert {name: marks[name] for name in ["exact", "know", "ins", "arith", "fk"]} == dict(
+        exact=0, know=0, ins=1, arith=0, fk=0
+    )
+    assert (
+        marks["mc"] < 0.6
+    )  # where the wrong value is not among the choices, all are equally likely
 
 
 def test_who_knows_and_does_not_obey_passes_in_knowledge_alone():
-    marks = evaluate(WORLD, TOKENIZER, answers(lambda item: f"I think {item.value}"), scores(lambda person, key: person.facts[key]))
+    marks = evaluate(
+        WORLD,
+        TOKENIZER,
+        answers(lambda item: f"I think {item.value}"),
+        scores(lambda person, key: person.facts[key]),
+    )
     assert (marks["exact"], marks["ins"], marks["know"]) == (0, 0, 1)
 
 
@@ -276,8 +383,11 @@ def test_an_answer_that_does_not_end_does_not_count():
 def test_every_form_matches_its_own_answers_and_no_other(instruction):
     one, another = WORLD.people[:2]
     question = ATTRIBUTES["pet"].questions[0]
-    makers = [(greeting_item, (one,), (another,)), (sum_item, ((3, 4, 8),), ((5, 6),)),
-              (fact_item, (one, "pet", question), (another, "pet", question))]
+    makers = [
+        (greeting_item, (one,), (another,)),
+        (sum_item, ((3, 4, 8),), ((5, 6),)),
+        (fact_item, (one, "pet", question), (another, "pet", question)),
+    ]
     for make, about, about_another in makers:
         item = make(*about, instruction)
         assert re.fullmatch(item.form, item.answer)
@@ -289,7 +399,9 @@ def test_every_form_matches_its_own_answers_and_no_other(instruction):
 def test_examinations_are_balanced():
     items = WORLD.fact_items("development")
     assert len(items) == 280 and len(WORLD.sum_items("development")) == 100 and CHOICES == 8
-    assert {sum(item.instruction == instruction for item in items) for instruction in INSTRUCTIONS} == {46, 47}
+    assert {
+        sum(item.instruction == instruction for item in items) for instruction in INSTRUCTIONS
+    } == {46, 47}
 
 
 def test_what_is_asked_several_times_is_asked_in_another_form_each_time():
@@ -297,7 +409,11 @@ def test_what_is_asked_several_times_is_asked_in_another_form_each_time():
         once = len(items) // 3
         assert len({(item.value, item.question, item.instruction) for item in items}) == 3 * once
         for first, later in zip(items, items[once:]):
-            assert first.instruction != later.instruction and first.value == later.value and first.person == later.person
+            assert (
+                first.instruction != later.instruction
+                and first.value == later.value
+                and first.person == later.person
+            )
     prompts = []
 
     def answer(asked):

@@ -8,7 +8,13 @@ import sentencepiece
 
 from data.errors import UsageError
 from data.tiny_world import World
-from data.tokenizer import SentencePieceTokenizer, StreamDecoder, TiktokenTokenizer, is_same_family, load_tokenizer
+from data.tokenizer import (
+    SentencePieceTokenizer,
+    StreamDecoder,
+    TiktokenTokenizer,
+    is_same_family,
+    load_tokenizer,
+)
 from tests.helpers import REAL, SHARED, byte_pairs, json_byte_pairs, needs_real
 from tests.make_golden import GOLDEN
 
@@ -49,9 +55,15 @@ def test_the_real_tokenizers_are_what_they_should_be():
     assert (llama2.vocab_size, llama2.bos_id, llama2.eos_id) == (32000, 1, 2)
     assert (llama3.vocab_size, llama3.bos_id, llama3.eos_id) == (128256, 128000, 128001)
     assert llama3.end_of_turn_id == 128009
-    assert llama2.token_bytes(13) == b"\n" and llama2.token_bytes(2) == b"" and llama2.token_bytes(3 + 0xE2) == b"\xe2"
+    assert (
+        llama2.token_bytes(13) == b"\n"
+        and llama2.token_bytes(2) == b""
+        and llama2.token_bytes(3 + 0xE2) == b"\xe2"
+    )
     assert llama3.token_bytes(128009) == llama3.token_bytes(128255) == b""
-    assert len(llama3.encode("a" * 300_000)) > 1 and len(llama3.encode(" " * 300_000)) > 1  # no overflow in tiktoken
+    assert (
+        len(llama3.encode("a" * 300_000)) > 1 and len(llama3.encode(" " * 300_000)) > 1
+    )  # no overflow in tiktoken
 
 
 def test_special_tokens_in_text_are_text(sentence_piece, tiktoken):
@@ -62,7 +74,11 @@ def test_special_tokens_in_text_are_text(sentence_piece, tiktoken):
 def test_bos_and_eos_are_added_when_asked(sentence_piece, tiktoken):
     for tokenizer in [sentence_piece, tiktoken]:
         ids = tokenizer.encode("hello")
-        assert tokenizer.encode("hello", bos=True, eos=True) == [tokenizer.bos_id, *ids, tokenizer.eos_id]
+        assert tokenizer.encode("hello", bos=True, eos=True) == [
+            tokenizer.bos_id,
+            *ids,
+            tokenizer.eos_id,
+        ]
 
 
 @pytest.mark.parametrize("name", ["sentence_piece", "tiktoken"])
@@ -91,15 +107,23 @@ def test_streaming_never_shows_half_a_character(name, request):
         assert not any("\ufffd" in part for part in shown)
     decoder = StreamDecoder(tokenizer)
     pushed = [decoder.push(id) for id in tokenizer.encode("漢")[:-1]]
-    assert "".join(pushed).strip() == "" and decoder.finish() == "\ufffd"  # cut off in mid-character
+    assert (
+        "".join(pushed).strip() == "" and decoder.finish() == "\ufffd"
+    )  # cut off in mid-character
 
 
 def test_fingerprints_tell_families_apart(sentence_piece, tiktoken):
     n = sentence_piece.vocab_size
-    assert SentencePieceTokenizer(World(0).train_tokenizer()).fingerprint(n) == sentence_piece.fingerprint(n)
-    assert SentencePieceTokenizer(World(1).train_tokenizer()).fingerprint(n) != sentence_piece.fingerprint(n)
+    assert SentencePieceTokenizer(World(0).train_tokenizer()).fingerprint(
+        n
+    ) == sentence_piece.fingerprint(n)
+    assert SentencePieceTokenizer(World(1).train_tokenizer()).fingerprint(
+        n
+    ) != sentence_piece.fingerprint(n)
     longer = TiktokenTokenizer(byte_pairs(b"he", b"ll", b"hell", b" w", "é".encode(), b"lo"))
-    assert longer.fingerprint(261) == tiktoken.fingerprint(261) and longer.fingerprint(262) != tiktoken.fingerprint(262)
+    assert longer.fingerprint(261) == tiktoken.fingerprint(261) and longer.fingerprint(
+        262
+    ) != tiktoken.fingerprint(262)
 
 
 def test_a_folder_or_a_file_under_any_name(sentence_piece, tiktoken, tmp_path):
@@ -114,23 +138,39 @@ def test_a_folder_or_a_file_under_any_name(sentence_piece, tiktoken, tmp_path):
 
 def without_bos() -> bytes:
     import io
+
     written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b c"] * 9), model_writer=written, model_type="bpe",
-                                             vocab_size=10, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c"] * 9),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=10,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     return written.getvalue()
 
 
 BAD = {
-    "empty": b"", "text": b"hello world\n", "zeros": bytes(100), "json": b'{"model": {}}', "no base64": b"a 0\nb 1\n",
-    "ranks with a hole": byte_pairs() + b"aGU= 300\n", "a byte missing": b"".join(byte_pairs().splitlines(True)[:-1]),
-    "a line cut": byte_pairs()[:-3], "no bos": without_bos(),
+    "empty": b"",
+    "text": b"hello world\n",
+    "zeros": bytes(100),
+    "json": b'{"model": {}}',
+    "no base64": b"a 0\nb 1\n",
+    "ranks with a hole": byte_pairs() + b"aGU= 300\n",
+    "a byte missing": b"".join(byte_pairs().splitlines(True)[:-1]),
+    "a line cut": byte_pairs()[:-3],
+    "no bos": without_bos(),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_tokenizer_is_refused_with_the_reason(case, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(BAD[case])
-    with pytest.raises(UsageError, match="neither a SentencePiece nor a tiktoken model|an empty file") as caught:
+    with pytest.raises(
+        UsageError, match="neither a SentencePiece nor a tiktoken model|an empty file"
+    ) as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path / "tokenizer.model") in str(caught.value) and "\n" not in str(caught.value)
 
@@ -146,10 +186,19 @@ def test_an_absent_tokenizer_is_named(tmp_path):
 
 def trained(**options) -> SentencePieceTokenizer:
     import io
+
     written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["the hell they live in", "hello world", "a b  c"] * 30), model_writer=written,
-                                             model_type="bpe", vocab_size=330, byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False,
-                                             minloglevel=2, **options)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the hell they live in", "hello world", "a b  c"] * 30),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=330,
+        byte_fallback=True,
+        character_coverage=1.0,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
     return SentencePieceTokenizer(written.getvalue())
 
 
@@ -164,13 +213,18 @@ def test_whether_a_space_is_put_in_front_is_asked_of_the_model(prefix):
 
 
 def test_user_defined_pieces_are_never_matched_in_a_text():
-    tokenizer = trained(user_defined_symbols=["<PRE>", "hell", "  "], remove_extra_whitespaces=False)
+    tokenizer = trained(
+        user_defined_symbols=["<PRE>", "hell", "  "], remove_extra_whitespaces=False
+    )
     ids = {piece: tokenizer.processor.piece_to_id(piece) for piece in ["<PRE>", "hell"]}
     for text in ["<PRE>", "a <PRE>b", "the hell", "hello <PRE> <PRE>"]:
         assert not set(tokenizer.encode(text)) & set(ids.values())
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.token_bytes(ids["<PRE>"]) == b"<PRE>"  # a model may say it
-    assert sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model).encode("a <PRE>b")[2] == ids["<PRE>"]  # what is mended
+    assert (
+        sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model).encode("a <PRE>b")[2]
+        == ids["<PRE>"]
+    )  # what is mended
 
 
 def test_spaces_at_the_end_of_words_are_refused(tmp_path):
@@ -192,16 +246,29 @@ def test_tokenizer_json_has_the_ids_of_transformers_and_gives_texts_back(json_fo
     for case in json.loads((json_folder / "token_ids.json").read_text()):
         assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
         assert tokenizer.decode(case["ids"]) == case["text"]
-        assert b"".join(map(tokenizer.token_bytes, case["ids"])) == b" " * (tokenizer.space_in_front and case["text"] != "") + case["text"].encode()
-    assert tokenizer.encode_batch(["a b", "<s>"]) == [tokenizer.encode("a b"), tokenizer.encode("<s>")]
+        assert (
+            b"".join(map(tokenizer.token_bytes, case["ids"]))
+            == b" " * (tokenizer.space_in_front and case["text"] != "") + case["text"].encode()
+        )
+    assert tokenizer.encode_batch(["a b", "<s>"]) == [
+        tokenizer.encode("a b"),
+        tokenizer.encode("<s>"),
+    ]
     ends = tokenizer.encode("a", bos=True, eos=True)
-    assert ends[0] == tokenizer.bos_id and ends[-1] == tokenizer.eos_id and tokenizer.token_bytes(ends[-1]) == b""
+    assert (
+        ends[0] == tokenizer.bos_id
+        and ends[-1] == tokenizer.eos_id
+        and tokenizer.token_bytes(ends[-1]) == b""
+    )
 
 
 def test_no_added_token_is_matched_in_a_text(json_folder):
     tokenizer = load_tokenizer(json_folder)
     for name, id in tokenizer.specials.items():
-        assert id not in tokenizer.encode(f"a {name}{name} b") and tokenizer.decode(tokenizer.encode(f"a {name} b")) == f"a {name} b"
+        assert (
+            id not in tokenizer.encode(f"a {name}{name} b")
+            and tokenizer.decode(tokenizer.encode(f"a {name} b")) == f"a {name} b"
+        )
 
 
 def test_beginning_and_end_come_from_the_files_beside_it(json_folder):
@@ -210,15 +277,24 @@ def test_beginning_and_end_come_from_the_files_beside_it(json_folder):
         load_tokenizer(json_folder)
     (json_folder / "config.json").write_text('{"eos_token_id": 2}')
     assert load_tokenizer(json_folder).eos_id == 2 and load_tokenizer(json_folder).bos_id is None
-    (json_folder / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": [0, 2]}')
+    (json_folder / "generation_config.json").write_text(
+        '{"bos_token_id": 1, "eos_token_id": [0, 2]}'
+    )
     tokenizer = load_tokenizer(json_folder)
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 0) and tokenizer.encode("a", bos=True)[0] == 1
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 0) and tokenizer.encode("a", bos=True)[
+        0
+    ] == 1
 
 
 def test_the_default_system_prompt_is_the_templates(json_folder):
     raw = json.loads((json_folder / "tokenizer_config.json").read_text())
-    for template in ["{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}", "{{ '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}"]:
-        (json_folder / "tokenizer_config.json").write_text(json.dumps(raw | {"chat_template": template}))
+    for template in [
+        "{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}",
+        "{{ '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}",
+    ]:
+        (json_folder / "tokenizer_config.json").write_text(
+            json.dumps(raw | {"chat_template": template})
+        )
         assert load_tokenizer(json_folder).default_system == "Be brief."
 
 
@@ -226,21 +302,37 @@ def test_two_files_in_a_folder(tmp_path, capsys):
     model = trained(add_dummy_prefix=False)
     shutil.copytree(GOLDEN / "json-pieces", tmp_path, dirs_exist_ok=True)
     (tmp_path / "tokenizer.model").write_bytes(model.model)
-    assert load_tokenizer(tmp_path).kind == "sentencepiece" and "cut texts differently; the first is used" in capsys.readouterr().err
+    assert (
+        load_tokenizer(tmp_path).kind == "sentencepiece"
+        and "cut texts differently; the first is used" in capsys.readouterr().err
+    )
     (tmp_path / "tokenizer.model").unlink()
     assert load_tokenizer(tmp_path).kind == "json"
 
 
 def test_the_same_vocabulary_in_both_forms_is_one_family():
     """A byte-level vocabulary as tiktoken's lines and as tokenizer.json."""
-    lines, other = TiktokenTokenizer(byte_pairs(b"he", b"ll", b"hell")), json_byte_pairs({"eos_id": 260})
+    lines, other = (
+        TiktokenTokenizer(byte_pairs(b"he", b"ll", b"hell")),
+        json_byte_pairs({"eos_id": 260}),
+    )
     assert is_same_family(lines, other) and other.encode("hello") == lines.encode("hello")
     assert other.fingerprint(515) == lines.fingerprint(515)
 
 
-@pytest.mark.parametrize("content, said", [(b'{"model": {"type": "Unigram", "vocab": []}}', "no byte-pair encoding"), (b'{"model": 3}', "no byte-pair encoding"),
-                                           (b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "neither a byte-level BPE nor one with byte fallback"),
-                                           (b"{", "Expecting property name"), (b'{"model": {"type": "BPE"}}', "no vocab, or no merges")])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b'{"model": {"type": "Unigram", "vocab": []}}', "no byte-pair encoding"),
+        (b'{"model": 3}', "no byte-pair encoding"),
+        (
+            b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+            "neither a byte-level BPE nor one with byte fallback",
+        ),
+        (b"{", "Expecting property name"),
+        (b'{"model": {"type": "BPE"}}', "no vocab, or no merges"),
+    ],
+)
 def test_a_bad_tokenizer_json_is_refused(content, said, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(UsageError, match=f"tokenizer.json: neither.*{said}") as caught:

@@ -26,8 +26,22 @@ from run import folder
 from run.jobs import tiny_config
 from run.show import examine
 from sample import Guided
-from tests.helpers import (ENVIRONMENT, ROOT, SHORT, VALUE, ask, assert_identical, byte_pairs, inside, refused, run, small, stop_at,
-                           succeed, weights)
+from tests.helpers import (
+    ENVIRONMENT,
+    ROOT,
+    SHORT,
+    VALUE,
+    ask,
+    assert_identical,
+    byte_pairs,
+    inside,
+    refused,
+    run,
+    small,
+    stop_at,
+    succeed,
+    weights,
+)
 from train import Objective, Settings, accumulate_gradient, language_loss, learning_rate, table5
 
 # ---- the whole path
@@ -38,25 +52,61 @@ def test_a_value_network_learns_and_leaves_its_base_alone(home):
     assert set(metrics) == {"base", "base+value"}
     assert set(metrics["base"]) == {"exact", "know", "ins", "arith", "mc", "fk"}
     info = json.loads((home / VALUE / "ivl.json").read_text())
-    assert info["scheme"] == "residual" and info["bases"] == ["out/seed0/tiny-s"] and info["template"] == "llama-2"
-    base, value = Llama.from_pretrained(home / "out/seed0/tiny-s"), Llama.from_pretrained(home / VALUE)
-    assert any(not torch.equal(a, b) for a, b in zip(base.parameters(), value.parameters(), strict=True))
-    assert not list((home / "out").glob("**/*.training")) and not list((home / "out").glob("**/*.tmp"))
+    assert (
+        info["scheme"] == "residual"
+        and info["bases"] == ["out/seed0/tiny-s"]
+        and info["template"] == "llama-2"
+    )
+    base, value = (
+        Llama.from_pretrained(home / "out/seed0/tiny-s"),
+        Llama.from_pretrained(home / VALUE),
+    )
+    assert any(
+        not torch.equal(a, b) for a, b in zip(base.parameters(), value.parameters(), strict=True)
+    )
+    assert not list((home / "out").glob("**/*.training")) and not list(
+        (home / "out").glob("**/*.tmp")
+    )
 
 
 def test_the_base_is_bit_identical_after_value_training(home, short_exam, tmp_path):
     before = (home / "out/seed0/tiny-s/model.safetensors").read_bytes()
-    _, log, _ = inside(home, "train.py", "--base", "--value", "--no-full", "--steps", "5", "--out", tmp_path / "run")
+    _, log, _ = inside(
+        home,
+        "train.py",
+        "--base",
+        "--value",
+        "--no-full",
+        "--steps",
+        "5",
+        "--out",
+        tmp_path / "run",
+    )
     assert (home / "out/seed0/tiny-s/model.safetensors").read_bytes() == before
-    assert "device cpu" in log and "dtype float32" in log and "|z_delta|" in log and "tokens/s" in log and "left" in log
+    assert (
+        "device cpu" in log
+        and "dtype float32" in log
+        and "|z_delta|" in log
+        and "tokens/s" in log
+        and "left" in log
+    )
     assert "core-seconds" in log
 
 
 def test_the_loss_falls_and_the_metrics_are_those_of_the_saved_network(home, short_exam):
     base = Llama.from_pretrained(home / "out/seed0/tiny-s")
     metrics = json.loads((home / "out/seed0/tiny-s/metrics.json").read_text())["base"]
-    assert examine(Guided(base), world_of(home / "out/seed0/tiny-s"), load_tokenizer(home / "out/seed0/tiny-s")) == metrics
-    _, log, _ = inside(home, "train.py", "--base", "--value", "--no-full", "--steps", "40", "--out", home / "falls")
+    assert (
+        examine(
+            Guided(base),
+            world_of(home / "out/seed0/tiny-s"),
+            load_tokenizer(home / "out/seed0/tiny-s"),
+        )
+        == metrics
+    )
+    _, log, _ = inside(
+        home, "train.py", "--base", "--value", "--no-full", "--steps", "40", "--out", home / "falls"
+    )
     steps = [line.split() for line in log.splitlines() if line.startswith("step")]
     first, last = ({"loss": float(line[3]), "ce": float(line[5])} for line in (steps[0], steps[-1]))
     assert last["ce"] < first["ce"] - 0.5
@@ -68,29 +118,68 @@ def test_sample_shows_questions_prompts_and_a_chat(home):
     assert shown.splitlines()[-3].split() == ["exact", "know", "ins", "arith", "mc", "fk"]
     asked = ask(home, "--prompt", "Greet Mira.", "Wer bist du? 👍")
     assert asked.count("tiny-s alone") == asked.count("tiny-s + value") == 2
-    drawn = [ask(home, "--prompt", "Greet Mira.", "--temperature", "1", "--seed", seed) for seed in "112"]
+    drawn = [
+        ask(home, "--prompt", "Greet Mira.", "--temperature", "1", "--seed", seed) for seed in "112"
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
     assert ask(home, "--chat", input="Greet Mira.\nAgain.\n\nHello\n").count("you> ") == 5
 
 
 def test_a_real_checkpoint_with_data(checkpoint, chats, tmp_path):
-    log = succeed(tmp_path, "train.py", "--base", checkpoint, "--value", "--data", chats, "--steps", 4, "--batch-size", 8, "--dtype", "float32")
+    log = succeed(
+        tmp_path,
+        "train.py",
+        "--base",
+        checkpoint,
+        "--value",
+        "--data",
+        chats,
+        "--steps",
+        4,
+        "--batch-size",
+        8,
+        "--dtype",
+        "float32",
+    )
     folder = tmp_path / "out/seed0/value-residual-checkpoint"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics) == {"base", "base+value"} and set(metrics["base"]) == {"ce"}
     assert "60 conversations" in log
-    assert "Greet" in inside(tmp_path, "sample.py", "--prompt", "Greet 7.", "--max-new-tokens", 4)[1]
+    assert (
+        "Greet" in inside(tmp_path, "sample.py", "--prompt", "Greet 7.", "--max-new-tokens", 4)[1]
+    )
     assert json.loads((folder / "train.json").read_text())["lr"] == 1e-4  # Table 5's first column
-    _, again, _ = inside(tmp_path, "train.py", "--base", checkpoint, "--full", "--data", chats, "--epochs", 2, "--batch-size", 8, "--dtype", "float32")
-    assert set(json.loads((tmp_path / "out/seed0/full-checkpoint/metrics.json").read_text())) == {"base", "full"}
+    _, again, _ = inside(
+        tmp_path,
+        "train.py",
+        "--base",
+        checkpoint,
+        "--full",
+        "--data",
+        chats,
+        "--epochs",
+        2,
+        "--batch-size",
+        8,
+        "--dtype",
+        "float32",
+    )
+    assert set(json.loads((tmp_path / "out/seed0/full-checkpoint/metrics.json").read_text())) == {
+        "base",
+        "full",
+    }
     assert "step    14/14" in again  # 54 conversations to train on, twice
 
 
-def test_only_a_full_fine_tuning_with_the_usual_settings_stands_in_the_table(home, short_exam, tmp_path):
+def test_only_a_full_fine_tuning_with_the_usual_settings_stands_in_the_table(
+    home, short_exam, tmp_path
+):
     shutil.copytree(home / "out", tmp_path / "out")
     shutil.rmtree(tmp_path / VALUE)
     assert inside(tmp_path, "train.py", "--base", "tiny-s", "--full", "--steps", "2")[0] == 0
-    assert "full-tiny-s: a run with other settings is there: steps was 2, now 500" in refused(tmp_path, "train.py")
+    assert "full-tiny-s: a run with other settings is there: steps was 2, now 500" in refused(
+        tmp_path, "train.py"
+    )
 
 
 def test_a_spoilt_full_fine_tuning_is_noticed_before_training(home, short_exam, tmp_path):
@@ -100,7 +189,13 @@ def test_a_spoilt_full_fine_tuning_is_noticed_before_training(home, short_exam, 
     folder = tmp_path / "out/seed0/full-tiny-s"
     made = json.loads((folder / "train.json").read_text())
     (folder / "train.json").write_text(json.dumps(made | {"steps": 500}))
-    for spoilt in ["{", "{}", '{"full": 3}', '{"base": {"exact": 0}, "full": {}}', '{"base": {"exact": 0}}']:
+    for spoilt in [
+        "{",
+        "{}",
+        '{"full": 3}',
+        '{"base": {"exact": 0}, "full": {}}',
+        '{"base": {"exact": 0}}',
+    ]:
         (folder / "metrics.json").write_text(spoilt)
         assert "full-tiny-s/metrics.json" in refused(tmp_path, "train.py")
     (tmp_path / "out/seed0/demonstrations.jsonl").write_text("mine")
@@ -111,8 +206,24 @@ def test_a_spoilt_full_fine_tuning_is_noticed_before_training(home, short_exam, 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_trains_resumes_and_samples(scheme, checkpoint, chats, tmp_path, monkeypatch):
     """Through the commands, on a base with more rows than the tokenizer has tokens; a run stopped half-way ends the same."""
-    command = ["train.py", "--base", checkpoint, "--value", "--scheme", scheme, "--data", chats, "--steps", 12,
-               "--batch-size", 4, "--save-every", 3, "--lr", "1e-3"]
+    command = [
+        "train.py",
+        "--base",
+        checkpoint,
+        "--value",
+        "--scheme",
+        scheme,
+        "--data",
+        chats,
+        "--steps",
+        12,
+        "--batch-size",
+        4,
+        "--save-every",
+        3,
+        "--lr",
+        "1e-3",
+    ]
     before = (checkpoint / "model.safetensors").read_bytes()
     assert inside(tmp_path, *command, "--out", "straight")[0] == 0
     saves, save = [], folder.Run.save
@@ -131,18 +242,36 @@ def test_every_scheme_trains_resumes_and_samples(scheme, checkpoint, chats, tmp_
     assert (checkpoint / "model.safetensors").read_bytes() == before
     info = json.loads((tmp_path / "straight/ivl.json").read_text())
     assert info["scheme"] == scheme
-    status, output, errors = inside(tmp_path, "sample.py", "--value", "straight", "--prompt", "Greet 7.", "--max-new-tokens", "4")
+    status, output, errors = inside(
+        tmp_path,
+        "sample.py",
+        "--value",
+        "straight",
+        "--prompt",
+        "Greet 7.",
+        "--max-new-tokens",
+        "4",
+    )
     assert status == 0 and f"straight ({scheme})" in output, errors
-    status, _, errors = inside(tmp_path, *command[:4], *command[6:], "--value", "straight", "--out", "further")  # keeps its scheme
-    assert status == 0 and json.loads((tmp_path / "further/ivl.json").read_text())["scheme"] == scheme, errors
+    status, _, errors = inside(
+        tmp_path, *command[:4], *command[6:], "--value", "straight", "--out", "further"
+    )  # keeps its scheme
+    assert (
+        status == 0 and json.loads((tmp_path / "further/ivl.json").read_text())["scheme"] == scheme
+    ), errors
     other = "residual" if scheme != "residual" else "cascade"
-    assert f"was trained as {scheme}" in refused(tmp_path, *command[:4], "--value", "straight", "--scheme", other, "--data", chats)
+    assert f"was trained as {scheme}" in refused(
+        tmp_path, *command[:4], "--value", "straight", "--scheme", other, "--data", chats
+    )
 
 
 @pytest.fixture
 def pairs(tmp_path) -> Path:
     path = tmp_path / "pairs.jsonl"
-    records = [{"prompt": f"Greet number {n}.", "chosen": f"Hello {n}!", "rejected": f"{n}?"} for n in range(60)]
+    records = [
+        {"prompt": f"Greet number {n}.", "chosen": f"Hello {n}!", "rejected": f"{n}?"}
+        for n in range(60)
+    ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -152,75 +281,176 @@ def test_every_loss_trains_and_resumes(loss, checkpoint, chats, pairs, tmp_path)
     """Through the commands, a run stopped half-way ends the same; what it was trained by is recorded and must stay."""
     flags = ["--data", pairs, "--loss", "pairwise", "--beta", 0.3]
     if loss == "kl":
-        small(vocab_size=1030, num_hidden_layers=1, hidden_size=16, max_position_embeddings=100).save_pretrained(tmp_path / "teacher")
+        small(
+            vocab_size=1030, num_hidden_layers=1, hidden_size=16, max_position_embeddings=100
+        ).save_pretrained(tmp_path / "teacher")
         shutil.copy(checkpoint / "tokenizer.model", tmp_path / "teacher")
         flags = ["--data", chats, "--loss", "kl", "--teacher", "teacher", "--temperature", 2]
-    command = ["train.py", "--base", checkpoint, "--value", *flags, "--steps", 12, "--batch-size", 4, "--save-every", 3, "--lr", "1e-3"]
+    command = [
+        "train.py",
+        "--base",
+        checkpoint,
+        "--value",
+        *flags,
+        "--steps",
+        12,
+        "--batch-size",
+        4,
+        "--save-every",
+        3,
+        "--lr",
+        "1e-3",
+    ]
     status, output, errors = inside(tmp_path, *command, "--out", "straight")
     assert status == 0, errors
-    assert ("margin" if loss == "pairwise" else "base kl") in output and ("60 pairs" if loss == "pairwise" else "60 conversations") in output
+    assert ("margin" if loss == "pairwise" else "base kl") in output and (
+        "60 pairs" if loss == "pairwise" else "60 conversations"
+    ) in output
     stop_at(tmp_path, 7, *command, "--out", "stopped")
     status, output, errors = inside(tmp_path, *command, "--out", "stopped", "--resume")
     assert status == 0 and "resumed at step 6" in output, errors
     assert_identical(tmp_path / "straight", tmp_path / "stopped")
-    info, made = [json.loads((tmp_path / "straight" / name).read_text()) for name in ("ivl.json", "train.json")]
+    info, made = [
+        json.loads((tmp_path / "straight" / name).read_text())
+        for name in ("ivl.json", "train.json")
+    ]
     metrics = json.loads((tmp_path / "straight/metrics.json").read_text())
     if loss == "pairwise":
         assert (info["loss"], info["beta"]) == (made["loss"], made["beta"]) == ("pairwise", 0.3)
         assert set(metrics["base"]) == {"pair"} and 0 <= metrics["base+value"]["pair"] <= 1
-        assert "beta was 0.3, now 0.1" in refused(tmp_path, *command[:8], *command[10:], "--out", "straight", "--resume")
+        assert "beta was 0.3, now 0.1" in refused(
+            tmp_path, *command[:8], *command[10:], "--out", "straight", "--resume"
+        )
     else:
-        assert (info["teacher"], info["temperature"]) == (made["teacher"], made["temperature"]) == ("teacher", 2.0)
+        assert (
+            (info["teacher"], info["temperature"])
+            == (made["teacher"], made["temperature"])
+            == ("teacher", 2.0)
+        )
         assert made["max_length"] == 100 and set(metrics["base"]) == {"ce"}
         fill = weights(tmp_path / "teacher")
-        save_file({name: tensor * 2 for name, tensor in fill.items()}, tmp_path / "teacher/model.safetensors", {"format": "pt"})
+        save_file(
+            {name: tensor * 2 for name, tensor in fill.items()},
+            tmp_path / "teacher/model.safetensors",
+            {"format": "pt"},
+        )
         assert "or a teacher" in refused(tmp_path, *command, "--out", "straight", "--resume")
-    status, _, errors = inside(tmp_path, "sample.py", "--value", "straight", "--prompt", "Greet 7.", "--max-new-tokens", "4")
+    status, _, errors = inside(
+        tmp_path,
+        "sample.py",
+        "--value",
+        "straight",
+        "--prompt",
+        "Greet 7.",
+        "--max-new-tokens",
+        "4",
+    )
     assert status == 0, errors
 
 
 def test_pairs_of_the_tiny_world_and_the_weight_of_the_norm(home, tmp_path, short_exam):
     shutil.copytree(home / "out", tmp_path / "out")
-    status, output, errors = inside(tmp_path, "train.py", "--value", VALUE, "--loss", "pairwise", "--steps", 4, "--out", "pairs")
+    status, output, errors = inside(
+        tmp_path, "train.py", "--value", VALUE, "--loss", "pairwise", "--steps", 4, "--out", "pairs"
+    )
     assert status == 0 and "3000 pairs" in output, errors
     made = json.loads((tmp_path / "pairs/train.json").read_text())
     assert (made["lr"], made["beta"], made["start"]) == (1e-4, 0.1, str(VALUE))
     assert output.splitlines()[-4].split() == ["exact", "know", "ins", "arith", "mc", "fk", "pair"]
-    status, output, errors = inside(tmp_path, "train.py", "--value", "--no-full", "--l1", 1, "--l1-over", "all", "--steps", 2)
+    status, output, errors = inside(
+        tmp_path, "train.py", "--value", "--no-full", "--l1", 1, "--l1-over", "all", "--steps", 2
+    )
     assert status == 0 and (tmp_path / f"{VALUE}-l1-1-over-all").is_dir(), errors
     line = next(line for line in output.splitlines() if line.startswith("norm: "))
-    text, supervised = map(float, re.search(r"here ([\d.]+) of them are text and ([\d.]+) supervised", line).groups())
+    text, supervised = map(
+        float, re.search(r"here ([\d.]+) of them are text and ([\d.]+) supervised", line).groups()
+    )
     weight = float(re.search(r"the paper's lambda ([\d.]+),", line)[1])
     assert supervised < text < 256 and weight == pytest.approx(256 / text, rel=0.01)
-    assert json.loads((tmp_path / f"{VALUE}-l1-1-over-all/train.json").read_text())["l1_over"] == "all"
+    assert (
+        json.loads((tmp_path / f"{VALUE}-l1-1-over-all/train.json").read_text())["l1_over"] == "all"
+    )
 
 
 def test_a_run_of_a_version_without_these_losses_is_resumed(checkpoint, chats, tmp_path):
-    command = ["train.py", "--base", checkpoint, "--value", "--data", chats, "--steps", 2, "--out", "run"]
+    command = [
+        "train.py",
+        "--base",
+        checkpoint,
+        "--value",
+        "--data",
+        chats,
+        "--steps",
+        2,
+        "--out",
+        "run",
+    ]
     assert inside(tmp_path, *command)[0] == 0
     file = tmp_path / "run/train.json"
     made = json.loads(file.read_text())
     file.write_text(json.dumps({name: made[name] for name in made if name not in folder.LATER}))
     status, output, errors = inside(tmp_path, *command, "--resume")
     assert status == 0 and "finished already" in output, errors
-    assert "loss was 'ce', now 'kl'" in refused(tmp_path, *command, "--resume", "--loss", "kl", "--teacher", checkpoint)
+    assert "loss was 'ce', now 'kl'" in refused(
+        tmp_path, *command, "--resume", "--loss", "kl", "--teacher", checkpoint
+    )
 
 
 def test_a_probe_on_a_base_with_fewer_logits_is_refused(checkpoint, chats, tmp_path):
-    assert inside(tmp_path, "train.py", "--base", checkpoint, "--value", "--scheme", "probe", "--probe-width", 8, "--data", chats,
-                  "--steps", 1, "--out", "probe")[0] == 0
+    assert (
+        inside(
+            tmp_path,
+            "train.py",
+            "--base",
+            checkpoint,
+            "--value",
+            "--scheme",
+            "probe",
+            "--probe-width",
+            8,
+            "--data",
+            chats,
+            "--steps",
+            1,
+            "--out",
+            "probe",
+        )[0]
+        == 0
+    )
     small(vocab_size=900, num_hidden_layers=1).save_pretrained(tmp_path / "fewer")
     shutil.copy(checkpoint / "tokenizer.model", tmp_path / "fewer")
-    message = refused(tmp_path, "sample.py", "--value", "probe", "--base", "fewer", "--prompt", "Hello")
+    message = refused(
+        tmp_path, "sample.py", "--value", "probe", "--base", "fewer", "--prompt", "Hello"
+    )
     assert "fewer: 900 logits, and the probe reads 1024" in message
 
 
 def test_proxy_tuning(home, short_exam, tmp_path):
     shutil.copytree(home / "out", tmp_path / "out")
     assert inside(tmp_path, "train.py", "--full", "--steps", 20)[0] == 0
-    own = inside(tmp_path, "sample.py", "--expert", "out/seed0/full-tiny-s", "--prompt", "Greet Mira.", "--max-new-tokens", "5")
-    assert own[0] == 0 and "proxy tuning by out/seed0/full-tiny-s less out/seed0/tiny-s" in own[1], own[2]
-    shown = inside(tmp_path, "sample.py", "--expert", "out/seed0/full-tiny-s", "--anti-expert", "tiny-s", "--max-new-tokens", "5")
+    own = inside(
+        tmp_path,
+        "sample.py",
+        "--expert",
+        "out/seed0/full-tiny-s",
+        "--prompt",
+        "Greet Mira.",
+        "--max-new-tokens",
+        "5",
+    )
+    assert (
+        own[0] == 0 and "proxy tuning by out/seed0/full-tiny-s less out/seed0/tiny-s" in own[1]
+    ), own[2]
+    shown = inside(
+        tmp_path,
+        "sample.py",
+        "--expert",
+        "out/seed0/full-tiny-s",
+        "--anti-expert",
+        "tiny-s",
+        "--max-new-tokens",
+        "5",
+    )
     assert shown[0] == 0 and "tiny-s + proxy" in shown[1], shown[2]
     cases = {
         "which is plugged in with --value": ["--expert", VALUE],
@@ -235,7 +465,21 @@ def test_proxy_tuning(home, short_exam, tmp_path):
 
 
 def test_another_seed_than_the_worlds_keeps_the_world(home, short_exam):
-    assert inside(home, "train.py", "--base", "out/seed0/tiny-s", "--value", "--no-full", "--seed", "5", "--steps", "2")[0] == 0
+    assert (
+        inside(
+            home,
+            "train.py",
+            "--base",
+            "out/seed0/tiny-s",
+            "--value",
+            "--no-full",
+            "--seed",
+            "5",
+            "--steps",
+            "2",
+        )[0]
+        == 0
+    )
     path = home / "out/seed5/value-residual-tiny-s"
     assert json.loads((path / "ivl.json").read_text())["seed"] == 5 and world_of(path).seed == 0
     message = refused(home, "sample.py", "--value", path, "--base", "tiny-l")
@@ -245,35 +489,114 @@ def test_another_seed_than_the_worlds_keeps_the_world(home, short_exam):
 
 def test_a_base_may_come_twice_in_a_curriculum(home, monkeypatch):
     seen = []
-    monkeypatch.setattr(train, "fit", lambda network, loss, bases, batches, run: seen.append(bases) or run.take())
-    status, _, errors = inside(home, "train.py", "--base", "tiny-s", "out/seed0/tiny-s", "tiny-s", "--value", "--no-full",
-                               "--steps", "3", "--out", "twice")
+    monkeypatch.setattr(
+        train, "fit", lambda network, loss, bases, batches, run: seen.append(bases) or run.take()
+    )
+    status, _, errors = inside(
+        home,
+        "train.py",
+        "--base",
+        "tiny-s",
+        "out/seed0/tiny-s",
+        "tiny-s",
+        "--value",
+        "--no-full",
+        "--steps",
+        "3",
+        "--out",
+        "twice",
+    )
     assert status == 0, errors
     assert len(seen[0]) == 3 and seen[0][0] is seen[0][2]
 
 
 def test_a_folder_named_like_scratch_is_a_folder(checkpoint, chats, tmp_path):
     checkpoint.rename(tmp_path / "scratch-1")
-    status, output, errors = inside(tmp_path, "train.py", "--base", "scratch-1", "--value", "scratch-1", "--data", chats,
-                                    "--steps", "1", "--lr", "1e-30")
+    status, output, errors = inside(
+        tmp_path,
+        "train.py",
+        "--base",
+        "scratch-1",
+        "--value",
+        "scratch-1",
+        "--data",
+        chats,
+        "--steps",
+        "1",
+        "--lr",
+        "1e-30",
+    )
     assert status == 0, errors
-    base, value = weights(tmp_path / "scratch-1"), weights(tmp_path / "out/seed0/value-residual-scratch-1")
+    base, value = (
+        weights(tmp_path / "scratch-1"),
+        weights(tmp_path / "out/seed0/value-residual-scratch-1"),
+    )
     assert all(torch.equal(base[name], value[name]) for name in base)
 
 
 def test_several_bases_in_turn_and_other_first_weights(home, checkpoint, short_exam, tmp_path):
     out = home / "turns"
-    assert inside(home, "train.py", "--base", "tiny-s", checkpoint, "--value", "scratch:tiny-m", "--data", home / "out/seed0/demonstrations.jsonl",
-            "--steps", "4", "--batch-size", "4", "--out", out)[0] == 0
+    assert (
+        inside(
+            home,
+            "train.py",
+            "--base",
+            "tiny-s",
+            checkpoint,
+            "--value",
+            "scratch:tiny-m",
+            "--data",
+            home / "out/seed0/demonstrations.jsonl",
+            "--steps",
+            "4",
+            "--batch-size",
+            "4",
+            "--out",
+            out,
+        )[0]
+        == 0
+    )
     assert len(json.loads((out / "ivl.json").read_text())["bases"]) == 2
     assert Llama.from_pretrained(out).config.hidden_size == 96
-    assert inside(home, "train.py", "--base", "tiny-s", "--value", out, "--no-full", "--steps", "2", "--out", home / "further")[0] == 0
+    assert (
+        inside(
+            home,
+            "train.py",
+            "--base",
+            "tiny-s",
+            "--value",
+            out,
+            "--no-full",
+            "--steps",
+            "2",
+            "--out",
+            home / "further",
+        )[0]
+        == 0
+    )
     assert json.loads((home / "further/ivl.json").read_text())["scheme"] == "residual"
 
 
 def test_bfloat16_computation_keeps_float32_weights(checkpoint, chats, tmp_path):
-    succeed(tmp_path, "train.py", "--base", checkpoint, "--value", "--data", chats, "--steps", "3", "--batch-size", 4, "--dtype", "bfloat16")
-    assert Llama.from_pretrained(tmp_path / "out/seed0/value-residual-checkpoint").dtype == torch.float32
+    succeed(
+        tmp_path,
+        "train.py",
+        "--base",
+        checkpoint,
+        "--value",
+        "--data",
+        chats,
+        "--steps",
+        "3",
+        "--batch-size",
+        4,
+        "--dtype",
+        "bfloat16",
+    )
+    assert (
+        Llama.from_pretrained(tmp_path / "out/seed0/value-residual-checkpoint").dtype
+        == torch.float32
+    )
 
 
 # ---- the loop
@@ -288,7 +611,9 @@ def test_gradient_accumulation_4_x_1_is_1_x_4(with_base):
     base, loss = (small(), partial(ValueModel.loss, l1=0.5)) if with_base else (None, language_loss)
     results = []
     for parts in [[(tokens, labels)], list(zip(tokens.split(1), labels.split(1)))]:
-        network = ValueModel(small(num_hidden_layers=1)) if with_base else small(num_hidden_layers=1)
+        network = (
+            ValueModel(small(num_hidden_layers=1)) if with_base else small(num_hidden_layers=1)
+        )
         metrics = accumulate_gradient(Objective(network, loss), base, parts, "float32")
         results.append((metrics, [parameter.grad for parameter in network.parameters()]))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
@@ -300,14 +625,31 @@ def test_a_part_without_supervised_tokens_counts_nothing():
     tokens, labels = torch.randint(50, (2, 6)), torch.randint(50, (2, 6))
     labels[1] = -100
     objective = Objective(ValueModel(small()), ValueModel.loss)
-    both = accumulate_gradient(objective, small(), list(zip(tokens.split(1), labels.split(1))), "float32")
+    both = accumulate_gradient(
+        objective, small(), list(zip(tokens.split(1), labels.split(1))), "float32"
+    )
     one = accumulate_gradient(objective, small(), [(tokens[:1], labels[:1])], "float32")
     assert both == pytest.approx(one)
 
 
 def settings(**changes) -> Settings:
-    given = dict(job="value", bases=[], start="", scheme="", probe_width=0, data="", data_hash="", template="", seed=0, dtype="float32", steps=100,
-                 batch_size=1, grad_accum=1, max_length=9, lr=1.0)
+    given = dict(
+        job="value",
+        bases=[],
+        start="",
+        scheme="",
+        probe_width=0,
+        data="",
+        data_hash="",
+        template="",
+        seed=0,
+        dtype="float32",
+        steps=100,
+        batch_size=1,
+        grad_accum=1,
+        max_length=9,
+        lr=1.0,
+    )
     return Settings(**given | changes)
 
 
@@ -327,12 +669,19 @@ def test_table_5():
 # ---- resuming
 
 
-def kill_and_resume(folder: Path, command: list, out: Path, kills: int, rng: random.Random, lifetime: float) -> int:
+def kill_and_resume(
+    folder: Path, command: list, out: Path, kills: int, rng: random.Random, lifetime: float
+) -> int:
     """Start, kill at a random time, resume, ... until the kills are used up or the run ends; then let it end."""
     happened = 0
     for _ in range(kills):
-        process = subprocess.Popen([sys.executable, *map(str, command), "--resume"], cwd=folder, env=ENVIRONMENT,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command), "--resume"],
+            cwd=folder,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         try:
             _, errors = process.communicate(timeout=rng.uniform(0, lifetime))
             assert process.returncode == 0, errors
@@ -340,23 +689,52 @@ def kill_and_resume(folder: Path, command: list, out: Path, kills: int, rng: ran
             process.send_signal(signal.SIGKILL)
             process.communicate()
             happened += 1
-            for state in out.with_name(out.name + ".training").glob("step-[0-9]*"):  # what is published is whole
-                load_file(state / "state.safetensors"), json.loads((state / "state.json").read_text())
-    done = subprocess.run([sys.executable, *map(str, command), "--resume"], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+            for state in out.with_name(out.name + ".training").glob(
+                "step-[0-9]*"
+            ):  # what is published is whole
+                (
+                    load_file(state / "state.safetensors"),
+                    json.loads((state / "state.json").read_text()),
+                )
+    done = subprocess.run(
+        [sys.executable, *map(str, command), "--resume"],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return happened
 
 
 def check_kills(folder: Path, base: Path, chats: Path, kills: int, seed: int) -> None:
-    command = [ROOT / "train.py", "--base", base, "--value", "--data", chats, "--dtype", "float32", "--steps", 150, "--batch-size", 8,
-               "--grad-accum", 2, "--save-every", 5]
+    command = [
+        ROOT / "train.py",
+        "--base",
+        base,
+        "--value",
+        "--data",
+        chats,
+        "--dtype",
+        "float32",
+        "--steps",
+        150,
+        "--batch-size",
+        8,
+        "--grad-accum",
+        2,
+        "--save-every",
+        5,
+    ]
     started = time.monotonic()
     succeed(folder, "train.py", *command[1:], "--out", folder / "straight")
     lifetime = time.monotonic() - started
     happened, rng, number = 0, random.Random(seed), 0
     while happened < kills:  # a run that ended before its kills came is one more run to compare
         out = folder / f"killed-{number}"
-        happened += kill_and_resume(folder, [*command, "--out", out], out, min(5, kills - happened), rng, lifetime)
+        happened += kill_and_resume(
+            folder, [*command, "--out", out], out, min(5, kills - happened), rng, lifetime
+        )
         assert_identical(folder / "straight", out)
         number += 1
     assert not list(folder.glob("*.training")) and not list(folder.glob("**/*.tmp"))
@@ -382,7 +760,24 @@ def test_pretraining_resumes_too(home, short_exam, tmp_path):
 
 def test_what_a_kill_between_two_renames_leaves_is_tidied(checkpoint, chats, tmp_path):
     out, work = tmp_path / "run", tmp_path / "run.training"
-    command = ["train.py", "--base", checkpoint, "--value", "--data", chats, "--dtype", "float32", "--batch-size", 4, "--steps", 20, "--out", out, "--save-every", 5]
+    command = [
+        "train.py",
+        "--base",
+        checkpoint,
+        "--value",
+        "--data",
+        chats,
+        "--dtype",
+        "float32",
+        "--batch-size",
+        4,
+        "--steps",
+        20,
+        "--out",
+        out,
+        "--save-every",
+        5,
+    ]
     assert inside(tmp_path, *command)[0] == 0
     settings_file = (out / "train.json").read_text()
     (work / "step.tmp").mkdir(parents=True)
@@ -399,8 +794,25 @@ def test_what_a_kill_between_two_renames_leaves_is_tidied(checkpoint, chats, tmp
     assert_identical(reference, out)
 
 
-def test_a_start_that_failed_leaves_nothing_and_two_at_once_are_refused(checkpoint, chats, tmp_path):
-    command = ["train.py", "--base", checkpoint, "--value", "--data", chats, "--dtype", "float32", "--batch-size", 4, "--steps", 3, "--out", tmp_path / "run"]
+def test_a_start_that_failed_leaves_nothing_and_two_at_once_are_refused(
+    checkpoint, chats, tmp_path
+):
+    command = [
+        "train.py",
+        "--base",
+        checkpoint,
+        "--value",
+        "--data",
+        chats,
+        "--dtype",
+        "float32",
+        "--batch-size",
+        4,
+        "--steps",
+        3,
+        "--out",
+        tmp_path / "run",
+    ]
     assert "llama-3 template" in refused(tmp_path, *command, "--template", "llama-3")
     assert "every conversation" in refused(tmp_path, *command, "--max-length", "4")
     assert not (tmp_path / "run.training").exists()
@@ -412,7 +824,22 @@ def test_a_start_that_failed_leaves_nothing_and_two_at_once_are_refused(checkpoi
 
 
 def test_resume_with_other_settings_is_refused(checkpoint, chats, tmp_path):
-    command = ["train.py", "--base", checkpoint, "--value", "--data", chats, "--dtype", "float32", "--batch-size", 4, "--steps", 20, "--out", tmp_path / "run"]
+    command = [
+        "train.py",
+        "--base",
+        checkpoint,
+        "--value",
+        "--data",
+        chats,
+        "--dtype",
+        "float32",
+        "--batch-size",
+        4,
+        "--steps",
+        20,
+        "--out",
+        tmp_path / "run",
+    ]
     work = tmp_path / "run.training"
     assert inside(tmp_path, *command)[0] == 0
     finished = refused(tmp_path, *command)
@@ -428,7 +855,14 @@ def test_resume_with_other_settings_is_refused(checkpoint, chats, tmp_path):
     assert "unfinished" in refused(tmp_path, *command)
     assert "seed was 0, now 3" in refused(tmp_path, *command, "--resume", "--seed", "3")
     assert "state.json" in refused(tmp_path, *command, "--resume")
-    for state in ["[", "[]", "{}", '{"step": 1}', '{"step": 999, "position": [0, 0, 1]}', '{"step": 5, "position": "abc"}']:
+    for state in [
+        "[",
+        "[]",
+        "{}",
+        '{"step": 1}',
+        '{"step": 999, "position": [0, 0, 1]}',
+        '{"step": 5, "position": "abc"}',
+    ]:
         (work / "step-5/state.json").write_text(state)
         save_file({"weight.lm_head.weight": torch.ones(1)}, work / "step-5/state.safetensors")
         assert "step-5" in refused(tmp_path, *command, "--resume")
@@ -440,9 +874,26 @@ def test_resume_with_other_settings_is_refused(checkpoint, chats, tmp_path):
     assert "its data file has changed" in refused(tmp_path, *command, "--resume")
 
 
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(checkpoint, chats, tmp_path):
-    message = refused(tmp_path, "train.py", "--base", checkpoint, "--value", "--data", chats, "--steps", 50, "--lr", "1e30",
-                      "--save-every", "1", "--out", tmp_path / "run")
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
+    checkpoint, chats, tmp_path
+):
+    message = refused(
+        tmp_path,
+        "train.py",
+        "--base",
+        checkpoint,
+        "--value",
+        "--data",
+        chats,
+        "--steps",
+        50,
+        "--lr",
+        "1e30",
+        "--save-every",
+        "1",
+        "--out",
+        tmp_path / "run",
+    )
     assert "step " in message and "last good checkpoint" in message
     kept = list((tmp_path / "run.training").glob("step-*"))
     assert len(kept) == 1 and str(kept[0]) in message
@@ -463,7 +914,9 @@ def test_bad_input_to_train(home, checkpoint, chats, pairs, tmp_path):
     (foreign / "thesis.tex").write_text("years of work")
     shutil.copytree(checkpoint, tmp_path / "stranger")
     (tmp_path / "stranger/tokenizer.model").write_bytes(byte_pairs())
-    shutil.copytree(checkpoint, tmp_path / "no-tokenizer", ignore=shutil.ignore_patterns("tokenizer.model"))
+    shutil.copytree(
+        checkpoint, tmp_path / "no-tokenizer", ignore=shutil.ignore_patterns("tokenizer.model")
+    )
     shutil.copytree(home / VALUE, tmp_path / "value")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "notes.training").mkdir()
@@ -481,41 +934,106 @@ def test_bad_input_to_train(home, checkpoint, chats, pairs, tmp_path):
         "no such folder": ["--base", tmp_path / "absent", "--value", "--data", chats],
         "takes --data FILE": ["--base", checkpoint, "--value"],
         "no tokenizer.model": ["--base", tmp_path / "no-tokenizer", "--value", "--data", chats],
-        "unrelated vocabularies": ["--base", checkpoint, tmp_path / "stranger", "--value", "--data", chats],
-        "absent.json: No such file": ["--base", checkpoint, "--value", "--data", tmp_path / "absent.json"],
+        "unrelated vocabularies": [
+            "--base",
+            checkpoint,
+            tmp_path / "stranger",
+            "--value",
+            "--data",
+            chats,
+        ],
+        "absent.json: No such file": [
+            "--base",
+            checkpoint,
+            "--value",
+            "--data",
+            tmp_path / "absent.json",
+        ],
         "Is a directory": ["--base", checkpoint, "--value", "--data", folder],
         "line 1 is not JSON": ["--base", checkpoint, "--value", "--data", file],
         "every conversation is longer than --max-length 4": [*real, "--max-length", "4"],
-        "every conversation is longer than --max-length 5": [*real, "--max-length", "5", "--l1", "1"],
-        "every pair is longer than --max-length 4": [*real[:4], pairs, "--loss", "pairwise", "--max-length", "4"],
+        "every conversation is longer than --max-length 5": [
+            *real,
+            "--max-length",
+            "5",
+            "--l1",
+            "1",
+        ],
+        "every pair is longer than --max-length 4": [
+            *real[:4],
+            pairs,
+            "--loss",
+            "pairwise",
+            "--max-length",
+            "4",
+        ],
         "the checkpoint was made for 128 tokens": [*real, "--max-length", "4096"],
         "exists, and is no run of train.py": [*real, "--out", foreign],
         "file: exists": [*real, "--out", file],
         "Not a directory": [*real, "--out", file / "below"],
         "llama-3 template needs": [*real, "--template", "llama-3"],
-        "argument --lr": [*real, "--lr", "-1"], "'nan' is no positive number": [*real, "--lr", "nan"], "argument --steps": [*real[:-1], "0"],
-        "argument --batch-size": [*real, "--batch-size", "x"], "argument --l1": [*real, "--l1", "-0.1"],
-        "argument --seed": [*real, "--seed", "-1"], "argument --dtype": [*real, "--dtype", "int8"],
-        "argument --grad-accum": [*real, "--grad-accum", "0"], "argument --template": [*real, "--template", "vicuna"],
-        "--epochs: not allowed with argument": [*real, "--epochs", "1"], "--full: not allowed with argument --value": [*real, "--full"],
+        "argument --lr": [*real, "--lr", "-1"],
+        "'nan' is no positive number": [*real, "--lr", "nan"],
+        "argument --steps": [*real[:-1], "0"],
+        "argument --batch-size": [*real, "--batch-size", "x"],
+        "argument --l1": [*real, "--l1", "-0.1"],
+        "argument --seed": [*real, "--seed", "-1"],
+        "argument --dtype": [*real, "--dtype", "int8"],
+        "argument --grad-accum": [*real, "--grad-accum", "0"],
+        "argument --template": [*real, "--template", "vicuna"],
+        "--epochs: not allowed with argument": [*real, "--epochs", "1"],
+        "--full: not allowed with argument --value": [*real, "--full"],
         "--fast: not allowed with argument --plain": [*real, "--plain", "--fast"],
-        "--l1 means nothing": ["--base", "tiny-s", "--l1", "1"], "--l1 means nothing when fine-tuning": ["--full", "--l1", "1"],
-        "--data means nothing": ["--base", "tiny-s", "--data", chats], "--epochs means nothing": ["--base", "tiny-s", "--epochs", "1"],
-        "is made for 256 tokens": ["--base", "tiny-s", "--max-length", "300"], "one base": ["--full", "--base", "a", "b"],
+        "--l1 means nothing": ["--base", "tiny-s", "--l1", "1"],
+        "--l1 means nothing when fine-tuning": ["--full", "--l1", "1"],
+        "--data means nothing": ["--base", "tiny-s", "--data", chats],
+        "--epochs means nothing": ["--base", "tiny-s", "--epochs", "1"],
+        "is made for 256 tokens": ["--base", "tiny-s", "--max-length", "300"],
+        "one base": ["--full", "--base", "a", "b"],
         f"{tmp_path}: exists, and is no run": ["--base", "tiny-s", "--out", "."],
-        "'9999999999' is no whole number from 0 to below 2**32": [*real, "--seed", "9999999999"], "unrecognized arguments: --quick": [*real, "--quick"],
-        "--value scratch:tiny-q": ["--base", checkpoint, "--value", "scratch:tiny-q", "--data", chats],
-        "argument --scheme": ["--base", checkpoint, "--value", "--scheme", "series"], "--scheme means nothing": ["--full", "--scheme", "probe"],
-        "for a new --scheme probe": [*real, "--probe-width", "8"], "nothing in scratch:tiny-m for a probe": [
-            "--base", checkpoint, "--value", "scratch:tiny-m", "--scheme", "probe", "--data", chats],
-        "line 1 is a preference": [*real[:4], pairs, *real[5:]], "line 1 has no object with 'chosen' and 'rejected'": [*real, "--loss", "pairwise"],
-        "--loss kl and --teacher FOLDER go together": [*real, "--loss", "kl"], "--loss kl and --teacher FOLDER": [*real, "--teacher", checkpoint],
-        "--beta goes with --loss pairwise": [*real, "--beta", "1"], "--temperature goes with --loss kl": [*real, "--temperature", "1"],
-        "--l1 goes with --loss ce": [*real, "--loss", "pairwise", "--l1", "1"], "--l1-over goes with --l1": [*real, "--l1-over", "all"],
-        "--loss means nothing when fine-tuning in full": ["--full", "--loss", "pairwise"], "argument --beta": [*real, "--beta", "0"],
-        "--teacher means nothing": ["--base", "tiny-s", "--teacher", checkpoint], "argument --loss": [*real, "--loss", "hinge"],
+        "'9999999999' is no whole number from 0 to below 2**32": [*real, "--seed", "9999999999"],
+        "unrecognized arguments: --quick": [*real, "--quick"],
+        "--value scratch:tiny-q": [
+            "--base",
+            checkpoint,
+            "--value",
+            "scratch:tiny-q",
+            "--data",
+            chats,
+        ],
+        "argument --scheme": ["--base", checkpoint, "--value", "--scheme", "series"],
+        "--scheme means nothing": ["--full", "--scheme", "probe"],
+        "for a new --scheme probe": [*real, "--probe-width", "8"],
+        "nothing in scratch:tiny-m for a probe": [
+            "--base",
+            checkpoint,
+            "--value",
+            "scratch:tiny-m",
+            "--scheme",
+            "probe",
+            "--data",
+            chats,
+        ],
+        "line 1 is a preference": [*real[:4], pairs, *real[5:]],
+        "line 1 has no object with 'chosen' and 'rejected'": [*real, "--loss", "pairwise"],
+        "--loss kl and --teacher FOLDER go together": [*real, "--loss", "kl"],
+        "--loss kl and --teacher FOLDER": [*real, "--teacher", checkpoint],
+        "--beta goes with --loss pairwise": [*real, "--beta", "1"],
+        "--temperature goes with --loss kl": [*real, "--temperature", "1"],
+        "--l1 goes with --loss ce": [*real, "--loss", "pairwise", "--l1", "1"],
+        "--l1-over goes with --l1": [*real, "--l1-over", "all"],
+        "--loss means nothing when fine-tuning in full": ["--full", "--loss", "pairwise"],
+        "argument --beta": [*real, "--beta", "0"],
+        "--teacher means nothing": ["--base", "tiny-s", "--teacher", checkpoint],
+        "argument --loss": [*real, "--loss", "hinge"],
         "absent: no such folder": [*real, "--loss", "kl", "--teacher", "absent"],
-        "value: a value network, which is no ": [*real, "--loss", "kl", "--teacher", tmp_path / "value"],
+        "value: a value network, which is no ": [
+            *real,
+            "--loss",
+            "kl",
+            "--teacher",
+            tmp_path / "value",
+        ],
         "stranger": [*real, "--loss", "kl", "--teacher", tmp_path / "stranger"],
         "--fast: pairs have no fast twin": [*real[:4], pairs, "--loss", "pairwise", "--fast"],
         "names one folder": ["--base", "tiny-s", "tiny-m", "--out", tmp_path / "one"],
@@ -532,7 +1050,17 @@ def test_an_unwritable_out(checkpoint, chats, tmp_path):
     locked.mkdir(mode=0o500)
     if os.access(locked, os.W_OK):  # root may write anywhere but here
         locked = Path("/proc/self")
-    message = refused(tmp_path, "train.py", "--base", checkpoint, "--value", "--data", chats, "--out", locked / "run")
+    message = refused(
+        tmp_path,
+        "train.py",
+        "--base",
+        checkpoint,
+        "--value",
+        "--data",
+        chats,
+        "--out",
+        locked / "run",
+    )
     assert f"{locked}/run.training: " in message
 
 
@@ -544,21 +1072,30 @@ def test_bad_input_to_sample(home, checkpoint, tmp_path):
     shutil.copytree(value, tmp_path / "exchanged")
     (tmp_path / "exchanged/tokenizer.model").write_bytes(byte_pairs())
     cases = {
-        "is not the one that its ivl.json records": ["--value", tmp_path / "exchanged", "--base", home / "out/seed0/tiny-s"],
+        "is not the one that its ivl.json records": [
+            "--value",
+            tmp_path / "exchanged",
+            "--base",
+            home / "out/seed0/tiny-s",
+        ],
         "`python train.py` trains one": [],
         "no such folder": ["--value", tmp_path / "absent"],
         "no ivl.json": ["--value", checkpoint],
         "truncated": ["--value", tmp_path / "truncated", "--base", home / "out/seed0/tiny-s"],
         "tiny-x: no such tiny model": ["--value", value, "--base", "tiny-x"],
-        "no ivl.json, so": ["--value", ""], "not allowed with argument --chat": ["--value", value, "--chat", "--prompt", "hi"],
-        "--fast: a captured step": ["--value", value, "--fast"], "--compile: a captured step": ["--value", value, "--compile"],
+        "no ivl.json, so": ["--value", ""],
+        "not allowed with argument --chat": ["--value", value, "--chat", "--prompt", "hi"],
+        "--fast: a captured step": ["--value", value, "--fast"],
+        "--compile: a captured step": ["--value", value, "--compile"],
         "--compile: not allowed with argument --plain": ["--value", value, "--plain", "--compile"],
         "a value network, which is no base": ["--value", value, "--base", value],
         "`python train.py --base tiny-l": ["--value", value, "--base", "tiny-l"],
         "absent-base: No such file": ["--value", value, "--base", tmp_path / "absent-base"],
         "ask with --prompt or --chat": ["--value", value, "--base", checkpoint],
-        "argument --temperature": ["--value", value, "--temperature", "-1"], "--top-p is a share": ["--value", value, "--top-p", "1.5"],
-        "'nan' is no finite number": ["--value", value, "--alpha", "nan"], "argument --max-new-tokens": ["--value", value, "--max-new-tokens", "0"],
+        "argument --temperature": ["--value", value, "--temperature", "-1"],
+        "--top-p is a share": ["--value", value, "--top-p", "1.5"],
+        "'nan' is no finite number": ["--value", value, "--alpha", "nan"],
+        "argument --max-new-tokens": ["--value", value, "--max-new-tokens", "0"],
         "--prompt is not UTF-8": ["--value", value, "--prompt", "\udcff"],
         "tokens long": ["--value", value, "--base", checkpoint, "--prompt", "Hello " * 300],
     }
@@ -568,13 +1105,21 @@ def test_bad_input_to_sample(home, checkpoint, tmp_path):
 
 def test_bad_checkpoints_are_told_in_one_line_by_the_scripts(checkpoint, chats, tmp_path):
     (checkpoint / "config.json").write_text("{")
-    done = run(tmp_path, "train.py", "--base", checkpoint, "--value", "--data", chats)  # a process of its own, once
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "config.json: not JSON" in done.stderr
+    done = run(
+        tmp_path, "train.py", "--base", checkpoint, "--value", "--data", chats
+    )  # a process of its own, once
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "config.json: not JSON" in done.stderr
+    )
 
 
 def test_only_pytorch_model_bin_is_told_by_the_scripts(checkpoint, chats, tmp_path):
     (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
-    assert "pytorch_model.bin" in refused(tmp_path, "train.py", "--base", checkpoint, "--value", "--data", chats)
+    assert "pytorch_model.bin" in refused(
+        tmp_path, "train.py", "--base", checkpoint, "--value", "--data", chats
+    )
 
 
 # ---- what the README promises; minutes each
@@ -582,10 +1127,17 @@ def test_only_pytorch_model_bin_is_told_by_the_scripts(checkpoint, chats, tmp_pa
 
 @pytest.mark.slow
 def test_value_networks_work_on_three_seeds(three_seeds):
-    metrics = [json.loads((three_seeds / f"out/seed{seed}/value-residual-tiny-s/metrics.json").read_text()) for seed in range(3)]
+    metrics = [
+        json.loads((three_seeds / f"out/seed{seed}/value-residual-tiny-s/metrics.json").read_text())
+        for seed in range(3)
+    ]
     for each in metrics:
         guided, base = each["base+value"], each["base"]
-        assert guided["exact"] >= 0.70 and guided["exact"] >= base["exact"] + 0.50 and guided["ins"] >= 0.90
+        assert (
+            guided["exact"] >= 0.70
+            and guided["exact"] >= base["exact"] + 0.50
+            and guided["ins"] >= 0.90
+        )
     median = sorted(each["base+value"]["exact"] for each in metrics)[1]
     assert median >= sorted(each["full"]["exact"] for each in metrics)[1] - 0.05
 
@@ -594,7 +1146,14 @@ def test_value_networks_work_on_three_seeds(three_seeds):
 def test_they_transfer_to_a_bigger_base(three_seeds):
     small_base, bigger = [], []
     for seed in range(3):
-        shown = succeed(three_seeds, "sample.py", "--base", "tiny-l", "--value", f"out/seed{seed}/value-residual-tiny-s")
+        shown = succeed(
+            three_seeds,
+            "sample.py",
+            "--base",
+            "tiny-l",
+            "--value",
+            f"out/seed{seed}/value-residual-tiny-s",
+        )
         table = {line[:16].strip(): line[16:].split() for line in shown.splitlines()}
         column = table[""].index("fk")
         small_base.append(float(table["tiny-s + value"][column]))
@@ -606,5 +1165,9 @@ def test_they_transfer_to_a_bigger_base(three_seeds):
 def test_tiny_sizes_are_as_documented():
     class Vocabulary:
         vocab_size, bos_id, eos_id = 1024, 1, 2
-    counts = [sum(p.numel() for p in Llama(tiny_config(name, Vocabulary)).parameters()) for name in ["tiny-s", "tiny-m", "tiny-l"]]
+
+    counts = [
+        sum(p.numel() for p in Llama(tiny_config(name, Vocabulary)).parameters())
+        for name in ["tiny-s", "tiny-m", "tiny-l"]
+    ]
     assert [round(count / 1e6, 2) for count in counts] == [0.20, 0.40, 0.87]
