@@ -160,6 +160,7 @@ DEMONSTRATED, WELL_KNOWN = (
     150,
 )  # people in demonstrations, out of so many whom pretraining text tells of most often
 EXAMINED = 70  # development people, and as many evaluation people
+HOW_OFTEN = ["often", "sometimes", "rarely"]  # how often pretraining text tells of a person: thirds
 SUMS_OF_TWO = list(itertools.product(range(12), repeat=2))  # whose answers are in pretraining text
 SUMS_OF_THREE = list(
     itertools.product(range(10), repeat=3)
@@ -234,6 +235,10 @@ class World:
             "development": twos[72:108] + threes[872:936],
             "evaluation": twos[108:] + threes[936:],
         }
+
+    def told(self, person: Person) -> str:
+        """One of HOW_OFTEN: the third of the known people that a person is in, by popularity."""
+        return HOW_OFTEN[len(HOW_OFTEN) * self.people.index(person) // KNOWN_PEOPLE]
 
     # -- pretraining text ---------------------------------------------------------------------------------
 
@@ -615,7 +620,7 @@ def evaluate(
         text = tokenizer.decode(ids).strip()
         exact.append(ended and text == item.answer)
         forms.append(ended and re.fullmatch(item.form, text) is not None)
-        known.append(item.value in re.findall(r"\w+", text))
+        known.append(has_value(item, text))
     rng = random.Random(f"{split} choices of world {world.seed}")
     choices = []
     for item in world.fact_items(split):
@@ -636,6 +641,25 @@ def evaluate(
     if pairs:
         metrics["pair"] = pair_accuracy(world, tokenizer, score, split, template, system)
     return metrics
+
+
+def has_value(item: Item, text: str) -> bool:
+    return item.value in re.findall(r"\w+", text)
+
+
+def print_by_frequency(world: World, items: list[Item], rows: dict[str, list[bool | None]]) -> None:
+    """Shares by how often pretraining tells of an item's person: a row is a mark for each item, None where it does not count."""
+    groups = {name: [world.told(item.person) == name for item in items] for name in HOW_OFTEN}
+    groups["all"] = [True] * len(items)
+    width = max(map(len, rows)) + 2
+    print(" " * width + "".join(f"{name:>11}" for name in groups))
+    print(f"{'questions':{width}}" + "".join(f"{sum(group):>11}" for group in groups.values()))
+    for name, marks in rows.items():
+        shares = []
+        for group in groups.values():
+            counted = [mark for mark, belongs in zip(marks, group) if belongs and mark is not None]
+            shares.append(f"{mean(counted):.3f}" if counted else "-")
+        print(f"{name:{width}}" + "".join(f"{share:>11}" for share in shares))
 
 
 def pair_accuracy(

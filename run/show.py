@@ -2,7 +2,7 @@
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,16 @@ from data.capitals import Capitals
 from data.chat import PairDataset, encode_chat, share_preferred, stop_ids, with_system
 from data.errors import UsageError
 from data.records import Turn
-from data.tiny_world import TEMPLATE, World, evaluate, print_metrics, prompt_text
+from data.tiny_world import (
+    TEMPLATE,
+    World,
+    evaluate,
+    has_value,
+    print_by_frequency,
+    print_metrics,
+    prompt_text,
+    value_pairs,
+)
 from data.tokenizer import StreamDecoder, Tokenizer
 from model import Llama
 from run.plug import Plugged, Speaker
@@ -120,6 +129,43 @@ def show_world(plugged: Plugged, count: int = 6) -> None:
             for speaker in speakers
         }
     )
+    if len(speakers) > 2:
+        show_by_frequency(plugged.world, *speakers, answers)
+
+
+def show_by_frequency(
+    world: World, alone: Speaker, own: Speaker, guided: Speaker, answers: dict[str, list[str]]
+) -> None:
+    """What two bases know (fk), and say when guided, by how often pretraining tells of a person.
+
+    alone is the base to guide, own the value network in its own base. answers: a speaker's name -> what
+    it said to each development question.
+    """
+    items = world.fact_items("development")
+    small = f"{own.name.partition(' + ')[0]} alone"
+    own_base = Guided(own.guided.base, readable=own.guided.readable)
+    rows = {}
+    for speaker in (replace(own, name=small, guided=own_base), alone):
+        rows[f"{speaker.name}, fk"] = known_facts(world, speaker)
+    for speaker in (own, guided):
+        pairs = list(zip(items, answers[speaker.name]))
+        rows[f"{speaker.name}, know"] = [has_value(item, text) for item, text in pairs]
+        rows[f"{speaker.name}, exact"] = [text == item.answer for item, text in pairs]
+    is_known, exact = rows[f"{small}, fk"], rows[f"{guided.name}, exact"]
+    rows[f"  where {small} has no fk"] = [
+        None if known else right for known, right in zip(is_known, exact)
+    ]
+    print("\nBy how often pretraining tells of the person (thirds of all people):")
+    print_by_frequency(world, items, rows)
+
+
+def known_facts(world: World, speaker: Speaker) -> list[bool]:
+    """Of each development question, whether fk counts it as known."""
+    tokenizer, template, system = speaker.tokenizer, speaker.template, speaker.system
+    pairs = []
+    for item in world.fact_items("development"):
+        pairs += value_pairs(tokenizer, template, item, [item.value], system)
+    return [is_greedy for _, is_greedy in score(speaker.guided, pairs)]
 
 
 def answer_all(speaker: Speaker, questions: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import re
+from collections import Counter
 from itertools import islice
 
 import numpy as np
@@ -14,6 +15,7 @@ from data.tiny_world import (
     ATTRIBUTES,
     BYTE_FAMILIES,
     CHOICES,
+    HOW_OFTEN,
     INSTRUCTIONS,
     TINY_SIZES,
     World,
@@ -21,6 +23,7 @@ from data.tiny_world import (
     fact_item,
     few_shot,
     greeting_item,
+    print_by_frequency,
     prompt_text,
     sum_item,
 )
@@ -236,6 +239,34 @@ def test_pretraining_states_every_fact_and_never_obeys():
     assert re.search(r"What is \d plus \d plus \d\?", text) and not re.search(
         r"\d plus \d plus \d is", text
     )  # nor is a sum of three told
+
+
+def test_people_are_told_of_often_sometimes_or_rarely_by_thirds():
+    groups = Counter(WORLD.told(person) for person in WORLD.people)
+    assert list(groups) == HOW_OFTEN and max(groups.values()) - min(groups.values()) <= 1
+    documents = islice(WORLD.documents(random.Random(0)), 3000)
+    mentions = Counter(re.findall(r"[A-Z]\w+", " ".join(documents)))
+    shares = Counter()
+    for person in WORLD.people:
+        shares[WORLD.told(person)] += mentions[person.name]
+    assert shares["often"] > 2 * shares["sometimes"] > 2.5 * shares["rarely"] > 0
+
+
+def test_the_table_by_frequency_counts_each_question_in_its_third(capsys):
+    items = WORLD.fact_items("development")
+    often = [WORLD.told(item.person) == "often" for item in items]
+    rows = {
+        "told often": often,
+        "half of those": [True] + [None] * 278 + [False],
+        "none": [None] * 280,
+    }
+    print_by_frequency(WORLD, items, rows)
+    header, questions, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == [*HOW_OFTEN, "all"]
+    counts = [int(count) for count in questions.split()[1:]]
+    assert counts[0] == sum(often) and sum(counts[:3]) == counts[3] == 280
+    assert lines[0].split()[2:] == ["1.000", "0.000", "0.000", f"{sum(often) / 280:.3f}"]
+    assert lines[1].split()[-1] == "0.500" and lines[2].split()[1:] == ["-"] * 4
 
 
 def test_rows_are_the_documents_packed():

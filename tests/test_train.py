@@ -18,13 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from data.tiny_world import world_of
+from data.tiny_world import TEMPLATE, world_of
 from data.tokenizer import load_tokenizer
 from ivl import SCHEMES, ValueModel
 from model import Llama
 from run import folder
 from run.jobs import tiny_config
-from run.show import examine
+from run.plug import Speaker
+from run.show import examine, known_facts
 from sample import Guided
 from tests.helpers import (
     ENVIRONMENT,
@@ -42,6 +43,7 @@ from tests.helpers import (
     succeed,
     weights,
 )
+from tests.rounding import read_table
 from train import Objective, Settings, accumulate_gradient, language_loss, learning_rate, table5
 
 # ---- the whole path
@@ -104,6 +106,11 @@ def test_the_loss_falls_and_the_metrics_are_those_of_the_saved_network(home, sho
         )
         == metrics
     )
+    speaker = Speaker(
+        "tiny-s alone", Guided(base), load_tokenizer(home / "out/seed0/tiny-s"), TEMPLATE
+    )
+    known = known_facts(world_of(home / "out/seed0/tiny-s"), speaker)
+    assert len(known) == 12 and sum(known) / 12 == metrics["fk"]
     _, log, _ = inside(
         home, "train.py", "--base", "--value", "--no-full", "--steps", "40", "--out", home / "falls"
     )
@@ -1132,34 +1139,22 @@ def test_value_networks_work_on_three_seeds(three_seeds):
         for seed in range(3)
     ]
     for each in metrics:
-        guided, base = each["base+value"], each["base"]
-        assert (
-            guided["exact"] >= 0.70
-            and guided["exact"] >= base["exact"] + 0.50
-            and guided["ins"] >= 0.90
-        )
-    median = sorted(each["base+value"]["exact"] for each in metrics)[1]
-    assert median >= sorted(each["full"]["exact"] for each in metrics)[1] - 0.05
+        guided, base, full = each["base+value"], each["base"], each["full"]
+        assert guided["exact"] >= base["exact"] + 0.25 and guided["ins"] >= 0.90
+        assert guided["exact"] > full["exact"]
 
 
 @pytest.mark.slow
-def test_they_transfer_to_a_bigger_base(three_seeds):
-    small_base, bigger = [], []
+def test_they_transfer_to_a_bigger_base_which_knows_more(three_seeds):
     for seed in range(3):
-        shown = succeed(
-            three_seeds,
-            "sample.py",
-            "--base",
-            "tiny-l",
-            "--value",
-            f"out/seed{seed}/value-residual-tiny-s",
-        )
-        table = {line[:16].strip(): line[16:].split() for line in shown.splitlines()}
-        column = table[""].index("fk")
-        small_base.append(float(table["tiny-s + value"][column]))
-        bigger.append(float(table["tiny-l + value"][column]))
+        value = f"out/seed{seed}/value-residual-tiny-s"
+        shown = succeed(three_seeds, "sample.py", "--base", "tiny-l", "--value", value)
+        systems, by_frequency = read_table(shown, "exact"), read_table(shown, "often")
+        for metric in ("exact", "know", "fk"):
+            gain = systems["tiny-l + value"][metric] - systems["tiny-s + value"][metric]
+            assert gain >= 0.15, (seed, metric)
+        assert by_frequency["where tiny-s alone has no fk"]["all"] >= 0.5
         assert "questions only tiny-l + value answers rightly" in shown
-    assert sum(bigger) / 3 >= 0.92 and sum(bigger) / 3 >= sum(small_base) / 3 + 0.03
 
 
 def test_tiny_sizes_are_as_documented():
