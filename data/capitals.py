@@ -7,15 +7,15 @@ A language model of 135M parameters knows many capitals and does not keep to a f
 30 countries; half of the others are there to choose by (development), half to report on (evaluation).
 """
 
-import json
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.chat import encode_chat, end_token, with_system
-from data.files import write_text
+from data.files import write_lines
 from data.tokenizer import Tokenizer
 
 DEMONSTRATED = 30  # countries
@@ -27,11 +27,7 @@ CAPITALS_PAIRS = dict(
 )  # tried once (paper/LOSSES.md), not chosen among others
 
 # Countries and their capitals; other accepted spellings or names follow the first.
-CAPITALS = {
-    country: names.split("|")
-    for country, _, names in (
-        line.partition(": ")
-        for line in """
+COUNTRIES = """
 Afghanistan: Kabul
 Albania: Tirana
 Algeria: Algiers
@@ -139,8 +135,10 @@ Uruguay: Montevideo
 Venezuela: Caracas
 Vietnam: Hanoi
 Zimbabwe: Harare
-""".strip().splitlines()
-    )
+"""
+CAPITALS = {
+    country: names.split("|")
+    for country, names in (line.split(": ") for line in COUNTRIES.strip().splitlines())
 }
 
 INSTRUCTIONS = {  # what is asked for: the answer, of a whole sentence or of the capital alone
@@ -203,56 +201,31 @@ class Capitals:
         }
 
     def items(self, split: str) -> list[Item]:
-        return [
-            Item(country, instruction)
-            for country in self.split[split]
-            for instruction in INSTRUCTIONS
-        ]
+        return asked_of(self.split[split])
 
     def demonstrations(self) -> list[dict]:
         """ShareGPT's form, a record for each demonstrated country and form of answer."""
-        items = [
-            Item(country, instruction)
-            for country in self.demonstrated
-            for instruction in INSTRUCTIONS
-        ]
-        return [
-            {
-                "id": f"{item.country} {number % len(INSTRUCTIONS)}",
-                "conversations": [
-                    {"from": "human", "value": item.question},
-                    {"from": "gpt", "value": item.answers()[0]},
-                ],
-            }
-            for number, item in enumerate(items)
-        ]
+        records = []
+        for number, item in enumerate(asked_of(self.demonstrated)):
+            question = {"from": "human", "value": item.question}
+            answer = {"from": "gpt", "value": item.answers()[0]}
+            id = f"{item.country} {number % len(INSTRUCTIONS)}"
+            records.append({"id": id, "conversations": [question, answer]})
+        return records
 
     def preferences(self) -> list[dict]:
         """Pairs in ShareGPT's form: each demonstrated question, answered in the form asked for, and in another form."""
         rng, pairs = random.Random(f"pairs of {self.name}"), []
-        for record in self.demonstrations():
-            country, _, _ = record["id"].rpartition(" ")
+        for item, record in zip(asked_of(self.demonstrated), self.demonstrations()):
             question, chosen = record["conversations"]
-            others = [
-                form for form in INSTRUCTIONS if Item(country, form).question != question["value"]
-            ]
-            rejected = Item(country, rng.choice(others)).answers()[0]
-            pairs.append(
-                {
-                    "id": record["id"],
-                    "conversations": [question],
-                    "chosen": chosen,
-                    "rejected": {"from": "gpt", "value": rejected},
-                }
-            )
+            form = rng.choice([form for form in INSTRUCTIONS if form != item.instruction])
+            rejected = {"from": "gpt", "value": Item(item.country, form).answers()[0]}
+            sides = {"chosen": chosen, "rejected": rejected}
+            pairs.append({"id": record["id"], "conversations": [question]} | sides)
         return pairs
 
     def write(self, records: list[dict], path: Path) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(
-            path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        )
-        return path
+        return write_lines(path, records)
 
     def evaluate(
         self,
@@ -271,28 +244,25 @@ class Capitals:
             encode_chat(tokenizer, template, with_system(system, [("user", item.question)]))[0]
             for item in items
         ]
-        exact, know, ins = [], [], []
+        marks = Counter()
         for item, ids in zip(items, answer(prompts), strict=True):
             ended, text = ids[-1:] == [end], tokenizer.decode(ids).strip()
-            exact.append(ended and text in item.answers())
-            know.append(item.names_capital(text))
-            ins.append(ended and item.has_form(text))
-        return {
-            name: sum(each) / len(items)
-            for name, each in (("exact", exact), ("know", know), ("ins", ins))
-        }
+            marks["exact"] += ended and text in item.answers()
+            marks["know"] += item.names_capital(text)
+            marks["ins"] += ended and item.has_form(text)
+        return {name: marks[name] / len(items) for name in ("exact", "know", "ins")}
+
+
+def asked_of(countries: list[str]) -> list[Item]:
+    return [Item(country, form) for country in countries for form in INSTRUCTIONS]
 
 
 def main():
     from run.cli import ArgumentParser, non_negative_int
 
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--seed",
-        type=non_negative_int,
-        default=0,
-        help="of the split into countries demonstrated and asked",
-    )
+    what = "of the split into countries demonstrated and asked"
+    parser.add_argument("--seed", type=non_negative_int, default=0, help=what)
     capitals = Capitals(parser.parse_args().seed)
     print(f"{len(CAPITALS)} countries; demonstrated: {', '.join(capitals.demonstrated)}")
     for split, countries in capitals.split.items():

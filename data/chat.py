@@ -8,11 +8,11 @@ the assistant's tokens and the token that ends its turn, and on nothing else.
 """
 
 import hashlib
-import itertools
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,17 @@ import torch
 from torch import Tensor
 
 from data.errors import UsageError
-from data.records import CONTEXT, Records, Turn, Usable, read_pair, read_turns
+from data.records import (
+    ANSWERED,
+    CONTEXT,
+    Records,
+    Turn,
+    Usable,
+    form_of,
+    has_template,
+    read_pair,
+    read_turns,
+)
 from data.tokenizer import Tokenizer, load_tokenizer
 
 IGNORE = -100  # the label of a position that is not supervised
@@ -194,6 +204,7 @@ def split_text(tokenizer: Tokenizer, header: str, text: str) -> tuple[list[int],
 Sample = tuple[list[int], list[bool]]  # token ids, and for each whether it is supervised
 
 
+@dataclass(eq=False)
 class ChatDataset:
     """The conversations of a .json or .jsonl file (data/records.py), tokenised when they are asked for.
 
@@ -201,49 +212,42 @@ class ChatDataset:
     no system turn of their own.
     """
 
-    what, read, row_count = (
-        "conversation",
-        staticmethod(read_turns),
-        1,
-    )  # a record's name, what reads it, its rows in a batch
+    path: str | Path
+    tokenizer: Tokenizer
+    template: str
+    max_length: int
+    system: str = ""
 
-    def __init__(
-        self,
-        path: str | Path,
-        tokenizer: Tokenizer,
-        template: str,
-        max_length: int,
-        system: str = "",
-    ):
-        self.path, self.tokenizer, self.template, self.max_length = (
-            Path(path),
-            tokenizer,
-            template,
-            max_length,
-        )
-        self.system = system
-        self.shortened: Counter[str] = (
-            Counter()
-        )  # what was left out -> records that are used without it
-        self.too_long: set[int] = (
-            set()
-        )  # of the records tokenised so far: not one exchange fits max_length
-        self.truncated: set[int] = (
-            set()
-        )  # of the records tokenised so far: only the first exchanges fit
-        self.records = Records(path)
+    # what a record is, what reads it, and its rows in a batch
+    what, read, row_count = "conversation", staticmethod(read_turns), 1
+
+    def __post_init__(self):
+        self.path = Path(self.path)
+        self.records = Records(self.path)
         usable = Usable(self.records, self.read, self.what)
-        keys, wholes = [], []
+        self.unused = usable.unused  # reason -> records that were dropped
+        self.shortened: Counter[str] = Counter()  # what was left out -> records used without it
+        # of the records tokenised so far: not one exchange fits max_length, or only the first ones
+        self.too_long: set[int] = set()
+        self.truncated: set[int] = set()
+        self.templated, self.copies = 0, 0  # records in a template already; that came before
+        keys, names, prompts, seen = [], [], [], set()
         for key, record, (turns, left_out) in usable:
             keys.append(key)
-            wholes.append(self.whole_of(record, key, turns))
+            names.append(name_of_whole(record))
+            prompts.append(number_of(str(self.prompt(turns))))
+            content = number_of(str(turns))
+            self.copies += content in seen
+            seen.add(content)
+            self.templated += has_template(str(turns))
             if left_out:
                 self.shortened[left_out] += 1
         self.keys = np.array(keys, dtype=np.int64)
-        self.wholes = np.array(
-            wholes, dtype=np.int64
-        )  # of each record, the conversation that it is a piece of
-        self.unused = usable.unused  # reason -> records that were dropped
+        self.wholes = find_wholes(names, prompts)
+
+    def prompt(self, turns: list[Turn]):
+        """What records have in common that stay on one side of a split: all turns of a conversation."""
+        return turns
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -255,56 +259,53 @@ class ChatDataset:
     def rows(self, index: int) -> list[Sample]:
         """What a record is in a batch: token ids and mask; of a long conversation, the first exchanges that fit; nothing when none does."""
         segments = list(segments_of(self.tokenizer, self.template, self.turns(index)))
-        behind = list(
-            itertools.accumulate(len(tokens) for tokens, _ in segments)
-        )  # how long it is with each segment
-        if behind[-1] <= self.max_length:
-            return [with_mask(segments)]
-        # an exchange ends with its answer
-        ends = [
-            at + 1
-            for at, (_, role) in enumerate(segments)
-            if role in ("assistant", CONTEXT) and behind[at] <= self.max_length
-        ]
-        kept = segments[: ends[-1]] if ends else []
-        if all(role != "assistant" for _, role in kept):
-            self.too_long.add(index)
-            return []
-        self.truncated.add(index)
-        return [with_mask(kept)]
+        length, kept = 0, 0  # an exchange ends with its answer
+        for at, (tokens, role) in enumerate(segments, 1):
+            length += len(tokens)
+            if role in ANSWERED and length <= self.max_length:
+                kept = at
+        if length > self.max_length:
+            segments = segments[:kept]
+            if all(role != "assistant" for _, role in segments):
+                self.too_long.add(index)
+                return []
+            self.truncated.add(index)
+        return [with_mask(segments)]
 
-    def report(self, held_out: int = 0) -> str:
+    def report(self, held_out: list[int] | None = None) -> str:
         """How many conversations there are, and what was left out so far, by reason."""
-        too_long = f"{'an answer beyond' if self.row_count > 1 else 'no exchange within'} {self.max_length} tokens"
-        dropped = [*self.unused.items(), (too_long, len(self.too_long))]
-        shortened = [
-            *self.shortened.items(),
-            (f"what is beyond {self.max_length} tokens", len(self.truncated)),
-        ]
-        split = f" ({len(self) - held_out} to train on, {held_out} held out)" if held_out else ""
-        return (
-            f"{self.path.name}: {len(self)} {self.what}s{split}"
-            + "".join(f"; dropped {count}: {reason}" for reason, count in dropped if count)
-            + "".join(f"; shortened {count} by {what}" for what, count in shortened if count)
-        )
-
-    def whole_of(self, record: dict, key: int, turns: list[Turn]) -> int:
-        """A number for the conversation that a record is a piece of: by the same id, and ShareGPT's ids X_0 and X_1 are pieces of X."""
-        id = record.get("conversation_id", record.get("id"))
-        piece = re.fullmatch(r"(.+)_\d+", id) if isinstance(id, str) else None
-        return number_of(
-            f"piece {piece[1]}"
-            if piece
-            else f"piece {id}"
-            if type(id) in (str, int)
-            else f"record {key}"
-        )
+        too_long = "an answer beyond" if self.row_count > 1 else "no exchange within"
+        limit = f"{self.max_length} tokens"
+        dropped = self.unused | Counter({f"{too_long} {limit}": len(self.too_long)})
+        shortened = self.shortened | Counter({f"what is beyond {limit}": len(self.truncated)})
+        notes = [f"{self.path.name}: {len(self)} {self.what}s"]
+        if held_out:
+            notes[0] += f" ({len(self) - len(held_out)} to train on, {len(held_out)} held out)"
+            wholes = Counter(self.wholes[held_out].tolist()).values()
+            if together := [size for size in wholes if size > 1]:
+                notes.append(
+                    f"{sum(together)} of those held out are pieces or copies of {len(together)} {self.what}s"
+                )
+        notes += [f"dropped {count}: {reason}" for reason, count in dropped.items() if count]
+        notes += [f"shortened {count} by {what}" for what, count in shortened.items() if count]
+        if self.copies:
+            notes.append(f"{self.copies} are copies of others")
+        if self.templated:
+            notes.append(
+                f"{self.templated} have the marks of a chat template in their texts ([INST], <|im_start|> or such), which "
+                f"the template {self.template} frames once more; take them out if they are not meant"
+            )
+        return "; ".join(notes)
 
 
 class PairDataset(ChatDataset):
     """Pairs of a chosen and a rejected answer to the same prompt, in the same way: two rows each, the last answer supervised."""
 
     what, read, row_count = "pair", staticmethod(read_pair), 2
+
+    def prompt(self, turns: tuple[list[Turn], list[Turn]]):
+        """Several pairs of one prompt stay on one side."""
+        return turns[0][:-1]
 
     def turns(self, index: int) -> tuple[list[Turn], list[Turn]]:
         """The conversations with the chosen answer and with the rejected one."""
@@ -319,9 +320,44 @@ class PairDataset(ChatDataset):
             return []
         return both
 
-    def whole_of(self, record: dict, key: int, turns: tuple[list[Turn], list[Turn]]) -> int:
-        """Several pairs of one prompt stay on one side of a split."""
-        return number_of(f"prompt {turns[0][:-1]}")
+
+PIECES = 16  # a conversation has few pieces; a source has many records
+
+
+def name_of_whole(record: dict) -> tuple[str, int | None]:
+    """What names the conversation that a record is a piece of, and its number there: by ShareGPT's ids X_0, X_1 and so on."""
+    id = record.get("conversation_id")
+    if type(id) in (str, int):
+        return f"conversation {id}", None
+    id = record.get("id")
+    piece = re.fullmatch(r"(.+)_(\d{1,9})", id) if isinstance(id, str) else None
+    if piece:
+        return f"pieces of {piece[1]}", int(piece[2])
+    return (f"id {id}" if type(id) in (str, int) else ""), None
+
+
+def find_wholes(names: list[tuple[str, int | None]], prompts: list[int]) -> np.ndarray:
+    """For each record the number of a record that stands for its conversation: of the same name, or with the same content.
+
+    Pieces of a conversation follow each other, are numbered from 0 on, and are few. Mixtures of data number the records
+    of a source in the same way, or give all of them one id: those are many, or do not follow each other.
+    """
+    sizes = Counter(name for name, _ in names)
+    most = max(PIECES, len(names) // 10)
+    wholes, of_name, of_prompt = list(range(len(names))), {}, {}
+    last = ("", None)
+    for at, (name, number) in enumerate(names):
+        if number is None:
+            is_named = name and sizes[name] <= (most if name.startswith("conv") else PIECES)
+        else:
+            # a run from 0 on that goes on; what stands alone elsewhere keeps apart
+            goes_on = last[0] == name and name in of_name and number > last[1]
+            is_named = sizes[name] <= PIECES and (goes_on or number == 0)
+        if is_named:
+            wholes[at] = of_name.setdefault(name, at)
+        last = (name, number)
+        wholes[at] = of_prompt.setdefault(prompts[at], wholes[at])
+    return np.array(wholes, dtype=np.int64)
 
 
 def mean_supervised(rows: list[Sample]) -> float:
@@ -429,8 +465,7 @@ def hold_out(
 ) -> tuple[list[int], list[int]]:
     """Indices to train on, and of some conversations to measure on: `count`, or 1%, at least 16, at most a tenth.
 
-    Pieces of one conversation stay on one side. But ids that more than a tenth of the records share (and more
-    than 16), such as train_0, train_1, ..., are taken to number records.
+    Pieces and copies of one conversation stay on one side (find_wholes).
     """
     total = len(dataset)
     if count is None:
@@ -439,25 +474,20 @@ def hold_out(
         raise UsageError(
             f"{dataset.path}: {total} usable {dataset.what}s, and {count} of them to hold out; --held-out N changes that"
         )
-    order = random.Random(f"held out {seed}").sample(range(total), total)
     wholes = dataset.wholes.tolist()
-    sizes, most = Counter(wholes), max(16, total // 10)
-    wholes = [
-        whole if sizes[whole] <= most and len(sizes) > 1 else -1 - index
-        for index, whole in enumerate(wholes)
-    ]
+    if len(set(wholes)) == 1:
+        wholes = range(total)
     sizes = Counter(wholes)
     chosen: set[int] = set()
     left = count
-    for index in order:
+    for index in random.Random(f"held out {seed}").sample(range(total), total):
         if wholes[index] not in chosen and sizes[wholes[index]] <= left:
             chosen.add(wholes[index])
             left -= sizes[wholes[index]]
     if count and not chosen:  # every conversation has more pieces than that
         chosen.add(min(wholes, key=lambda whole: (sizes[whole], whole)))
-    return [index for index in range(total) if wholes[index] not in chosen], [
-        index for index in range(total) if wholes[index] in chosen
-    ]
+    held_out = [index for index in range(total) if wholes[index] in chosen]
+    return sorted(set(range(total)) - set(held_out)), held_out
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor]:
@@ -476,44 +506,32 @@ def main():
     from run.cli import ArgumentParser, positive_int
 
     parser = ArgumentParser(
-        description="Show the first conversations of a data file as training sees them."
+        description="Show the first conversations of a data file as training sees them; data/README.md lists the forms."
     )
-    parser.add_argument("data", help="a .json or .jsonl file")
-    parser.add_argument(
-        "--tokenizer",
-        required=True,
-        help="a tokenizer.model or tokenizer.json, or a folder that has one",
-    )
-    parser.add_argument("--template", choices=TEMPLATES, help="default: from the tokenizer's kind")
-    parser.add_argument(
-        "--system", metavar="TEXT", help="a system prompt for conversations that have none"
-    )
-    parser.add_argument(
-        "--max-length",
-        type=positive_int,
-        default=4096,
-        help="tokens per conversation (default 4096)",
-    )
-    parser.add_argument(
-        "--pairs",
-        action="store_true",
-        help="chosen and rejected answers, as --loss pairwise takes them",
-    )
-    parser.add_argument("--show", type=positive_int, default=3, help="how many (default 3)")
+    add = parser.add_argument
+    add("data", help="a .json or .jsonl file")
+    add("--tokenizer", required=True, help="a tokenizer.model or tokenizer.json, or its folder")
+    add("--template", choices=TEMPLATES, help="default: from the tokenizer's kind")
+    add("--system", metavar="TEXT", help="a system prompt for conversations that have none")
+    add("--max-length", type=positive_int, default=4096, help="in tokens (default 4096)")
+    add("--pairs", action="store_true", help="two answers each, as --loss pairwise takes them")
+    add("--show", type=positive_int, default=3, help="how many (default 3)")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer)
     template = args.template or default_template(tokenizer)
     system = system_of(tokenizer, template, args.system)
-    dataset = (PairDataset if args.pairs else ChatDataset)(
-        args.data, tokenizer, template, args.max_length, system
-    )
+    kind = PairDataset if args.pairs else ChatDataset
+    dataset = kind(args.data, tokenizer, template, args.max_length, system)
     print(f"template {template}" + (f", system prompt {system!r}" if system else ""))
-    for ids, supervised in itertools.chain(*map(dataset.rows, range(min(args.show, len(dataset))))):
-        print(f"-- {len(ids)} tokens, {sum(supervised)} supervised, in capitals here")
-        for id, is_supervised in zip(ids, supervised):
-            text = tokenizer.token_bytes(id).decode("utf-8", "replace")
-            print(text.upper() if is_supervised else text, end="")
-        print()
+    for index in range(min(args.show, len(dataset))):
+        for ids, supervised in dataset.rows(index):
+            print(f"-- {len(ids)} tokens, {sum(supervised)} supervised, in capitals here")
+            for id, is_supervised in zip(ids, supervised):
+                text = tokenizer.token_bytes(id).decode("utf-8", "replace")
+                print(text.upper() if is_supervised else text, end="")
+            print()
+    forms = Counter(form_of(dataset.records[int(key)]) for key in dataset.keys)
+    print("; ".join(f"{form}, {count} records" for form, count in forms.most_common()))
     print(dataset.report())
 
 

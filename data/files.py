@@ -14,7 +14,7 @@ import shutil
 import stat
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -210,6 +210,13 @@ def replacing(path: str | Path, temporary: Path | None = None) -> Iterator[Path]
 def write_text(path: str | Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_lines(path: Path, records: Iterable[dict]) -> Path:
+    """Records as JSON lines, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return path
 
 
 def check_output(flag: str, path: Path, kind: str, is_ours: Callable[[bytes], bool]) -> None:

@@ -20,60 +20,48 @@ from data.files import json_fault, open_text
 Turn = tuple[str, str]  # (role, text), role one of "system", "user", "assistant", and CONTEXT
 LEADING = "a leading answer"
 CONTEXT = "context"  # the role of an assistant's turn that is in the prompt, and that nothing is learnt from
+ANSWERED = ("assistant", CONTEXT)
 
 # ---------------------------------------------------------------------------------------------------------
-# One record
+# The forms. A field that is null is absent, everywhere: `datasets` writes all columns into every record.
 
-LISTS = ("conversations", "conversation", "messages")  # where the turns are
-ROLE_KEYS, TEXT_KEYS = ("from", "role"), ("value", "content", "text")
+LISTS = ("conversations", "conversation", "messages", "contents", "data")  # where turns are
+ROLE_KEYS, TEXT_KEYS = ("from", "role"), ("value", "content", "text", "parts")
 ROLES = {
-    "system": "system",
-    "developer": "system",
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "customer": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-    "bot": "assistant",
-    "claude": "assistant",
-    "gemini": "assistant",
+    name: role
+    for role, names in {
+        "system": "system developer",
+        "user": "human user prompter customer",
+        "assistant": "gpt chatgpt bing bard assistant model ai bot claude gemini",
+    }.items()
+    for name in names.split()
 }
-ONE_EXCHANGE = [
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("question", "answer"),
-    ("question", "response"),
-    ("query", "response"),
+EXCHANGES = [  # a question and its answer
+    tuple(pair.split())
+    for pair in """instruction output
+instruction response
+prompt completion
+prompt response
+question answer
+question response
+query response
+problem solution
+inputs targets
+input output
+human assistant
+user assistant""".splitlines()
 ]
-SYSTEM = ("system", "system_prompt", "system_message")  # beside the turns
+SYSTEM = "system system_prompt system_message systemInstruction system_instruction".split()
 # What no template here shows, of a record or a turn; and what belongs to a question beside its own text.
-UNSEEN = (
-    "tools",
-    "functions",
-    "image",
-    "images",
-    "image_path",
-    "video",
-    "videos",
-    "audio",
-    "audios",
-)
-UNSEEN_BESIDE = ("options", "choices", "documents")
-WEIGHTS = (
-    "weight",
-    "loss_weight",
-    "train",
-    "loss",
-    "trainable",
-)  # of a turn or a record: OpenAI's, and others'
+UNSEEN = "tools functions image images image_path video videos audio audios".split()
+UNSEEN_BESIDE = "options choices documents".split()
+WEIGHTS = "weight loss_weight train loss trainable".split()  # of a turn or a record
+SIDES = ("chosen", "rejected")
+VERDICTS = [  # two answers, and what is below 0 where the first is the better one, above 0 where the second is
+    ("response1", "response2", "overall_preference"),  # HelpSteer3
+    ("response_1", "response_2", "preference_strength"),  # HelpSteer2
+    ("conversation_a", "conversation_b", "winner"),  # Chatbot Arena
+]
 
 
 class UnknownForm(ValueError):
@@ -84,51 +72,166 @@ class Unusable(ValueError):
     """Why a record of a known form cannot be used."""
 
 
+def present(fields: dict) -> dict:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def first_of(fields: dict, names):
+    return next((fields[name] for name in names if name in fields), None)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One record
+
+
 def read_turns(record) -> tuple[list[Turn], str]:
     """The turns of one record, and what was left out of it: an optional system turn, then whole exchanges.
 
     Raises Unusable, UnknownForm, and UsageError for what is no demonstration at all.
     """
     if isinstance(record, dict):
-        refuse_preferences(record)
-    return keep_exchanges(find_turns(record))
+        refuse_preferences(present(record))
+    return keep_exchanges(all_turns(record))
 
 
-def find_turns(record) -> list[Turn]:
+def all_turns(record) -> list[Turn]:
     """All turns of a record, as they stand in it."""
     if not isinstance(record, dict):
         raise UnknownForm("no object in it")
-    key = next((key for key in LISTS if key in record), None)
-    pair = next((pair for pair in ONE_EXCHANGE if record.keys() >= set(pair)), None)
-    if key is None and pair is None:
-        raise UnknownForm(
-            "neither 'conversations' nor 'messages' in it, nor a question and its answer under names that are known"
-        )
-    refuse_unseen(record, UNSEEN if key else UNSEEN + UNSEEN_BESIDE)
+    record = present(record)
+    _, found = find_turns(record)
+    refuse_unseen(record, UNSEEN)
     if weight_of(record) == 0:
         raise Unusable("weight 0")
-    if key is None:
-        turns = one_exchange(record, *pair)
-    elif isinstance(record[key], list):
-        turns = [read_turn(turn) for turn in record[key]]
-    else:
-        raise Unusable(f"'{key}' that is no list")
+    turns = [read_turn(turn) for turn in found]
     if turns and turns[0][0] == "system" and turns[0][1].strip():
         return turns
-    texts = [text_of(record.get(name) or "", "a system prompt") for name in SYSTEM]
+    texts = [text_of(record[name], "a system prompt") for name in SYSTEM if name in record]
     return next(([("system", text), *turns] for text in texts if text.strip()), turns)
 
 
-def refuse_unseen(fields: dict, names: tuple[str, ...]) -> None:
+def find_turns(record: dict) -> tuple[str, list]:
+    """What the form of a record is called, and its turns, not yet read."""
+    for key in LISTS:
+        if key in record and (key in LISTS[:3] or holds_turns(record[key])):
+            return key, list_turns(record[key], key)
+    for pair in EXCHANGES:
+        if record.keys() >= set(pair):
+            refuse_unseen(record, UNSEEN_BESIDE)
+            return " and ".join(pair), one_exchange(record, *pair)
+    for key in ("text", "chosen"):  # chosen: of pairs whose rejected side was taken out
+        if found := conversation_of(record.get(key)):
+            return f"{key}, a whole conversation,", found
+    if record.keys() >= {"message_id", "parent_id"}:
+        raise UsageError(
+            "is one message of a tree, as OASST's are; make conversations of the trees first, from the root to one "
+            "answer, as Open-Assistant's own scripts do"
+        )
+    raise UnknownForm(
+        "neither 'conversations' nor 'messages' in it, nor a question and its answer under names that are known"
+    )
+
+
+def form_of(record: dict) -> str:
+    """What the form of a record is called: "messages of role/content", for instance."""
+    record = present(record)
+    if find_answers(record) is not None:
+        return "two answers"
+    form, turns = find_turns(record)
+    turn = turns[0] if turns and isinstance(turns[0], dict) else {}
+    used = [next((key for key in keys if key in turn), "?") for keys in (ROLE_KEYS, TEXT_KEYS)]
+    return f"{form} of {'/'.join(used)}" if form in LISTS else form
+
+
+# How the chat templates that are in use frame a turn, and alpaca's prompt.
+FRAMES = re.compile(
+    r"\[/?INST\]|<<SYS>>|<\|im_start\|>|<\|start_header_id\|>|<\|(user|assistant|system)\|>|<start_of_turn>"
+    r"|### Instruction:|Below is an instruction that describes a task"
+)
+
+
+def has_template(text: str) -> bool:
+    return FRAMES.search(text) is not None
+
+
+def holds_turns(value) -> bool:
+    """A list of turns, or of texts that alternate."""
+    return isinstance(value, list) and bool(value) and (is_turn(value[0]) or type(value[0]) is str)
+
+
+def is_turn(value) -> bool:
+    return isinstance(value, dict) and any(value.get(key) is not None for key in ROLE_KEYS)
+
+
+def list_turns(value, key: str) -> list:
+    """The turns under a key: objects, exchanges, or texts that alternate; all of it may be a string of JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            pass
+    if not isinstance(value, list):
+        raise Unusable(f"'{key}' that is no list")
+    if all(isinstance(turn, str) for turn in value):
+        return [
+            {"role": ("user", "assistant")[at % 2], "content": value[at]}
+            for at in range(len(value))
+        ]
+    turns = []
+    for turn in value:
+        is_exchange = isinstance(turn, dict) and not is_turn(turn)
+        pairs = [pair for pair in EXCHANGES if is_exchange and present(turn).keys() >= set(pair)]
+        turns += one_exchange(present(turn), *pairs[0]) if pairs else [turn]
+    return turns
+
+
+def conversation_of(value) -> list | None:
+    """The turns of a list of them, of a single one, or of a transcript as HH-RLHF's and guanaco's; None for other texts."""
+    if isinstance(value, list) and value and is_turn(value[0]):
+        return value
+    if is_turn(value):
+        return [value]
+    if not isinstance(value, str) or not re.match(r"\s*(### )?Human: ", value):
+        return None
+    text = value.strip()
+    mark = r"\s*### (Human|Assistant):" if text.startswith("#") else r"(?:^|\n\n)(Human|Assistant):"
+    _, *parts = re.split(mark, text)
+    if "Assistant" not in parts[::2]:
+        return None
+    turns = [{"role": role, "content": said.strip()} for role, said in zip(parts[::2], parts[1::2])]
+    return turns if parts[-1].strip() else turns[:-1]  # a prompt may end with "Assistant:"
+
+
+def one_exchange(record: dict, question: str, answer: str) -> list:
+    """A question, or the turns that lead to it, and its answer; alpaca's input and history, and other names of them."""
+    asked = conversation_of(record[question])
+    if asked is None:
+        texts = [text_of(record[question], repr(question))] + [
+            text_of(record.get(name) or "", repr(name))
+            for name in ("context", "input")
+            if name != question
+        ]
+        history = record.get("history") or []
+        asked = []
+        for exchange in history if isinstance(history, list) else [history]:
+            if not isinstance(exchange, list) or len(exchange) != 2:
+                raise Unusable("a history that is no list of questions and answers")
+            asked += list_turns([text_of(text, "a history") for text in exchange], "history")
+        asked.append({"role": "user", "content": "\n".join(text for text in texts if text)})
+    if not isinstance(record[answer], str) and (answered := conversation_of(record[answer])):
+        return asked + answered
+    return [*asked, {"role": "assistant", "content": text_of(record[answer], repr(answer))}]
+
+
+def refuse_unseen(fields: dict, names: list[str]) -> None:
     for name in names:
         if fields.get(name) not in (None, "", [], {}, "[]"):
             raise Unusable(f"'{name}', which no template here can show")
 
 
 def refuse_preferences(record: dict) -> None:
-    if any(
-        str(name).startswith(("rejected", "non_preferred")) and value is not None
-        for name, value in record.items()
+    if find_answers(record) or any(
+        str(name).startswith(("rejected", "non_preferred")) for name in record
     ):
         raise UsageError(
             "is a preference, chosen and rejected, and --loss ce and kl take demonstrations; train with --loss pairwise, "
@@ -142,35 +245,17 @@ def refuse_preferences(record: dict) -> None:
         )
 
 
-def one_exchange(record: dict, question: str, answer: str) -> list[Turn]:
-    """Alpaca's instruction, input and output, with a history of earlier exchanges; other names of a question and its answer."""
-    asked = [text_of(record[question], repr(question))] + [
-        text_of(record.get(name) or "", repr(name)) for name in ("context", "input")
-    ]
-    turns: list[Turn] = []
-    history = record.get("history") or []
-    for exchange in history if isinstance(history, list) else [history]:
-        if not isinstance(exchange, list) or len(exchange) != 2:
-            raise Unusable("a history that is no list of questions and answers")
-        turns += zip(("user", "assistant"), [text_of(text, "a history") for text in exchange])
-    return [
-        *turns,
-        ("user", "\n".join(text for text in asked if text)),
-        ("assistant", text_of(record[answer], repr(answer))),
-    ]
-
-
 def read_turn(turn) -> Turn:
     if not isinstance(turn, dict):
         raise Unusable("a turn that is no object")
-    role = next((turn[key] for key in ROLE_KEYS if key in turn), None)
+    turn = present(turn)
+    role, content = first_of(turn, ROLE_KEYS), first_of(turn, TEXT_KEYS)
     if not isinstance(role, str):
         raise Unusable("a turn without a role")
     known = ROLES.get(role.strip().lower())
     if known is None:
         raise Unusable(f"unknown role {role[:40]!r}")
     refuse_unseen(turn, UNSEEN)
-    content = next((turn[key] for key in TEXT_KEYS if key in turn), None)
     if turn.get("tool_calls") or turn.get("function_call"):
         raise Unusable("a tool call" if content else "a tool call without text")
     if content is None:
@@ -189,22 +274,22 @@ def weight_of(fields: dict) -> int:
 
 def text_of(content, what: str) -> str:
     """A text, or the texts of a list of parts joined."""
-    text = content
+    if isinstance(content, dict):  # Gemini's systemInstruction
+        content = first_of(content, TEXT_KEYS)
     if isinstance(content, list):
-        for part in content:
-            if (
-                not isinstance(part, dict)
-                or part.get("type", "text") != "text"
-                or not isinstance(part.get("text"), str)
-            ):
-                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise Unusable(f"a part that is no text ({str(kind)[:40]})")
-        text = "".join(part["text"] for part in content)
-    if not isinstance(text, str):
+        content = "".join(map(part_text, content))
+    if not isinstance(content, str):
         raise Unusable(f"{what} that is no text")
-    if not is_unicode(text):
+    if not is_unicode(content):
         raise Unusable("half of a surrogate pair")
-    return text
+    return content
+
+
+def part_text(part) -> str:
+    kind = part.get("type") or "text" if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise Unusable(f"a part that is no text ({str(kind)[:40]})")
+    return part["text"]
 
 
 def keep_exchanges(turns: list[Turn]) -> tuple[list[Turn], str]:
@@ -213,14 +298,13 @@ def keep_exchanges(turns: list[Turn]) -> tuple[list[Turn], str]:
     while turns and turns[0][0] == "system" and (not turns[0][1].strip() or turns[0] in system):
         turns = turns[1:]
     left_out = []
-    if turns and turns[0][0] in (
-        "assistant",
-        CONTEXT,
+    if (
+        turns and turns[0][0] in ANSWERED
     ):  # ShareGPT was cut into pieces that may begin with an answer
         turns, left_out = turns[1:], [LEADING]
     exchanges: list[Turn] = []
     for question, answer in zip(turns[::2], turns[1::2]):
-        if question[0] != "user" or answer[0] not in ("assistant", CONTEXT):
+        if question[0] != "user" or answer[0] not in ANSWERED:
             left_out.append("roles that do not alternate")
             break
         if not question[1].strip() or not answer[1].strip():
@@ -229,17 +313,13 @@ def keep_exchanges(turns: list[Turn]) -> tuple[list[Turn], str]:
         exchanges += [question, answer]
     else:
         if len(turns) % 2:
+            is_question = turns[-1][0] == "user"
             left_out.append(
-                "a question without an answer"
-                if turns[-1][0] == "user"
-                else "roles that do not alternate"
+                "a question without an answer" if is_question else "roles that do not alternate"
             )
     if not exchanges:
-        raise Unusable(
-            "roles that do not alternate"
-            if "roles that do not alternate" in left_out
-            else "no answered question"
-        )
+        odd = "roles that do not alternate"
+        raise Unusable(odd if odd in left_out else "no answered question")
     if all(role != "assistant" for role, _ in exchanges):
         raise Unusable("no answer to learn from, as all have weight 0")
     return system + exchanges, " and ".join(left_out)
@@ -248,21 +328,20 @@ def keep_exchanges(turns: list[Turn]) -> tuple[list[Turn], str]:
 # ---------------------------------------------------------------------------------------------------------
 # One record of two answers
 
-SIDES = ("chosen", "rejected")
-
 
 def read_pair(record) -> tuple[tuple[list[Turn], list[Turn]], str]:
     """The turns with the chosen answer, those with the rejected one, and what was left out of both.
 
     Nothing but the last turns differ, and nothing but they is learnt: earlier answers are context.
     """
-    if not isinstance(record, dict) or not record.keys() >= set(SIDES):
+    answers = find_answers(record) if isinstance(record, dict) else None
+    if answers is None:
         raise UnknownForm(
             "no object with 'chosen' and 'rejected' in it, two answers as --loss pairwise takes them"
         )
     both = []
-    for side in SIDES:
-        turns, left_out = keep_exchanges(find_turns(with_answer(record, side)))
+    for side, answer in zip(SIDES, answers):
+        turns, left_out = keep_exchanges(all_turns(with_answer(record, answer, side)))
         if left_out not in ("", LEADING):
             raise Unusable(f"{left_out} in '{side}'")
         prompt = [(CONTEXT if role == "assistant" else role, text) for role, text in turns[:-1]]
@@ -277,44 +356,54 @@ def read_pair(record) -> tuple[tuple[list[Turn], list[Turn]], str]:
     return (chosen, rejected), left_out
 
 
-def with_answer(record: dict, side: str) -> dict:
+def find_answers(record: dict) -> tuple | None:
+    """The better and the worse answer of a record; of a ranked list of them, the best and the worst."""
+    if record.keys() >= set(SIDES):
+        return record["chosen"], record["rejected"]
+    for first, second, verdict in VERDICTS:
+        if record.keys() >= {first, second, verdict}:
+            better = {"model_a": -1, "model_b": 1}.get(record[verdict], record[verdict])
+            if type(better) not in (int, float) or better == 0:
+                raise Unusable("two answers of which neither is better")
+            return (record[first], record[second])[:: -1 if better > 0 else 1]
+    ranked = record.get("completions")  # NeMo's
+    if isinstance(ranked, list) and all(
+        isinstance(each, dict) and "rank" in each for each in ranked
+    ):
+        ranked = sorted(ranked, key=lambda each: each["rank"])
+        return ranked[0].get("completion"), ranked[-1].get("completion")
+    return None
+
+
+def with_answer(record: dict, answer, side: str) -> dict:
     """The demonstration that a record is with one of its answers in the usual place.
 
     An answer is a text, a turn, turns behind a prompt, or a whole conversation, which then says all.
     """
-    answer = record[side]
-    rest = {name: value for name, value in record.items() if name not in SIDES}
-    if isinstance(answer, dict):
-        answer = [answer]
-    if not isinstance(answer, (str, list)):
+    places = {*SIDES, "completions", *(name for names in VERDICTS for name in names)}
+    places |= {name for _, name in EXCHANGES}
+    rest = {name: value for name, value in present(record).items() if name not in places}
+    alone = {name: value for name, value in rest.items() if name not in LISTS}
+    if not isinstance(answer, (str, list, dict)):
         raise Unusable(f"'{side}' that is no answer")
-    if (
-        isinstance(answer, list)
-        and answer
-        and read_turn(answer[0])[0] not in ("assistant", CONTEXT)
-    ):
-        return {name: value for name, value in rest.items() if name not in LISTS} | {
-            "messages": answer
-        }
-    if isinstance(rest.get("prompt"), list):  # turns, Hugging Face's
-        rest = {name: value for name, value in rest.items() if name not in LISTS} | {
-            "messages": rest["prompt"]
-        }
-    key = next((key for key in LISTS if key in rest), None)
-    if key is not None:
-        if not isinstance(rest[key], list):
-            raise Unusable(f"'{key}' that is no list")
-        turns = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-        return rest | {key: [*rest[key], *turns]}
-    if isinstance(answer, list):
-        if len(answer) != 1:
-            raise Unusable(f"'{side}' that is not one answer")
-        answer = read_turn(answer[0])[1]
-    place = next((pair for pair in ONE_EXCHANGE if pair[0] in rest), None)
-    if place is None:
-        raise Unusable("two answers without a prompt")
-    others = {name for _, name in ONE_EXCHANGE}
-    return {name: value for name, value in rest.items() if name not in others} | {place[1]: answer}
+    turns = conversation_of(answer)
+    if turns and read_turn(turns[0])[0] not in ANSWERED:
+        return alone | {"messages": turns}
+    for name in ("prompt", "context"):  # turns, Hugging Face's; HelpSteer3's and NeMo's
+        if isinstance(rest.get(name), list):
+            return alone | {"prompt": rest[name], "completion": answer}
+    for key in LISTS:
+        if key in rest:
+            return rest | {
+                key: [
+                    *list_turns(rest[key], key),
+                    *(turns or [{"role": "assistant", "content": answer}]),
+                ]
+            }
+    for question, place in EXCHANGES:
+        if question in rest:
+            return rest | {place: answer}
+    raise Unusable("two answers without a prompt")
 
 
 def is_unicode(text: str) -> bool:
@@ -325,6 +414,12 @@ def is_unicode(text: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------
 # All records of a file
 
+NO_RECORDS = {
+    ".txt": "plain text, by its name; conversations come as .json or .jsonl",
+    ".csv": "a table; conversations come as .json or .jsonl, plain texts as .txt or .jsonl",
+    ".tsv": "a table; conversations come as .json or .jsonl, plain texts as .txt or .jsonl",
+}
+
 
 class Records:
     """The records of a .json or .jsonl file, by keys that iterating yields.
@@ -334,37 +429,31 @@ class Records:
 
     def __init__(self, path: str | Path):
         self.path, self.whole = Path(path), None
-        if is_plain_text(self.path):
-            raise UsageError(
-                f"{path}: plain text, by its name; conversations come as .json or .jsonl"
-            )
-        if self.path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
-            raise UsageError(
-                f"{path}: a table; conversations come as .json or .jsonl, plain texts as .txt or .jsonl"
-            )
+        if says := NO_RECORDS.get(kind_of(self.path)):
+            raise UsageError(f"{path}: {says}")
         self.file = open_text(path)
         start = self.file.read(4096).removeprefix(b"\xef\xbb\xbf")
         while not start.strip() and (more := self.file.read(2**20)):
             start = more
         if not start.strip():
             raise UsageError(f"{path}: {'nothing but white space' if start else 'an empty file'}")
-        self.file.seek(0)
         if start.lstrip().startswith(b"["):
-            try:
-                self.whole = json.loads(self.file.read().decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-                    makes = (
-                        "{messages: .}"
-                        if b'"role"' in start
-                        or b'"from"' in start
-                        and b'"conversations"' not in start
-                        else ".[]"
-                    )
-                    raise UsageError(
-                        f"{path}: several arrays after each other; `jq -c '{makes}' FILE` makes lines of them"
-                    ) from None
-                raise UsageError(f"{path}: {json_fault(error)}") from None
+            is_turns = b'"role"' in start or b'"from"' in start and b'"conversations"' not in start
+            makes = "{messages: .}" if is_turns else ".[]"
+            self.whole = self.read_whole(
+                f"several arrays after each other; `jq -c '{makes}' FILE` makes lines of them"
+            )
+
+    def read_whole(self, several: str):
+        """The file as one JSON text; UsageError where it is none, or several (what is then said)."""
+        self.file.seek(0)
+        try:
+            return json.loads(self.file.read().decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            is_several = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+            raise UsageError(
+                f"{self.path}: {several if is_several else json_fault(error)}"
+            ) from None
 
     def __iter__(self) -> Iterator[tuple[int, str, object]]:
         """Key, place in words, and record; every one is read, so that a broken line is not met after a day."""
@@ -396,16 +485,15 @@ class Records:
 
     def refuse_spread(self) -> None:
         """UsageError if the file is JSON, but not one record a line."""
-        self.file.seek(0)
+        several = (
+            "objects over several lines, one after the other; `jq -c . FILE` makes each a line"
+        )
         try:
-            whole = json.loads(self.file.read().decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-                raise UsageError(
-                    f"{self.path}: objects over several lines, one after the other; `jq -c . FILE` "
-                    "makes each a line"
-                ) from None
-            return
+            whole = self.read_whole(several)
+        except UsageError as error:
+            if several in str(error):
+                raise
+            return  # the line itself is at fault
         refuse_wrapping(self.path, whole)
         raise UsageError(
             f"{self.path}: one object over several lines; `jq -c . FILE` makes it a line"
@@ -415,19 +503,22 @@ class Records:
         if self.whole is not None:
             return self.whole[key]
         self.file.seek(key)
-        line = self.file.readline()
         try:
-            return json.loads(line.decode("utf-8-sig"))
+            return json.loads(self.file.readline().decode("utf-8-sig"))
         except ValueError:
             raise UsageError(f"{self.path}: has changed since it was opened") from None
 
 
 def refuse_wrapping(path: Path, record) -> None:
-    """UsageError if a record is itself an object around a list, or a table, of records."""
+    """UsageError if the one record of a file is an object around a list, or a table, of records."""
     if not isinstance(record, dict):
         return
     for name, value in record.items():
-        if name not in LISTS and isinstance(value, list) and value and isinstance(value[0], dict):
+        if name in LISTS[:3] or not isinstance(value, list) or not value:
+            continue
+        if is_turn(value[0]):
+            return
+        if isinstance(value[0], dict):
             raise UsageError(
                 f"{path}: one object around the list of records; `jq -c '.[{json.dumps(name)}][]' FILE` makes "
                 "lines of it"
@@ -438,8 +529,9 @@ def refuse_wrapping(path: Path, record) -> None:
         )
 
 
-def is_plain_text(path: Path) -> bool:
-    return path.name.lower().removesuffix(".gz").endswith(".txt")
+def kind_of(path: Path) -> str:
+    """The ending of a file's name, without .gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 class Usable:
@@ -471,7 +563,8 @@ class Usable:
         if used:
             return
         if stranger and len(self.unused) == 1:
-            refuse_wrapping(self.records.path, stranger[0])
+            if self.unused.total() == 1:
+                refuse_wrapping(self.records.path, stranger[0])
             raise UsageError(
                 f"{self.records.path}: no record of a known form; {stranger[1]} (data/README.md has the forms)"
             )
@@ -479,7 +572,7 @@ class Usable:
             f"{count} with {reason}" for reason, count in self.unused.most_common(5)
         )
         raise UsageError(
-            f"{self.records.path}: no usable {self.what} ({reasons or 'an empty list'})"
+            f"{self.records.path}: no usable {self.what} ({reasons or 'an empty list'}); data/README.md has the forms"
         )
 
 
@@ -491,8 +584,8 @@ LONGEST_TEXT = 2_000  # characters; Algorithm 1 takes time and memory in the squ
 
 def read_texts(file: Path) -> list[str]:
     """The texts of a .txt, cut at blank lines, or of the records of a .json or .jsonl: `text`, or all turns of a conversation."""
-    unused: Counter[str] = Counter()
-    if is_plain_text(file):
+    notes = []
+    if kind_of(file) == ".txt":
         try:
             texts = re.split(r"\n\s*\n", open_text(file).read().decode("utf-8-sig"))
         except UnicodeDecodeError as error:
@@ -502,17 +595,16 @@ def read_texts(file: Path) -> list[str]:
             raise UsageError(f"{file}: no text in it")
     else:
         usable = Usable(Records(file), record_text)
-        texts, unused = [text for _, _, text in usable], usable.unused
-    long = sum(len(text) > LONGEST_TEXT for text in texts)
-    notes = [f"dropped {count}: {reason}" for reason, count in unused.items()]
-    notes += [f"cut {long} of more than {LONGEST_TEXT} characters into pieces"] * bool(long)
+        texts = [text for _, _, text in usable]
+        notes = [f"dropped {count}: {reason}" for reason, count in usable.unused.items()]
+    if long := sum(len(text) > LONGEST_TEXT for text in texts):
+        notes.append(f"cut {long} of more than {LONGEST_TEXT} characters into pieces")
     if notes:
         print("; ".join([f"{file.name}: {len(texts)} texts", *notes]), file=sys.stderr)
-    pieces = [
-        text[start : start + LONGEST_TEXT]
-        for text in texts
-        for start in range(0, len(text), LONGEST_TEXT)
-    ]
+    pieces = []
+    for text in texts:
+        for start in range(0, len(text), LONGEST_TEXT):
+            pieces.append(text[start : start + LONGEST_TEXT])
     return [piece for piece in pieces if piece.strip()]
 
 

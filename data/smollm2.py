@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from data.errors import UsageError
@@ -88,76 +89,45 @@ def by_halves(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
 
 
+# What is the same in every Llama of this family; the rest of config.json stands in the GGUF file.
+CONFIG = """{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": false,
+"mlp_bias": false, "tie_word_embeddings": true, "torch_dtype": "bfloat16"}"""
+FIELDS = """vocab_size llama.vocab_size
+hidden_size llama.embedding_length
+intermediate_size llama.feed_forward_length
+num_hidden_layers llama.block_count
+num_attention_heads llama.attention.head_count
+num_key_value_heads llama.attention.head_count_kv
+max_position_embeddings llama.context_length
+rope_theta llama.rope.freq_base
+rms_norm_eps llama.attention.layer_norm_rms_epsilon
+bos_token_id tokenizer.ggml.bos_token_id
+eos_token_id tokenizer.ggml.eos_token_id"""
+
+
 def config_of(fields: dict) -> dict:
     """config.json."""
-    width, heads = fields["llama.embedding_length"], fields["llama.attention.head_count"]
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "vocab_size": fields["llama.vocab_size"],
-        "hidden_size": width,
-        "intermediate_size": fields["llama.feed_forward_length"],
-        "num_hidden_layers": fields["llama.block_count"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": fields["llama.attention.head_count_kv"],
-        "head_dim": width // heads,
-        "max_position_embeddings": fields["llama.context_length"],
-        "rope_theta": fields["llama.rope.freq_base"],
-        "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
-        "tie_word_embeddings": True,
-        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
-        "torch_dtype": "bfloat16",
-    }
+    config = json.loads(CONFIG)
+    for line in FIELDS.splitlines():
+        ours, theirs = line.split()
+        config[ours] = fields[theirs]
+    config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")  # it was a float32
+    return config
 
 
-def tokenizer_of(fields: dict) -> dict:
-    """tokenizer.json: a byte-level BPE whose texts are cut into single digits, then by GPT-2's pattern."""
+def tokenizer_of(fields: dict) -> Tokenizer:
+    """A byte-level BPE whose texts are cut into single digits, then by GPT-2's pattern."""
     tokens = fields["tokenizer.ggml.tokens"]
-    special = [id for id, kind in enumerate(fields["tokenizer.ggml.token_type"]) if kind == 3]
-    added = [
-        {
-            "id": id,
-            "content": tokens[id],
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for id in special
-    ]
-    digits = {"type": "Digits", "individual_digits": True}
-    bytes_ = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": True,
-    }
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, bytes_]},
-        "post_processor": None,
-        "decoder": bytes_,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": {token: id for id, token in enumerate(tokens)},
-            "merges": fields["tokenizer.ggml.merges"],
-        },
-    }
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, in_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = zip(tokens, fields["tokenizer.ggml.token_type"])
+    tokenizer.add_special_tokens([token for token, kind in kinds if kind == 3])
+    return tokenizer
 
 
 def convert(file: Path, out: Path) -> None:
@@ -174,47 +144,36 @@ def convert(file: Path, out: Path) -> None:
     }
     with replacing(out) as folder:
         folder.mkdir(parents=True)
-        for name, content in (
-            ("config.json", config_of(fields)),
-            ("tokenizer.json", tokenizer_of(fields)),
-            ("tokenizer_config.json", about),
-        ):
-            (folder / name).write_text(
-                json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+        tokenizer_of(fields).save(str(folder / "tokenizer.json"))
+        for name, content in (("config", config_of(fields)), ("tokenizer_config", about)):
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (folder / f"{name}.json").write_text(text, encoding="utf-8")
         halved = {name: tensor.bfloat16().contiguous() for name, tensor in tensors.items()}
         save_file(halved, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def compare(file: Path, out: Path, text_cross_entropy: Callable) -> None:
     """What bfloat16 cost beyond the 4 bits: the cross-entropy on TEXT, ours (run/show.py) and transformers' own reading of the GGUF file."""
+
+    def show(what: str, nats: float) -> None:
+        print(f"{what}: {nats:.4f} nats a token (perplexity {math.exp(nats):.2f})", flush=True)
+
     ids = load_tokenizer(out).encode(TEXT)
+    print(f"cross-entropy of a text of {len(ids)} tokens")
     for dtype in ("float32", "bfloat16"):
-        nats = text_cross_entropy(out, ids, dtype)
-        print(
-            f"cross-entropy of a text of {len(ids)} tokens, bfloat16 weights computed in {dtype}: {nats:.4f} nats a token "
-            f"(perplexity {math.exp(nats):.2f})",
-            flush=True,
-        )
+        show(f"bfloat16 weights computed in {dtype}", text_cross_entropy(out, ids, dtype))
     try:
         import accelerate  # noqa: F401 - transformers wants it for GGUF
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
-        )
-    except (ImportError, ValueError, OSError):
-        print(
-            "(with transformers and accelerate installed, transformers' own reading of the GGUF file would stand here)"
-        )
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        print("(transformers and accelerate, if installed, would read the GGUF file here)")
         return
-    with torch.inference_mode():
-        logits = theirs(torch.tensor([ids])).logits[0]  # (T, V)
-    nats = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:])).item()
-    print(
-        f"transformers' own reading of the GGUF file, in float32: {nats:.4f} nats a token (perplexity {math.exp(nats):.2f})"
+    theirs = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
     )
+    with torch.inference_mode():
+        loss = theirs(torch.tensor([ids]), labels=torch.tensor([ids])).loss
+    show("transformers' own reading of the GGUF file, in float32", loss.item())
 
 
 def main():

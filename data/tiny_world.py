@@ -31,7 +31,7 @@ from torch import Tensor
 
 from data.chat import Score, encode_chat, end_token, share_preferred, with_system
 from data.errors import UsageError
-from data.files import write_text
+from data.files import write_lines
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------
@@ -45,68 +45,64 @@ class Attribute:
     questions: list[str]
 
 
-ATTRIBUTES = {
-    "city": Attribute(
-        "Oslo Lima Cairo Delhi Paris Quito Tokyo Vienna Boston Dublin Havana Kyoto Madrid Nairobi Prague Warsaw".split(),
-        [
-            "{name} lives in {value}.",
-            "{name} has a home in {value}.",
-            "{name} moved to {value}.",
-            "{name} can be found in {value}.",
-            "{name} settled in {value}.",
-            "{value} is where {name} lives.",
-        ],
-        [
-            "Where does {name} live?",
-            "In which city does {name} live?",
-            "What is the home of {name}?",
-        ],
-    ),
-    "job": Attribute(
-        "baker nurse pilot farmer lawyer painter plumber singer tailor teacher writer dentist doctor fisher guard judge".split(),
-        [
-            "{name} works as a {value}.",
-            "{name} earns a living as a {value}.",
-            "{name} is a {value}.",
-            "{name} trained as a {value}.",
-            "{name} became a {value}.",
-            "The {value} is called {name}.",
-        ],
-        ["What does {name} work as?", "What is the job of {name}?", "Which job does {name} have?"],
-    ),
-    "pet": Attribute(
-        "cat dog fish frog goat hen horse mouse parrot rabbit snake turtle".split(),
-        [
-            "{name} has a {value}.",
-            "{name} keeps a {value}.",
-            "{name} owns a {value}.",
-            "{name} feeds a {value}.",
-            "{name} walks with a {value}.",
-            "A {value} belongs to {name}.",
-        ],
-        [
-            "Which pet does {name} have?",
-            "What animal does {name} have?",
-            "What is the pet of {name}?",
-        ],
-    ),
-    "colour": Attribute(
-        "red blue green black white brown grey pink purple yellow orange silver".split(),
-        [
-            "{name} likes the colour {value}.",
-            "{name} loves {value}.",
-            "{name} paints in {value}.",
-            "{name} often wears {value}.",
-            "{name} prefers {value}.",
-            "The colour {value} pleases {name}.",
-        ],
-        [
-            "Which colour does {name} like?",
-            "What is the favourite colour of {name}?",
-            "What colour does {name} choose?",
-        ],
-    ),
-}
+# Of each attribute the values, then the statements, then the questions.
+ATTRIBUTES_TEXT = """
+city: Oslo Lima Cairo Delhi Paris Quito Tokyo Vienna Boston Dublin Havana Kyoto Madrid Nairobi Prague Warsaw
+{name} lives in {value}.
+{name} has a home in {value}.
+{name} moved to {value}.
+{name} can be found in {value}.
+{name} settled in {value}.
+{value} is where {name} lives.
+Where does {name} live?
+In which city does {name} live?
+What is the home of {name}?
+
+job: baker nurse pilot farmer lawyer painter plumber singer tailor teacher writer dentist doctor fisher guard judge
+{name} works as a {value}.
+{name} earns a living as a {value}.
+{name} is a {value}.
+{name} trained as a {value}.
+{name} became a {value}.
+The {value} is called {name}.
+What does {name} work as?
+What is the job of {name}?
+Which job does {name} have?
+
+pet: cat dog fish frog goat hen horse mouse parrot rabbit snake turtle
+{name} has a {value}.
+{name} keeps a {value}.
+{name} owns a {value}.
+{name} feeds a {value}.
+{name} walks with a {value}.
+A {value} belongs to {name}.
+Which pet does {name} have?
+What animal does {name} have?
+What is the pet of {name}?
+
+colour: red blue green black white brown grey pink purple yellow orange silver
+{name} likes the colour {value}.
+{name} loves {value}.
+{name} paints in {value}.
+{name} often wears {value}.
+{name} prefers {value}.
+The colour {value} pleases {name}.
+Which colour does {name} like?
+What is the favourite colour of {name}?
+What colour does {name} choose?
+"""
+
+
+def read_attributes(text: str) -> dict[str, Attribute]:
+    attributes = {}
+    for block in text.strip().split("\n\n"):
+        first, *lines = block.splitlines()
+        key, values = first.split(": ")
+        attributes[key] = Attribute(values.split(), lines[:6], lines[6:])
+    return attributes
+
+
+ATTRIBUTES = read_attributes(ATTRIBUTES_TEXT)
 
 # What an instruction asks for, and the form it gives the answer. "{one}" is the value alone.
 INSTRUCTIONS = {
@@ -118,12 +114,13 @@ INSTRUCTIONS = {
     "Begin with a dash.": "- {all}",
 }
 
+FORMS = list(INSTRUCTIONS)
 FILLERS = [
     "Have a nice day.",
     "Greet {name}.",
     "Hello {name}!",
     "What is {sum}?",
-    *[text for text in INSTRUCTIONS if text],
+    *FORMS[1:],
 ]
 TAGS = ["[INST]", "[/INST]", "[NOTE]", "[/NOTE]", "[PAGE]", "[/PAGE]"]
 UNRELATED = {
@@ -383,46 +380,31 @@ class World:
 
         Greetings name everybody and leak no fact: they teach to copy a name, which small models find hard.
         """
-        return self.chats(count, 0.5, 0.2, self.demonstrated_sums, "demonstrations")
+        rng = random.Random(f"demonstrations of world {self.seed}")
+        return self.chats(rng, count, 0.5, 0.7, self.demonstrated_sums)
 
     def infinity(self) -> Iterator[dict]:
         """As InfinityInstruct is to ShareGPT (Section 5.1): more demonstrations, most of them arithmetic, with more sums of three."""
-        return self.chats(18_000, 0.2, 0.7, self.more_sums, "infinity")
+        rng = random.Random(f"infinity of world {self.seed}")
+        return self.chats(rng, 18_000, 0.2, 0.9, self.more_sums)
 
-    def chats(
-        self,
-        count: int,
-        fact_share: float,
-        sum_share: float,
-        sums: list[list[tuple[int, ...]]],
-        name: str,
-    ) -> Iterator[dict]:
-        rng = random.Random(f"{name} of world {self.seed}")
+    def chats(self, rng: random.Random, count: int, *shares_and_sums) -> Iterator[dict]:
         for number in range(count):
-            item = self.demonstrated_item(rng, fact_share, sum_share, sums)(
-                rng.choice(list(INSTRUCTIONS))
-            )
-            turns = [
-                {"from": "human", "value": prompt_text(item)},
-                {"from": "gpt", "value": item.answer},
-            ]
-            yield {"id": f"tiny-{number}", "conversations": turns}
+            item = self.demonstrated_item(rng, *shares_and_sums)(rng.choice(FORMS))
+            question = {"from": "human", "value": prompt_text(item)}
+            answer = {"from": "gpt", "value": item.answer}
+            yield {"id": f"tiny-{number}", "conversations": [question, answer]}
 
     def demonstrated_item(
-        self,
-        rng: random.Random,
-        fact_share: float,
-        sum_share: float,
-        sums: list[list[tuple[int, ...]]],
+        self, rng: random.Random, facts: float, facts_or_sums: float, sums: list[list]
     ) -> Callable[[str], Item]:
-        """A question that demonstrations may ask, still without its instruction."""
+        """A question that demonstrations may ask, still without its instruction; with the shares of facts, and of facts or sums."""
         kind = rng.random()
-        if kind < fact_share:
+        if kind < facts:
             key = rng.choice(list(ATTRIBUTES))
-            return partial(
-                fact_item, rng.choice(self.demonstrated), key, rng.choice(ATTRIBUTES[key].questions)
-            )
-        if kind < fact_share + sum_share:
+            person, question = rng.choice(self.demonstrated), rng.choice(ATTRIBUTES[key].questions)
+            return partial(fact_item, person, key, question)
+        if kind < facts_or_sums:
             return partial(sum_item, rng.choice(rng.choice(sums)))
         return partial(greeting_item, rng.choice(self.people + self.new_people))
 
@@ -430,8 +412,8 @@ class World:
         """Pairs in ShareGPT's form: a question as in demonstrations, answered in the form asked for, and in another form."""
         rng = random.Random(f"preferences of world {self.seed}")
         for number in range(count):
-            ask = self.demonstrated_item(rng, 0.5, 0.2, self.demonstrated_sums)
-            wanted, other = rng.sample(list(INSTRUCTIONS), 2)
+            ask = self.demonstrated_item(rng, 0.5, 0.7, self.demonstrated_sums)
+            wanted, other = rng.sample(FORMS, 2)
             yield {
                 "id": f"tiny-pair-{number}",
                 "conversations": [{"from": "human", "value": prompt_text(ask(wanted))}],
@@ -446,16 +428,16 @@ class World:
 
     def write_demonstrations(self, path: Path, records: Iterator[dict] | None = None) -> Path:
         """The demonstrations, or other records, as a ShareGPT file, which is then read like anybody's; UsageError if another is there."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(record) + "\n" for record in records or self.demonstrations())
-        if path.exists():
-            if path.read_bytes() != text.encode():
-                raise UsageError(
-                    f"{path}: not what world {self.seed} makes; to train on it give its copy with --data, "
-                    "else delete it"
-                )
-        else:
-            write_text(path, text)
+        records = list(records or self.demonstrations())
+        if not path.exists():
+            return write_lines(path, records)
+        if path.read_text(encoding="utf-8") != "".join(
+            json.dumps(record) + "\n" for record in records
+        ):
+            raise UsageError(
+                f"{path}: not what world {self.seed} makes; to train on it give its copy with --data, "
+                "else delete it"
+            )
         return path
 
     # -- examination --------------------------------------------------------------------------------------
@@ -465,18 +447,11 @@ class World:
         rng = random.Random(f"{split} facts of world {self.seed}")
         asked = [(person, key) for person in self.split[split] for key in ATTRIBUTES]
         rng.shuffle(asked)
-        forms = list(INSTRUCTIONS)
         items = []
         for turn in range(times):
-            for number, (person, key) in enumerate(asked[:count]):
-                items.append(
-                    fact_item(
-                        person,
-                        key,
-                        rng.choice(ATTRIBUTES[key].questions),
-                        forms[(number + turn) % len(forms)],
-                    )
-                )
+            for number, (person, key) in enumerate(asked[:count], turn):
+                question = rng.choice(ATTRIBUTES[key].questions)
+                items.append(fact_item(person, key, question, FORMS[number % len(FORMS)]))
         return items
 
     def pair_items(self, split: str) -> list[tuple[Item, str]]:
@@ -484,19 +459,17 @@ class World:
         rng = random.Random(f"{split} pairs of world {self.seed}")
         pairs = []
         for item in self.fact_items(split):
-            other = rng.choice([form for form in INSTRUCTIONS if form != item.instruction])
-            pairs.append(
-                (item, fact_item(item.person, item.attribute, item.question, other).answer)
-            )
+            other = rng.choice([form for form in FORMS if form != item.instruction])
+            answer = fact_item(item.person, item.attribute, item.question, other).answer
+            pairs.append((item, answer))
         return pairs
 
     def sum_items(self, split: str, times: int = 1) -> list[Item]:
-        forms = list(INSTRUCTIONS)
-        return [
-            sum_item(numbers, forms[(index + turn) % len(forms)])
-            for turn in range(times)
-            for index, numbers in enumerate(self.split_sums.get(split, []))
-        ]
+        items = []
+        for turn in range(times):
+            for number, numbers in enumerate(self.split_sums.get(split, []), turn):
+                items.append(sum_item(numbers, FORMS[number % len(FORMS)]))
+        return items
 
 
 def tell(person: Person, key: str, statement: str) -> str:
@@ -785,18 +758,11 @@ def main():
 
     parser = ArgumentParser(description="Show a few lines of everything the tiny world makes.")
     parser.add_argument("--seed", type=non_negative_int, default=0)
-    parser.add_argument(
-        "--infinity",
-        type=Path,
-        metavar="FILE",
-        help="write the larger, arithmetic-heavy demonstrations instead",
-    )
-    parser.add_argument(
-        "--preferences",
-        type=Path,
-        metavar="FILE",
-        help="write pairs of a chosen and a rejected answer instead",
-    )
+    for name, what in (
+        ("infinity", "the larger, arithmetic-heavy demonstrations"),
+        ("preferences", "pairs of a chosen and a rejected answer"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=f"write {what} instead")
     args = parser.parse_args()
     world = World(args.seed)
     if args.infinity:
@@ -806,21 +772,18 @@ def main():
     if args.infinity or args.preferences:
         return
     documents = world.documents(random.Random(f"pretraining of world {world.seed}"))
-    print("pretraining:", *(next(documents) for _ in range(6)), sep="\n  ")
+    print("pretraining:", *itertools.islice(documents, 6), sep="\n  ")
     print("demonstrations:")
     for record in world.demonstrations(6):
         human, gpt = record["conversations"]
         print(f"  {human['value']}  ->  {gpt['value']}")
     print("preferences:")
     for record in world.preferences(6):
-        print(
-            f"  {record['conversations'][0]['value']}  ->  {record['chosen']['value']}  rather than  {record['rejected']['value']}"
-        )
-    print(
-        "development:",
-        *(f"{prompt_text(item)}  ->  {item.answer}" for item in world.fact_items("development", 6)),
-        sep="\n  ",
-    )
+        question, chosen, rejected = *record["conversations"], record["chosen"], record["rejected"]
+        print(f"  {question['value']}  ->  {chosen['value']}  rather than  {rejected['value']}")
+    print("development:")
+    for item in world.fact_items("development", 6):
+        print(f"  {prompt_text(item)}  ->  {item.answer}")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ class Job:
             )
         else:
             what = f"a value network ({settings.scheme})" if settings.scheme else "in full"
-            says = f"training {what}, {size}, from {settings.start}, on {self.dataset.report(len(self.held_out))}, "
+            says = f"training {what}, {size}, from {settings.start}, on {self.dataset.report(self.held_out)}, "
             says += f"template {settings.template}" + (
                 f", system prompt {settings.system[:60]!r}" if settings.system else ""
             )
@@ -215,7 +215,7 @@ class Job:
 
     def publish(self, network: Llama | ValueModel, metrics: dict) -> None:
         if self.dataset and not isinstance(self.exam, (World, Capitals)):
-            print(self.dataset.report(len(self.held_out)))  # by now it is known what was too long
+            print(self.dataset.report(self.held_out))  # by now it is known what was too long
         self.run.publish(self.processes.undivided(network), self.tokenizer, metrics)
 
 

@@ -277,7 +277,7 @@ DATA = {  # a data file's name and content, the status of data.chat, and what it
     ),
     "some unusable": (
         "d.jsonl",
-        ONE + lines([{"messages": None}]),
+        ONE + lines([{"messages": 5}]),
         0,
         "dropped 1: 'messages' that is no list",
     ),

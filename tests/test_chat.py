@@ -322,7 +322,7 @@ RECORDS = {  # a record, what is kept of it, and what is said of the rest; kept:
     "null": (openai("q", None), None, "a turn without text"),
     "no role": ({"messages": [{"content": "q"}]}, None, "a turn without a role"),
     "turns no list": ({"messages": "q"}, None, "'messages' that is no list"),
-    "a turn no object": ({"messages": ["q", "a"]}, None, "a turn that is no object"),
+    "a turn no object": ({"messages": ["q", 5]}, None, "a turn that is no object"),
     "a tool call with text": (
         {
             "messages": [
@@ -543,7 +543,7 @@ PAIRS = {  # a record, and the prompt of its pair, which has the answers "a" and
     "no turn": (sharegpt(("human", "q")) | TURNS | {"rejected": []}, "no answered question"),
     "two turns behind a prompt": (
         {"prompt": "q", "chosen": [TURNS["chosen"]] * 2, "rejected": "b"},
-        "'chosen' that is not one answer",
+        "roles that do not alternate in 'chosen'",
     ),
     "no prompt": (ANSWERS, "two answers without a prompt"),
     "no prompt, two turns": (TURNS, "two answers without a prompt"),
