@@ -621,7 +621,10 @@ def has_value(item: Item, text: str) -> bool:
 
 
 def print_by_frequency(world: World, items: list[Item], rows: dict[str, list[bool | None]]) -> None:
-    """Shares by how often pretraining tells of an item's person: a row is a mark for each item, None where it does not count."""
+    """Shares by how often pretraining tells of an item's person.
+
+    rows: a name -> a mark for each item, None where the item does not count.
+    """
     groups = {name: [world.told(item.person) == name for item in items] for name in HOW_OFTEN}
     groups["all"] = [True] * len(items)
     width = max(map(len, rows)) + 2

@@ -138,8 +138,8 @@ def show_by_frequency(
 ) -> None:
     """What two bases know (fk), and say when guided, by how often pretraining tells of a person.
 
-    alone is the base to guide, own the value network in its own base. answers: a speaker's name -> what
-    it said to each development question.
+    alone is the base to guide, own the value network in its own base. answers: a speaker's name ->
+    what it said to each development question.
     """
     items = world.fact_items("development")
     small = f"{own.name.partition(' + ')[0]} alone"

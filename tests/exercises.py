@@ -1,57 +1,77 @@
-"""The exercises of EXERCISES.md, done: each edit in a copy of the code, its commands on seeds 0, 1 and 2, and what came out.
+"""The exercises of EXERCISES.md, done: each edit in a copy of the code, and what comes out.
 
-    python -m tests.exercises --home out              # all of them, about 25 minutes; out/ has seeds 0, 1 and 2
-    python -m tests.exercises --home out --only 3 5   # some
+    python -m tests.exercises                                       # all, about 20 core-minutes
+    python -m tests.exercises --only 3 --seeds 0 --roundings avx2   # some
 
-`out/` is what `python train.py --seed S` and `python train.py --base tiny-l --seed S` leave there.
-tests/test_house.py checks that the edits still fit the code.
+They start from the networks that `python -m tests.rounding --only default avx2 avx512` leaves in
+out/rounding. What was done is kept in out/exercises, so a run that is stopped goes on; delete that
+folder after a change of the code. tests/test_house.py checks that the edits still fit the code.
 """
 
 import argparse
+import json
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from data.files import read_json, write_text
+from tests.rounding import HOME, ROOT, ROUNDINGS, measured, read_table, run
+
+WORK = Path("out/exercises")
 TRAIN = "train.py --base --value --no-full --seed {seed} --out out/seed{seed}/mine"
-LOOK = "sample.py --value out/seed{seed}/mine"
+LOOK = "sample.py --value out/seed{seed}/mine --base tiny-l"
+LOOK_AT_THE_FIRST = "sample.py --value out/seed{seed}/value-residual-tiny-s"
+ROWS = {
+    "base": "tiny-s alone",
+    "base+value": "tiny-s + value",
+}  # sample.py's names for train.py's rows
 
 
 @dataclass
 class Exercise:
-    """An edit, as what stands in a file and what stands there afterwards, and the commands that show it."""
+    """An edit: what stands in a file, what stands there afterwards, and commands that show it."""
 
     file: str
     before: str
     after: str
-    commands: list[str]
-    counts: list[str]  # metrics to count, of the last command's last line
+    commands: dict[
+        str, str
+    ]  # commands after one another; those with a name end in a table to count
+    signs: list[tuple[str, str]]  # two numbers each, the first of which should be the greater
     also: list[tuple[str, str]] = field(default_factory=list)  # further edits of the file
-    fresh: bool = False  # without out/
 
 
+# a line of Guided.logits
+DELTA = (
+    "            self.z_delta = self.value(tokens, self.z_base, value_caches)"
+    "  # (B, T, Vv), Eq. (2)\n"
+)
+
+# Numbers are named "COMMAND: SYSTEM, METRIC"; "plain" is what the code gives before the edit.
 EXERCISES = {
     "1": Exercise(
         "",
         "",
         "",
+        {f"alpha {alpha}": f"{LOOK_AT_THE_FIRST} --alpha {alpha}" for alpha in (0.5, 3)},
         [
-            f"sample.py --value out/seed{{seed}}/value-residual-tiny-s --alpha {alpha}"
-            for alpha in (0.5, 0.75, 1, 3)
+            ("plain: tiny-s + value, exact", "alpha 0.5: tiny-s + value, exact"),
+            ("plain: tiny-s + value, ins", "alpha 0.5: tiny-s + value, ins"),
+            ("alpha 0.5: tiny-s + value, fk", "plain: tiny-s + value, fk"),
+            ("plain: tiny-s + value, fk", "alpha 3: tiny-s + value, fk"),
         ],
-        ["exact", "fk"],
     ),
     "2": Exercise(
         "sample.py",
-        "            self.z_delta = self.value(tokens, self.z_base, value_caches)  # (B, T, Vv), Eq. (2)\n",
-        "            self.z_delta = self.value(tokens, self.z_base, value_caches)  # (B, T, Vv), Eq. (2)\n"
-        "            self.said += tokens.shape[1]\n"
+        DELTA,
+        DELTA + "            self.said += tokens.shape[1]\n"
         "            if self.said > 3:\n"
         "                self.z_delta = 0 * self.z_delta\n",
-        ["sample.py --value out/seed{seed}/value-residual-tiny-s"],
-        ["exact", "ins"],
+        {"look": LOOK_AT_THE_FIRST},
+        [
+            ("plain: tiny-s + value, exact", "look: tiny-s + value, exact"),
+            ("plain: tiny-s + value, ins", "look: tiny-s + value, ins"),
+        ],
         [
             (
                 "        longest = max(map(len, prompts)) - 1\n",
@@ -63,49 +83,33 @@ EXERCISES = {
         "ivl.py",
         "            z_base = base(tokens)  # (B, T, Vb), Eq. (1)",
         "            z_base = 0 * base(tokens)  # (B, T, Vb), Eq. (1)",
-        [TRAIN, LOOK, LOOK + " --base tiny-l"],
-        ["exact"],
+        {"": TRAIN, "look": LOOK},
+        [
+            ("plain: tiny-l + value, exact", "look: tiny-l + value, exact"),
+            ("plain: tiny-l + value, know", "look: tiny-l + value, know"),
+            ("plain: tiny-l + value, fk", "look: tiny-l + value, fk"),
+        ],
     ),
     "4": Exercise(
-        "ivl.py",
-        "        return ivl_loss(z_base, z_delta, labels, l1, over)  # Eq. (4)",
-        "        loss, metrics = ivl_loss(z_base, z_delta, labels)\n"
-        "        return loss + l1 * z_delta[labels != -100].square().mean(), metrics",
-        [TRAIN + " --l1 0.3", LOOK + " --base tiny-l"],
-        ["exact", "fk"],
-    ),
-    "4, without the edit": Exercise(
-        "", "", "", [TRAIN + " --l1 0.3", LOOK + " --base tiny-l"], ["exact", "fk"]
-    ),
-    "5": Exercise(
         "train.py",
         "    settings, processes = run.settings, run.processes\n",
-        "    settings, processes = run.settings, run.processes\n    for name, parameter in network.named_parameters():\n"
+        "    settings, processes = run.settings, run.processes\n"
+        "    for name, parameter in network.named_parameters():\n"
         '        parameter.requires_grad_("layers.2." in name)\n',
-        [TRAIN, LOOK],
-        ["exact", "ins", "arith"],
+        {"train": TRAIN},
+        [
+            ("plain: tiny-s + value, exact", "train: tiny-s + value, exact"),
+            ("plain: tiny-s + value, ins", "train: tiny-s + value, ins"),
+            ("train: tiny-s + value, ins", "plain: tiny-s alone, ins"),
+            ("plain: tiny-s + value, arith", "train: tiny-s + value, arith"),
+        ],
     ),
-    "6": Exercise(
-        "data/chat.py",
-        '        supervised += [role == "assistant"] * len(tokens)\n',
-        "        supervised += [True] * len(tokens)\n",
-        [TRAIN, LOOK],
-        ["exact"],
-    ),
-    "7": Exercise(
+    "5": Exercise(
         "data/tiny_world.py",
         '    "Begin with a dash.": "- {all}",\n',
         '    "Begin with a dash.": "- {all}",\n    "One word, twice.": "{one}. {one}.",\n',
-        ["rm out/seed{seed}/demonstrations.jsonl", TRAIN, LOOK, LOOK + " --base tiny-l"],
-        ["ins"],
-    ),
-    "8": Exercise(
-        "model.py",
-        "    angles = positions[..., None] * frequencies  #",
-        "    angles = 0 * positions[..., None] * frequencies  #",
-        ["train.py --no-full --seed {seed}"],
-        ["exact", "fk"],
-        fresh=True,
+        {"": TRAIN, "look": LOOK},
+        [("look: tiny-l + value, exact", "look: tiny-s + value, exact")],
     ),
 }
 
@@ -119,59 +123,61 @@ def edited(exercise: Exercise, house: Path) -> None:
         (house / exercise.file).write_text(text, encoding="utf-8")
 
 
-def metrics_of(output: str) -> dict[str, float]:
-    """The last line of the last table in what a command printed."""
-    lines = [line for line in output.splitlines() if "core-seconds" not in line]
-    names = next(line.split() for line in reversed(lines) if line.split()[:1] == ["exact"])
-    values = lines[-1].split()[-len(names) :]
-    return dict(zip(names, map(float, values)))
+def do(name: str, rounding: str, seed: int) -> dict[str, float]:
+    """Every number of an exercise on one seed's networks, and those from before the edit."""
+    exercise, kept = EXERCISES[name], WORK / f"{name}-{rounding}-{seed}.json"
+    if not kept.is_file():
+        house = WORK / f"house-{name}"
+        shutil.rmtree(house, ignore_errors=True)
+        ignore = shutil.ignore_patterns("out", ".*", "venv", "__pycache__", "demonstrations.jsonl")
+        shutil.copytree(ROOT, house, ignore=ignore)
+        shutil.copytree(
+            HOME / rounding / f"out/seed{seed}", house / f"out/seed{seed}", ignore=ignore
+        )
+        edited(exercise, house)
+        numbers = {}
+        for label, command in exercise.commands.items():
+            output = run(command.format(seed=seed), house, rounding, house.resolve())
+            if label:
+                for row, metrics in read_table(output, "exact").items():
+                    system = ROWS.get(row, row)
+                    numbers |= {
+                        f"{label}: {system}, {key}": value for key, value in metrics.items()
+                    }
+        shutil.rmtree(house)
+        write_text(kept, json.dumps(numbers, indent=2) + "\n")
+    plain = {f"plain: {key}": value for key, value in measured(rounding, seed).items()}
+    return plain | read_json(kept)
 
 
-def do(name: str, exercise: Exercise, home: Path, work: Path) -> None:
-    """Print, for each of its commands that ends in a table, the metrics to count on each seed."""
-    house = work / f"exercise-{name}"
-    ignore = shutil.ignore_patterns("out", ".git", "venv", ".venv", "__pycache__")
-    shutil.copytree(ROOT, house, ignore=ignore)
-    edited(exercise, house)
-    found: dict[str, list[dict[str, float]]] = {}
-    for seed in range(3):
-        if not exercise.fresh:
-            shutil.copytree(home / f"seed{seed}", house / f"out/seed{seed}")
-        for command in exercise.commands:
-            arguments = command.format(seed=seed).split()
-            if arguments[0] == "rm":
-                (house / arguments[1]).unlink()
-                continue
-            done = subprocess.run(
-                [sys.executable, *arguments], cwd=house, capture_output=True, text=True
-            )
-            assert done.returncode == 0, done.stderr
-            found.setdefault(command, []).append(metrics_of(done.stdout))
-    for command, seeds in found.items():
-        shown = [
-            f"{metric} {' '.join(f'{each[metric]:.3f}' for each in seeds)}"
-            for metric in exercise.counts
-        ]
-        print(f"{name}: {command}: {', '.join(shown)}", flush=True)
-    shutil.rmtree(house)
+def show(name: str, found: list[dict[str, float]]) -> None:
+    """The range of each number, and whether each conclusion has the same sign everywhere."""
+    signs = EXERCISES[name].signs
+    for number in dict.fromkeys(number for pair in signs for number in pair):
+        values = [numbers[number] for numbers in found]
+        print(f"{name}: {number}: {min(values):.3f} to {max(values):.3f}")
+    for greater, less in signs:
+        gaps = [numbers[greater] - numbers[less] for numbers in found]
+        verdict = "in all" if min(gaps) > 0 else f"NOT IN {sum(gap <= 0 for gap in gaps)}"
+        print(
+            f"{name}: {greater} above {less}: {verdict} of {len(gaps)}, by {min(gaps):.3f} or more"
+        )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--home", type=Path, default=Path("out"), help="where seeds 0, 1 and 2 are (default out)"
-    )
-    parser.add_argument("--only", nargs="+", metavar="N", help="numbers of exercises")
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path("out/exercises"),
-        help="where copies are made (default out/exercises)",
-    )
+    parser.add_argument("--only", nargs="+", choices=EXERCISES, default=list(EXERCISES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--roundings", nargs="+", choices=ROUNDINGS, default=ROUNDINGS)
     args = parser.parse_args()
-    for name, exercise in EXERCISES.items():
-        if not args.only or name.partition(",")[0] in args.only:
-            do(name, exercise, args.home.resolve(), args.work)
+    WORK.mkdir(parents=True, exist_ok=True)
+    for name in args.only:
+        found = []
+        for rounding in args.roundings:
+            for seed in args.seeds:
+                found.append(do(name, rounding, seed))
+                print(f"{name}: {rounding}, seed {seed}: done", flush=True)
+        show(name, found)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """What rounding alone changes: the README's commands again, under all that one machine can vary.
 
-    python -m tests.rounding                              # everything: about 9 core-minutes a seed and variation
+    python -m tests.rounding                              # all: 9 core-minutes a seed and variation
     python -m tests.rounding --seeds 0 --only avx2 rows   # some
     python -m tests.rounding --jobs 2                     # two processes at a time
 
-Processors differ in the instructions that sums are computed with, and a sum of other parts is rounded in another
-way. After thousands of steps the networks differ, as those of another seed would. A claim on a page should hold in
-all of them. Networks are kept in out/rounding/NAME/out/seedS, so a run that is stopped goes on; after a change of
-the code, delete that folder.
+Processors add the parts of a sum in different orders, and each order is rounded in its own way.
+After thousands of steps the networks differ visibly. A claim on a page should hold under every
+rounding. Networks are kept in out/rounding/NAME/out/seedS, so a run that is stopped goes on; delete
+that folder after a change of the code.
 """
 
 import argparse
@@ -71,7 +71,7 @@ SYSTEMS = [
     "tiny-l alone",
     "tiny-l + value",
 ]
-METRICS = ["exact", "know", "ins", "fk"]
+METRICS = ["exact", "know", "ins", "arith", "fk"]
 LESS = " less "
 GAINS = [  # a system, and the one it should be better than, by at least so much in these metrics
     ("tiny-l + value", "tiny-s + value", 0.15, ["exact", "know", "fk"]),
@@ -80,7 +80,7 @@ GAINS = [  # a system, and the one it should be better than, by at least so much
 
 
 def run(command: str, folder: Path, variation: str, house: Path = ROOT) -> str:
-    """Run a command of the scripts in `house` inside a folder, and return what it printed; SystemExit if it fails."""
+    """What a command of the scripts in `house` prints, run in a folder; SystemExit if it fails."""
     script, *arguments = command.split()
     opposite = variation == "rows" and script == "train.py"
     start = ["-c", OPPOSITE] if opposite else [str(house / script)]
@@ -98,7 +98,7 @@ def run(command: str, folder: Path, variation: str, house: Path = ROOT) -> str:
 
 
 def read_table(output: str, first: str) -> dict[str, dict[str, float | None]]:
-    """The last table in what a command printed whose first column is `first`: row -> column -> value."""
+    """The last table in `output` whose first column is `first`: row -> column -> value."""
     lines = output.splitlines()
     start = max(number for number, line in enumerate(lines) if line.split()[:1] == [first])
     columns, table = lines[start].split(), {}
@@ -150,7 +150,7 @@ def measured(variation: str, seed: int) -> dict[str, float]:
 
 
 def print_spreads(found: dict[tuple[str, int], dict[str, float]], variations, seeds) -> None:
-    """A line for each number and seed: it under each variation, and the largest less the smallest."""
+    """A line a number and seed: it under each variation, and the largest less the smallest."""
     print(f"\n{'':52}" + "".join(f"{variation:>9}" for variation in variations) + "   spread")
     for name in next(iter(found.values())):
         for seed in seeds:
