@@ -1,10 +1,11 @@
-"""Inverse value learning: Eq. (3), the loss with its kernel, two more losses, and what can make a z_delta.
+"""Inverse value learning: Eq. (3), the losses, and what can make a z_delta; at the end, a kernel.
 
-    python -c "from ivl import ValueModel; print(ValueModel.from_pretrained('out/seed0/value-residual-tiny-s').info)"
+    python train.py          # trains a value network on a frozen base by ivl_loss
 
 A frozen base computes z_base, the logits of the next token. The value network computes z_delta, how
-post-training changes them. Only the value network learns; afterwards it is plugged into other bases
-as it is. Read `combine`, `ivl_loss` and `ValueModel` first; the kernel and the two losses of Section 3.1 can wait.
+post-training changes them. Only the value network learns. Afterwards it is plugged into other bases
+as it is. Read `combine`, `ivl_loss` and `ValueModel` first. The two losses of Section 3.1 and the
+Triton kernel can wait.
 """
 
 import json
@@ -27,17 +28,18 @@ except ImportError:  # no Triton on this platform: the plain formulas do all of 
     triton = None
 
 SCHEMES = ("residual", "cascade", "cascade+", "probe")
+Loss = tuple[Tensor, dict[str, Tensor]]  # a number to differentiate, and metrics to print
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Eq. (3), Eq. (4), and two more losses
 
 
 def combine(z_base: Tensor, z_delta: Tensor, alpha: float = 1.0) -> Tensor:
     """Eq. (3): stop_gradient(z_base) + alpha * z_delta, for (..., Vb) and (..., Vv) -> (..., Vb).
 
-    alpha is ours: 1 in the paper, 0 is the base alone. Where one vocabulary extends the other, z_delta
-    is 0 on the tokens that it lacks, and what it has beyond Vb is dropped. (This is what the loss takes; while
-    decoding, such tokens are never said, since one of the networks could not read them: Guided.post.)
+    alpha is ours: 1 in the paper, 0 is the base alone. Where one vocabulary extends the other,
+    z_delta is 0 on the tokens that it lacks, and what it has beyond Vb is dropped. (So the loss has
+    it. While decoding, such tokens are never said, as one network cannot read them: Guided.post.)
     """
     Vb, Vv = z_base.shape[-1], z_delta.shape[-1]
     if Vv > Vb:
@@ -49,53 +51,33 @@ def combine(z_base: Tensor, z_delta: Tensor, alpha: float = 1.0) -> Tensor:
 
 def ivl_loss(
     z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0, over: str = "supervised"
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Loss:
     """Eq. (4) with the norm of Section 4.2.1: CE(z_base + z_delta, labels) + l1 * mean |z_delta|.
 
     z_base (..., Vb), z_delta (..., Vv), labels (...) already shifted: row t's label is token t + 1.
-    Rows whose label is -100 do not count (in the norm they do if `over` is "all"); any other label outside 0..Vb-1 is a
-    ValueError, to the kernel a loss of NaN.
+    Rows whose label is -100 do not count. Any other label outside 0..Vb-1 is a ValueError.
 
-    Both terms are means over the supervised rows, the norm also over the vocabulary. The paper writes
-    a sum, but its lambda of 1.0 (Table 5) goes with a mean. The authors average the norm over all
-    positions, prompt and padding included; we over the supervised ones, where the value network is used,
-    unless `over` is "all": then over every row that is given, a batch's own padding among them. (Their padding goes up
-    to 4096 tokens; z_delta would be computed there for this mean alone. run/jobs.py prints what lambda weighs beside theirs.)
+    Both terms are means over the supervised rows, the norm also over the vocabulary. The paper
+    writes the norm as a sum, but its lambda of 1.0 (Table 5) goes with a mean: its authors average
+    over all positions, prompt and padding included. We average over the supervised positions,
+    where the value network is used. With `over` "all" it is every row that is given.
 
-    Returns the loss and {ce, l1, acc, base_ce, base_acc}, the last two being what the base alone would
-    get: 0-dimensional tensors, 0 when no row is supervised. On a GPU the Triton kernel below computes
-    it, float64 aside, also under --plain: to change the formula there, `combine` in it included, set loss_terms to plain_loss.
+    Returns the loss and {ce, l1, acc, base_ce, base_acc}, the last two being what the base alone
+    would get: 0-dimensional tensors, 0 when no row is supervised. `kernel_loss` at the end of this
+    file computes the same on a GPU.
     """
-    z_base = z_base.detach().flatten(0, -2)  # (N, Vb)
-    z_delta = z_delta.flatten(0, -2)  # (N, Vv)
-    labels = labels.flatten()  # (N,)
-    count = (
-        (labels != -100).sum().clamp(min=1)
-    )  # a tensor: to ask a GPU for its number would make it wait
-    loss_terms = kernel_loss if kernel_runs_on(z_base, z_delta) else plain_loss
-    ce, norm, metrics = loss_terms(z_base, z_delta, labels, count)
-    if over == "all":
-        norm = at_least_float(z_delta).abs().mean()
-        metrics["l1"] = norm.detach()
-    return ce + l1 * norm if l1 else ce, metrics  # without lambda the norm needs no gradient
-
-
-def plain_loss(
-    z_base: Tensor, z_delta: Tensor, labels: Tensor, count: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The two terms of ivl_loss and its metrics, of (N, Vb), (N, Vv), and (N,) with -100 allowed; `count` of the labels are not."""
-    supervised = labels != -100
-    z_base, z_delta = (
-        at_least_float(z_base[supervised]),
-        at_least_float(z_delta[supervised]),
-    )  # N counts these rows from here
-    labels = labels[supervised]
+    supervised = labels != -100  # (...), N of them
+    count = supervised.sum().clamp(min=1)  # a tensor: asking a GPU for its number makes it wait
+    norm_of_all = at_least_float(z_delta).abs().mean() if over == "all" else None
+    z_base = at_least_float(z_base.detach()[supervised])  # (N, Vb)
+    z_delta = at_least_float(z_delta[supervised])  # (N, Vv)
+    labels = labels[supervised]  # (N,)
     if ((labels < 0) | (labels >= z_base.shape[-1])).any():
         raise ValueError(f"a label outside 0..{z_base.shape[-1] - 1}, the vocabulary of the base")
 
     z_post = combine(z_base, z_delta)  # (N, Vb), Eq. (3)
     ce = F.cross_entropy(z_post, labels, reduction="sum") / count  # Eq. (4)
-    norm = z_delta.abs().mean(-1).sum() / count  # Section 4.2.1
+    norm = z_delta.abs().mean(-1).sum() / count if norm_of_all is None else norm_of_all
     # What to print. Of equal logits max takes the first, as argmax does, and is faster on a CPU.
     metrics = {
         "ce": ce.detach(),
@@ -104,31 +86,31 @@ def plain_loss(
         "base_ce": F.cross_entropy(z_base, labels, reduction="sum") / count,
         "base_acc": (z_base.max(-1).indices == labels).sum() / count,
     }
-    return ce, norm, metrics
+    return (ce + l1 * norm if l1 else ce), metrics  # without lambda the norm needs no gradient
 
 
-def pairwise_loss(
-    z_base: Tensor, z_delta: Tensor, labels: Tensor, beta: float = 0.1
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Section 3.1's "pairwise optimization", in the form of DPO: -log sigmoid(r(chosen) - r(rejected)), the mean over pairs.
+def pairwise_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, beta: float = 0.1) -> Loss:
+    """Section 3.1's "pairwise optimization", as DPO: mean of -log sigmoid(r(chosen) - r(rejected)).
 
-    z_base (2P, T, Vb), z_delta (2P, T, Vv), labels (2P, T) as in ivl_loss: P pairs, their answers chosen, rejected, chosen,
-    ... An answer's reward r is beta * (log p_post - log p_base), summed over its tokens, not averaged. DPO's policy is
-    z_post; the reference, for which it keeps a second model, is z_base, which is computed anyway. For a token y after a text s
+    z_base (2P, T, Vb), z_delta (2P, T, Vv), labels (2P, T) as in ivl_loss: P pairs, whose answers
+    stand chosen, rejected, chosen, ... An answer's reward r is beta * (log p_post - log p_base),
+    summed over its tokens, not averaged. DPO's policy is z_post. Its reference, for which DPO keeps
+    a second model, is z_base, which is computed anyway. For a token y after a text s
 
-        log p_post(y) - log p_base(y) = z_delta(y) - V(s),    V(s) = log of the mean of exp z_delta under p_base.
+        log p_post(y) - log p_base(y) = z_delta(y) - V(s),
+        V(s) = log of the mean of exp z_delta under p_base.
 
-    So z_delta is an action value Q(s, y); subtracting the state value V(s) leaves an advantage, and beta times the sum of
-    advantages over an answer is its implicit reward (Rafailov et al., 2024, as Section 2 cites it).
+    So z_delta is an action value Q(s, y); subtracting the state value V(s) leaves an advantage. beta
+    times the sum of an answer's advantages is its implicit reward (Rafailov et al., 2024, which
+    Section 2 cites).
 
-    Returns the loss and {acc, margin}: the share of pairs whose chosen answer has the greater reward, and by how much on
-    average. A pair whose chosen answer has no label is left out: such pairs only pad the parts of several processes.
+    Returns the loss and {acc, margin}: the share of pairs whose chosen answer has the greater
+    reward, and by how much on average. A pair whose chosen answer has no label is left out: such
+    pairs only pad the parts of several processes.
     """
     supervised = labels != -100  # (2P, T), N of them
-    z_base, z_delta = (
-        at_least_float(z_base.detach()[supervised]),
-        at_least_float(z_delta[supervised]),
-    )
+    z_base = at_least_float(z_base.detach()[supervised])  # (N, Vb)
+    z_delta = at_least_float(z_delta[supervised])  # (N, Vv)
     z_post = combine(z_base, z_delta)  # (N, Vb), Eq. (3)
     # log p_post - log p_base of each token; a cross-entropy is -log p
     log_ratio = F.cross_entropy(z_base, labels[supervised], reduction="none")  # (N,)
@@ -144,31 +126,32 @@ def pairwise_loss(
 
 def distillation_loss(
     z_base: Tensor, z_delta: Tensor, z_teacher: Tensor, labels: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Section 3.1's "KL-based teacher-student distillation": KL(p_teacher || p_post), the mean over the supervised rows.
+) -> Loss:
+    """Section 3.1's "KL-based teacher-student distillation": mean of KL(p_teacher || p_post).
 
-    z_base (..., Vb), z_delta (..., Vv), z_teacher (..., Vt); labels (...) only say which rows count, those that are not -100.
-    Logits are divided by the temperature, and the loss multiplied by its square, which keeps the gradient's size. One
-    vocabulary extends the other; tokens that base or teacher lacks are left out of both softmaxes.
+    z_base (..., Vb), z_delta (..., Vv), z_teacher (..., Vt). labels (...) only say which rows count:
+    those that are not -100. Logits are divided by the temperature, and the loss multiplied by its
+    square, which keeps the gradient's size. One vocabulary extends the other; tokens that base or
+    teacher lacks are left out of both softmaxes.
 
-    Returns the loss and {kl, base_kl, ce}: the KL at this temperature in nats, without that square; the same for z_base
-    alone; and the cross-entropy of the labels at temperature 1, as in ivl_loss.
+    Returns the loss and {kl, base_kl, ce}: the KL at this temperature in nats, without that square;
+    the same for z_base alone; and the cross-entropy of the labels at temperature 1, as in ivl_loss.
     """
-    supervised = labels.flatten() != -100
+    supervised = labels != -100  # (...), N of them
     count = max(1, int(supervised.sum()))
-    z_base, z_delta, z_teacher = [
-        at_least_float(z.flatten(0, -2)[supervised]) for z in (z_base, z_delta, z_teacher)
-    ]
-    z_post = combine(z_base, z_delta)  # (N, Vb), Eq. (3)
-    both = min(z_post.shape[-1], z_teacher.shape[-1])
-    logits = (z_post, z_base.detach(), z_teacher.detach())
-    log_post, log_base, log_teacher = [
-        F.log_softmax(z[:, :both] / temperature, -1) for z in logits
-    ]  # (N, V)
+    z_base = at_least_float(z_base.detach()[supervised])  # (N, Vb)
+    z_teacher = at_least_float(z_teacher.detach()[supervised])  # (N, Vt)
+    z_post = combine(z_base, at_least_float(z_delta[supervised]))  # (N, Vb), Eq. (3)
+    V = min(z_base.shape[-1], z_teacher.shape[-1])  # tokens that both have
+
+    def log_p(z: Tensor) -> Tensor:
+        return F.log_softmax(z[:, :V] / temperature, dim=-1)  # (N, V)
+
+    log_teacher = log_p(z_teacher)
     p_teacher = log_teacher.exp()
-    kl = (p_teacher * (log_teacher - log_post)).sum() / count
-    base_kl = (p_teacher * (log_teacher - log_base)).sum() / count
-    ce = F.cross_entropy(z_post.detach(), labels.flatten()[supervised], reduction="sum") / count
+    kl = (p_teacher * (log_teacher - log_p(z_post))).sum() / count
+    base_kl = (p_teacher * (log_teacher - log_p(z_base))).sum() / count
+    ce = F.cross_entropy(z_post.detach(), labels[supervised], reduction="sum") / count
     return temperature**2 * kl, {"kl": kl.detach(), "base_kl": base_kl, "ce": ce}
 
 
@@ -177,17 +160,196 @@ def at_least_float(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# What can make a z_delta
+
+
+class ValueModel(nn.Module):
+    """A value network: a Llama or, in one scheme, a probe, whose output is read as z_delta.
+
+    The schemes differ in what the network reads (Section 4.1, Figure 3a, Appendix A):
+    residual   the text, so z_delta does not depend on the base
+    cascade    at each position the base's prediction: the mean embedding by its probabilities
+    cascade+   that plus the embedding of the token at the position
+    probe      the base's logits at the position, and nothing before it
+
+    `info` is what ivl.json holds: scheme, l1, template, bases, data, seed, steps, the tokenizer's
+    size and fingerprint; where there is one, a probe's width, a system prompt, another loss.
+    `llamas` need a KV cache while decoding.
+    """
+
+    def __init__(self, network: "Llama | Probe", info: dict | None = None):
+        super().__init__()
+        self.network = network
+        self.info = {"scheme": "residual"} | (info or {})
+        self.scheme = self.info["scheme"]
+        self.llamas = [network] if isinstance(network, Llama) else []
+
+    @property
+    def vocab_size(self) -> int:
+        """Vv, the number of logits."""
+        return self.network.config.vocab_size if self.llamas else self.network.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    def forward(
+        self, tokens: Tensor, base_logits: Tensor | None = None, caches: list[KVCache] | None = None
+    ) -> Tensor:
+        """Eq. (2): tokens (B, T), and unless residual the base's logits (B, T, Vb) -> (B, T, Vv).
+
+        `caches` holds a KVCache for each of `llamas`.
+        """
+        own_cache = caches[0] if caches else None
+        if self.scheme == "residual":
+            return self.network(tokens, own_cache)
+        if base_logits is None:
+            raise ValueError(f"scheme {self.scheme} reads the base's logits")
+        if self.scheme == "probe":
+            return self.network(base_logits)
+        return self.network(cache=own_cache, embeds=self.embeds(tokens, base_logits))
+
+    def embeds(self, tokens: Tensor, base_logits: Tensor) -> Tensor:
+        """What a cascade reads, p_base W_e of Section 4.1; in cascade+ also h_embed. -> (..., D)
+
+        base_logits are (..., Vb). W_e is the value network's own embedding. Base tokens that it
+        lacks are left out of the softmax.
+        """
+        table = self.network.model.embed_tokens.weight  # (Vv, D)
+        known = min(len(table), base_logits.shape[-1])
+        p_base = F.softmax(base_logits.detach()[..., :known].float(), dim=-1)  # (..., known)
+        embeds = p_base.to(table.dtype) @ table[:known]  # (..., D)
+        embeds = embeds.to(table.dtype)  # autocast leaves bf16, in which all layers would go on
+        if self.scheme == "cascade+":
+            embeds = embeds + self.network.model.embed_tokens(tokens)
+        return embeds
+
+    def loss(
+        self, base: Llama, tokens: Tensor, labels: Tensor, l1: float = 0.0, over: str = "supervised"
+    ) -> Loss:
+        """What ivl_loss returns, of tokens (B, T) and labels (B, T) on a frozen base."""
+        with torch.no_grad():
+            z_base = base(tokens)  # (B, T, Vb), Eq. (1)
+        z_delta = self(tokens, z_base)  # (B, T, Vv), Eq. (2)
+        return ivl_loss(z_base, z_delta, labels, l1, over)  # Eq. (4)
+
+    def pair_loss(self, base: Llama, tokens: Tensor, labels: Tensor, beta: float = 0.1) -> Loss:
+        """What pairwise_loss returns, of tokens and labels (2P, T), rows chosen, rejected, ...
+
+        z_base is DPO's reference, also where training goes on from a value network.
+        """
+        with torch.no_grad():
+            z_base = base(tokens)  # (2P, T, Vb)
+        return pairwise_loss(z_base, self(tokens, z_base), labels, beta)
+
+    def teacher_loss(
+        self, base: Llama, tokens: Tensor, labels: Tensor, teacher: Llama, temperature: float = 1.0
+    ) -> Loss:
+        """What distillation_loss returns, of tokens and labels (B, T), with a teacher's logits."""
+        with torch.no_grad():
+            z_base, z_teacher = base(tokens), teacher(tokens)  # (B, T, Vb), (B, T, Vt)
+        return distillation_loss(z_base, self(tokens, z_base), z_teacher, labels, temperature)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
+    ) -> "ValueModel":
+        """Load a folder that save_pretrained wrote; UsageError when it is no value network."""
+        info = read_value_info(path, SCHEMES)
+        if info["scheme"] != "probe":
+            return cls(Llama.from_pretrained(path, dtype, device), info)
+        with torch.device("meta"):
+            probe = Probe(info["tokenizer"]["size"], info["probe_width"])
+        load_weights(probe, Path(path), False, dtype, device)
+        return cls(probe, info)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write an ordinary checkpoint (of a probe, model.safetensors alone), and ivl.json."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        if self.llamas:
+            self.network.save_pretrained(path)
+        else:
+            weights = self.network.state_dict()
+            save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "ivl.json").write_text(json.dumps(self.info, indent=2) + "\n")
+
+
+class Probe(nn.Module):
+    """Appendix A.1: Llama's MLP, with biases, from the base's logits to z_delta.
+
+    It never sees the text. The printed formula misplaces a bracket: down(silu(gate(x)) * up(x)) is
+    meant. It starts at z_delta = 0. The paper does not give the inner width; as wide as Llama-2's
+    vocabulary of 32000 it would have 3 billion weights.
+    """
+
+    def __init__(self, vocab_size: int, width: int):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.gate_proj = nn.Linear(vocab_size, width)
+        self.up_proj = nn.Linear(vocab_size, width)
+        self.down_proj = nn.Linear(width, vocab_size)
+        nn.init.zeros_(self.down_proj.weight)
+        nn.init.zeros_(self.down_proj.bias)
+
+    def forward(self, base_logits: Tensor) -> Tensor:
+        """base_logits (..., Vb) -> z_delta (..., Vv). Columns beyond Vv are not read.
+
+        ValueError if Vb < Vv.
+        """
+        Vb = base_logits.shape[-1]
+        if Vb < self.vocab_size:
+            raise ValueError(f"a probe of {self.vocab_size} logits on a base of {Vb}")
+        x = base_logits[..., : self.vocab_size].detach()
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    @property
+    def device(self) -> torch.device:
+        return self.down_proj.weight.device
+
+
+class ProxyDelta(nn.Module):
+    """Proxy tuning (Section 2, Table 4): z_delta = z_expert - z_anti_expert.
+
+    Both are one small model, tuned and untuned. It takes a model that was post-trained already, and
+    costs one more forward pass a token than a value network. It has what decoding uses of a
+    ValueModel.
+    """
+
+    scheme = "residual"  # it reads the text alone
+
+    def __init__(self, expert: Llama, anti_expert: Llama):
+        super().__init__()
+        self.expert, self.anti_expert = expert, anti_expert
+        self.llamas = [expert, anti_expert]
+        self.vocab_size = min(llama.config.vocab_size for llama in self.llamas)  # Vv: of both
+
+    @property
+    def device(self) -> torch.device:
+        return self.expert.device
+
+    def forward(
+        self, tokens: Tensor, base_logits: Tensor | None = None, caches: list[KVCache] | None = None
+    ) -> Tensor:
+        """tokens (B, T) -> z_delta (B, T, Vv)."""
+        expert_cache, anti_cache = caches or (None, None)
+        z_expert = self.expert(tokens, expert_cache)[..., : self.vocab_size]
+        z_anti_expert = self.anti_expert(tokens, anti_cache)[..., : self.vocab_size]
+        return z_expert - z_anti_expert
+
+
+# --------------------------------------------------------------------------------------------------
 # The same loss as a Triton kernel
 #
-# A GPU spends the loss on waiting for memory: eager PyTorch moves 66 to 78 bytes per pair of bf16 logits
-# (z_base, z_delta), the kernel 10. It reads every pair on the way forward and again on the way back
-# (4 + 4 bytes), and writes a gradient (2).
+# A GPU spends the loss on waiting for memory: eager PyTorch moves 66 to 78 bytes per pair of bf16
+# logits (z_base, z_delta), the kernel 10. It reads every pair on the way forward and again on the
+# way back (4 + 4 bytes), and writes a gradient (2).
 #
-# How to read Triton: the body runs once for every "program", here one per row, all at the same time. A
-# variable is a number, or a block of BLOCK numbers that the threads of a program hold between them. A
-# pointer plus a block of offsets is a block of addresses; `mask` says which of them exist, `other` what to
-# read for those that don't.
+# How to read Triton: the body runs once for every "program", here one per row, all at the same
+# time. A variable is a number, or a block of BLOCK numbers that the threads of a program hold
+# between them. A pointer plus a block of offsets is a block of addresses; `mask` says which of them
+# exist, `other` what to read for those that don't.
 
 STATS = 7  # numbers that the way forward keeps of a row: the five metrics, top and log of z_post
 
@@ -195,14 +357,20 @@ if triton is not None:
 
     @triton.jit
     def add_exp(top, total, z):
-        """(top, total) with one more z, in each lane of a block: the largest z that the lane has seen, and the sum of
-        exp(z - top), whose logarithm never overflows. If z is the new top, the total shrinks by exp(old top - z)."""
+        """(top, total) with one more z, in each lane of a block.
+
+        top is the largest z that the lane has seen, total the sum of exp(z - top), whose logarithm
+        never overflows. If z is the new top, the total shrinks by exp(old top - z).
+        """
         smaller = tl.exp(-tl.abs(z - top))
         return tl.maximum(top, z), tl.where(z > top, total * smaller + 1.0, total + smaller)
 
     @triton.jit
     def add_lanes(top, total):
-        """The lanes put together: the largest z of all, and log(sum(exp(z))) less that. Not added up: the logarithm would lose its digits."""
+        """The lanes put together: the largest z of all, and log(sum(exp(z))) less that.
+
+        The two are not added up, as the logarithm would lose its digits.
+        """
         highest = tl.max(top, 0)
         return highest, tl.log(tl.sum(total * tl.exp(top - highest), 0))
 
@@ -223,9 +391,7 @@ if triton is not None:
 
         The first four are pointers; a stride is how many numbers there are from one row to the next.
         """
-        row = tl.program_id(0).to(
-            tl.int64
-        )  # row * stride passes 2^31 soon: 16745 rows of 128256 logits
+        row = tl.program_id(0).to(tl.int64)  # 16745 rows of 128256 logits pass 2^31
         z_base += row * base_stride
         z_delta += row * delta_stride
         stats += row * 7
@@ -235,41 +401,35 @@ if triton is not None:
             tl.store(stats + columns, tl.zeros([BLOCK], tl.float32), mask=columns < 7)
             return
 
-        # The label's own logits. They win if all others are smaller, or as large and behind. A label that the base has not makes
-        # loss and gradient of its row no number.
+        # The label's own logits. They win if all others are smaller, or as large and behind. A label
+        # that the base has not makes loss and gradient of its row no number.
         known = (0 <= label) & (label < Vb)
         base_label = tl.load(z_base + label, mask=known, other=float("nan")).to(tl.float32)
-        post_label = base_label + tl.load(z_delta + label, mask=known & (label < Vv), other=0.0).to(
-            tl.float32
-        )
+        delta_label = tl.load(z_delta + label, mask=known & (label < Vv), other=0.0).to(tl.float32)
+        post_label = base_label + delta_label
 
-        # Every lane of a block adds up its own columns; the lanes are added up at the end. The lowest number and not -inf:
-        # -inf - -inf is no number.
-        lowest, nothing = (
-            tl.full([BLOCK], -3.4028234663852886e38, tl.float32),
-            tl.zeros([BLOCK], tl.float32),
-        )
+        # Every lane of a block adds up its own columns. The lanes are added up at the end. The
+        # lowest number and not -inf: -inf - -inf is no number.
+        lowest = tl.full([BLOCK], -3.4028234663852886e38, tl.float32)
+        nothing = tl.zeros([BLOCK], tl.float32)
         post_top, post_total, post_beaten = lowest, nothing, tl.zeros([BLOCK], tl.int32)
         base_top, base_total, base_beaten = lowest, nothing, tl.zeros([BLOCK], tl.int32)
         size = tl.zeros([BLOCK], tl.float32)  # of |z_delta|
         for block in tl.range(0, tl.cdiv(tl.maximum(Vb, Vv), BLOCK), num_stages=STAGES):
             column = block * BLOCK + columns
-            delta = tl.load(z_delta + column, mask=column < Vv, other=0.0).to(
-                tl.float32
-            )  # 0 beyond Vv, Eq. (3)
+            # 0 beyond Vv, Eq. (3)
+            delta = tl.load(z_delta + column, mask=column < Vv, other=0.0).to(tl.float32)
             base = tl.load(z_base + column, mask=column < Vb, other=-float("inf")).to(tl.float32)
             post = base + delta  # Eq. (3); -inf beyond Vb, so that exp makes it 0
             size += tl.abs(delta)
 
             post_top, post_total = add_exp(post_top, post_total, post)
             # "not less" and not "greater": what is no number beats the label, and then acc is 0
-            post_beaten |= 1 - (
-                (post < post_label) | ((post == post_label) & (column >= label))
-            ).to(tl.int32)
+            post_loses = (post < post_label) | ((post == post_label) & (column >= label))
+            post_beaten |= 1 - post_loses.to(tl.int32)
             base_top, base_total = add_exp(base_top, base_total, base)
-            base_beaten |= 1 - (
-                (base < base_label) | ((base == base_label) & (column >= label))
-            ).to(tl.int32)
+            base_loses = (base < base_label) | ((base == base_label) & (column >= label))
+            base_beaten |= 1 - base_loses.to(tl.int32)
         post_top, post_log = add_lanes(post_top, post_total)
         base_top, base_log = add_lanes(base_top, base_total)
         tl.store(stats, post_top - post_label + post_log)  # the cross-entropy, Eq. (4)
@@ -298,7 +458,8 @@ if triton is not None:
     ):
         """One row's gradient for z_delta: softmax(z_post) less the label, and the sign of z_delta.
 
-        d_ce and d_norm point at one number each: the gradients of a row's cross-entropy and of one |z_delta|.
+        d_ce and d_norm point at one number each: the gradients of a row's cross-entropy and of one
+        |z_delta|.
         """
         row = tl.program_id(0).to(tl.int64)
         z_base += row * base_stride
@@ -325,8 +486,9 @@ if triton is not None:
             tl.store(gradient + column, slope + sign * norm_scale, mask=column < Vv)
 
 
-# Columns at a time; threads / 32 of a program, so that each thread has 8 columns, 16 bytes of bf16; and blocks
-# under way at once: while one is added up, the next three are already being fetched. bench/sweep.py tries others.
+# Columns at a time; threads / 32 of a program, so that each thread has 8 columns, 16 bytes of bf16;
+# and blocks under way at once: while one is added up, the next three are already being fetched.
+# bench/sweep.py tries others.
 BLOCK, WARPS, STAGES = 1024, 4, 4
 
 
@@ -340,12 +502,18 @@ def kernel_runs_on(z_base: Tensor, z_delta: Tensor) -> bool:
     )
 
 
-def kernel_loss(
-    z_base: Tensor, z_delta: Tensor, labels: Tensor, count: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The two terms of ivl_loss and its metrics by the kernel, of (N, Vb), (N, Vv), and (N,) with -100 allowed."""
-    ce, norm, stats = KernelLoss.apply(z_base, z_delta, labels.contiguous(), count)
-    return ce, norm, dict(zip(["ce", "l1", "acc", "base_ce", "base_acc"], stats))
+def kernel_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0) -> Loss:
+    """ivl_loss by the kernel, with the norm over supervised rows. A wrong label makes the loss NaN.
+
+    fast/loss.py takes it where `kernel_runs_on` says so; tests/interpreted_kernel.py compares them.
+    """
+    z_base = z_base.detach().flatten(0, -2)  # (N, Vb)
+    z_delta = z_delta.flatten(0, -2)  # (N, Vv)
+    labels = labels.flatten().contiguous()  # (N,)
+    count = (labels != -100).sum().clamp(min=1)
+    ce, norm, stats = KernelLoss.apply(z_base, z_delta, labels, count)
+    metrics = dict(zip(["ce", "l1", "acc", "base_ce", "base_acc"], stats))
+    return (ce + l1 * norm if l1 else ce), metrics
 
 
 class KernelLoss(torch.autograd.Function):
@@ -405,184 +573,3 @@ class KernelLoss(torch.autograd.Function):
                 num_warps=WARPS,
             )
         return None, gradient, None, None
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What can make a z_delta
-
-
-class ValueModel(nn.Module):
-    """A value network: a Llama or, in one scheme, a probe, whose output is read as z_delta.
-
-    The schemes differ in what the network reads (Section 4.1, Figure 3a, Appendix A):
-    residual   the text, so z_delta does not depend on the base
-    cascade    at each position, what the base predicts there: the mean embedding by its probabilities
-    cascade+   that plus the embedding of the token at the position
-    probe      the base's logits at the position, and nothing before it
-
-    `info` is what ivl.json holds: scheme, l1, template, bases, data, seed, steps, the tokenizer's size and fingerprint;
-    where there is one, a probe's width, a system prompt, another loss. `llamas` need a KV cache while decoding.
-    """
-
-    def __init__(self, network: "Llama | Probe", info: dict | None = None):
-        super().__init__()
-        self.network = network
-        self.info = {"scheme": "residual"} | (info or {})
-        self.scheme = self.info["scheme"]
-        self.llamas = [network] if isinstance(network, Llama) else []
-
-    @property
-    def vocab_size(self) -> int:
-        """Vv, the number of logits."""
-        return self.network.config.vocab_size if self.llamas else self.network.vocab_size
-
-    @property
-    def device(self) -> torch.device:
-        return self.network.device
-
-    def forward(
-        self, tokens: Tensor, base_logits: Tensor | None = None, caches: list[KVCache] | None = None
-    ) -> Tensor:
-        """Eq. (2): tokens (B, T), and the base's logits (B, T, Vb) unless residual -> z_delta (B, T, Vv).
-
-        `caches` holds a KVCache for each of `llamas`.
-        """
-        own_cache = caches[0] if caches else None
-        if self.scheme == "residual":
-            return self.network(tokens, own_cache)
-        if base_logits is None:
-            raise ValueError(f"scheme {self.scheme} reads the base's logits")
-        if self.scheme == "probe":
-            return self.network(base_logits)
-        return self.network(cache=own_cache, embeds=self.embeds(tokens, base_logits))
-
-    def embeds(self, tokens: Tensor, base_logits: Tensor) -> Tensor:
-        """What a cascade reads: p_base W_e of Section 4.1 and, in cascade+, h_embed. (..., Vb) -> (..., D).
-
-        W_e is the value network's own embedding; base tokens that it lacks are left out of the softmax.
-        """
-        table = self.network.model.embed_tokens.weight  # (Vv, D)
-        known = min(len(table), base_logits.shape[-1])
-        p_base = F.softmax(base_logits.detach()[..., :known].float(), dim=-1)  # (..., known)
-        embeds = (p_base.to(table.dtype) @ table[:known]).to(
-            table.dtype
-        )  # (..., D); autocast would leave it in bf16, and all layers
-        if self.scheme == "cascade+":
-            embeds = embeds + self.network.model.embed_tokens(tokens)
-        return embeds
-
-    def loss(
-        self, base: Llama, tokens: Tensor, labels: Tensor, l1: float = 0.0, over: str = "supervised"
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What ivl_loss returns, of tokens (B, T) and labels (B, T) on a frozen base."""
-        with torch.no_grad():
-            z_base = base(tokens)  # (B, T, Vb), Eq. (1)
-        z_delta = self(tokens, z_base)  # (B, T, Vv), Eq. (2)
-        return ivl_loss(z_base, z_delta, labels, l1, over)  # Eq. (4)
-
-    def pair_loss(
-        self, base: Llama, tokens: Tensor, labels: Tensor, beta: float = 0.1
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What pairwise_loss returns, of tokens (2P, T) and labels (2P, T), rows chosen, rejected, chosen, ..."""
-        with torch.no_grad():
-            z_base = base(
-                tokens
-            )  # (2P, T, Vb): the reference, also where training goes on from a value network
-        return pairwise_loss(z_base, self(tokens, z_base), labels, beta)
-
-    def teacher_loss(
-        self, base: Llama, tokens: Tensor, labels: Tensor, teacher: Llama, temperature: float = 1.0
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What distillation_loss returns, of tokens (B, T) and labels (B, T), with any teacher of the vocabulary."""
-        with torch.no_grad():
-            z_base, z_teacher = base(tokens), teacher(tokens)  # (B, T, Vb), (B, T, Vt)
-        return distillation_loss(z_base, self(tokens, z_base), z_teacher, labels, temperature)
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
-    ) -> "ValueModel":
-        """Load a folder that save_pretrained wrote; raises UsageError when it is no value network."""
-        info = read_value_info(path, SCHEMES)
-        if info["scheme"] != "probe":
-            return cls(Llama.from_pretrained(path, dtype, device), info)
-        with torch.device("meta"):
-            probe = Probe(info["tokenizer"]["size"], info["probe_width"])
-        load_weights(probe, Path(path), False, dtype, device)
-        return cls(probe, info)
-
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write ivl.json beside an ordinary Llama checkpoint or, for a probe, a model.safetensors alone."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        if self.llamas:
-            self.network.save_pretrained(path)
-        else:
-            tensors = {
-                name: tensor.detach().contiguous()
-                for name, tensor in self.network.state_dict().items()
-            }
-            save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-        (path / "ivl.json").write_text(json.dumps(self.info, indent=2) + "\n")
-
-
-class Probe(nn.Module):
-    """Appendix A.1: Llama's MLP, with biases, from the base's logits to z_delta; it never sees the text.
-
-    The printed formula misplaces a bracket: down(silu(gate(x)) * up(x)) is meant. It starts at
-    z_delta = 0. The paper does not give the inner width; as wide as Llama-2's vocabulary of 32000 it
-    would have 3 billion weights.
-    """
-
-    def __init__(self, vocab_size: int, width: int):
-        super().__init__()
-        self.vocab_size = vocab_size
-        self.gate_proj = nn.Linear(vocab_size, width)
-        self.up_proj = nn.Linear(vocab_size, width)
-        self.down_proj = nn.Linear(width, vocab_size)
-        nn.init.zeros_(self.down_proj.weight)
-        nn.init.zeros_(self.down_proj.bias)
-
-    def forward(self, base_logits: Tensor) -> Tensor:
-        """base_logits (..., Vb) -> z_delta (..., Vv). Base columns beyond Vv are not read; ValueError if Vb < Vv."""
-        if base_logits.shape[-1] < self.vocab_size:
-            raise ValueError(
-                f"a probe of {self.vocab_size} logits on a base of {base_logits.shape[-1]}"
-            )
-        x = base_logits[..., : self.vocab_size].detach()
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-    @property
-    def device(self) -> torch.device:
-        return self.down_proj.weight.device
-
-
-class ProxyDelta(nn.Module):
-    """Proxy tuning (Section 2, Table 4): z_delta = z_expert - z_anti_expert, of a small model tuned and untuned.
-
-    It takes a small model that was post-trained already, and it costs one more forward pass a token than a value network.
-    It has what decoding uses of a ValueModel.
-    """
-
-    scheme = "residual"  # it reads the text alone
-
-    def __init__(self, expert: Llama, anti_expert: Llama):
-        super().__init__()
-        self.expert, self.anti_expert = expert, anti_expert
-        self.llamas = [expert, anti_expert]
-        self.vocab_size = min(
-            llama.config.vocab_size for llama in self.llamas
-        )  # Vv: what both know
-
-    @property
-    def device(self) -> torch.device:
-        return self.expert.device
-
-    def forward(
-        self, tokens: Tensor, base_logits: Tensor | None = None, caches: list[KVCache] | None = None
-    ) -> Tensor:
-        """tokens (B, T) -> z_delta (B, T, Vv)."""
-        expert_cache, anti_cache = caches or (None, None)
-        z_expert = self.expert(tokens, expert_cache)[..., : self.vocab_size]
-        z_anti_expert = self.anti_expert(tokens, anti_cache)[..., : self.vocab_size]
-        return z_expert - z_anti_expert

@@ -2,14 +2,16 @@
 
     python train.py --fast        # on tiny networks, too; checkpoints take it by themselves
 
-`value_loss` replaces ValueModel.loss in ivl.py, `teacher_loss` ValueModel.teacher_loss, `language_loss` the one
-in train.py. They give the same loss, metrics and gradients, says tests/test_loss.py. The first two call ivl_loss and
-distillation_loss for each chunk of rows, so what you change in those formulas changes here too. Pairs have no twin:
-the loss of a pair is no mean over its rows.
+`value_loss` replaces ValueModel.loss in ivl.py, `teacher_loss` ValueModel.teacher_loss,
+`language_loss` the one in train.py. They give the same loss, metrics and gradients, says
+tests/test_loss.py. The first two call ivl_loss and distillation_loss for each chunk of rows, so what
+you change in those formulas changes here too; on a GPU the kernel of ivl.py takes ivl_loss's place.
+Pairs have no faster version: the loss of a pair is no mean over its rows.
 
-4096 tokens of two networks with 32000 logits are 1 GB in fp32, and the plain loss makes, without the kernel, five
-or more tensors of that size on its way. Here one chunk's logits are made, the loss is taken and differentiated,
-and they are forgotten: what remains is the gradient for the hidden states and for the head.
+4096 tokens of two networks with 32000 logits are 1 GB in fp32, and the plain loss makes five or more
+tensors of that size on its way. Here one chunk's logits are made, the loss is taken and
+differentiated, and they are forgotten. What remains is the gradient for the hidden states and for
+the head.
 """
 
 from collections.abc import Callable
@@ -18,10 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ivl import ValueModel, at_least_float, distillation_loss, ivl_loss
+from ivl import (
+    Loss,
+    ValueModel,
+    at_least_float,
+    distillation_loss,
+    ivl_loss,
+    kernel_loss,
+    kernel_runs_on,
+)
 from model import Llama
-
-Loss = tuple[Tensor, dict[str, Tensor]]
 
 # Logits of a chunk. On a GPU each chunk costs a pass over the head's gradient, so it has many rows: 2097 of
 # 32000 logits, 128 MB in bf16. On a CPU it has as few as keep the matrix products fast, but never under 64.
@@ -36,9 +44,15 @@ def value_loss(
     labels = labels[supervised]  # (N,)
 
     def loss_of(z_base: Tensor, z_delta: Tensor, rows: slice) -> Loss:
-        return ivl_loss(z_base, z_delta, labels[rows], l1)
+        return faster_ivl_loss(z_base, z_delta, labels[rows], l1)
 
     return of_supervised(value, base, tokens, supervised, loss_of)
+
+
+def faster_ivl_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float = 0.0) -> Loss:
+    """ivl_loss, by the Triton kernel where that runs."""
+    loss = kernel_loss if kernel_runs_on(z_base, z_delta) else ivl_loss
+    return loss(z_base, z_delta, labels, l1)
 
 
 def teacher_loss(
@@ -121,7 +135,7 @@ def value_loss_from_hidden(
     """ivl_loss of h_base @ W_base^T and h_value @ W_value^T: (N, Db), (Vb, Db), (N, Dv), (Vv, Dv), labels (N,)."""
 
     def loss_of(z_base: Tensor, z_delta: Tensor, rows: slice) -> Loss:
-        return ivl_loss(z_base, z_delta, labels[rows], l1)
+        return faster_ivl_loss(z_base, z_delta, labels[rows], l1)
 
     return with_base(h_base, W_base, h_value, W_value, loss_of, chunk)
 

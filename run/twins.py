@@ -2,8 +2,7 @@
 
     python train.py --fast        python sample.py --plain        python sample.py --compile
 
-Tiny networks take the plain way, on any device: what a student edits is what runs (but for ivl_loss
-on a GPU, as its docstring says). Checkpoints take the fast one. --plain, --fast and, where decoding, --compile
+Tiny networks take the plain way, on any device: what a student edits is what runs. Checkpoints take the fast one. --plain, --fast and, where decoding, --compile
 decide otherwise. What was chosen is printed, with the reason. Where fast/ has been deleted, everything is plain.
 """
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fast.loss
-from ivl import SCHEMES, ValueModel, ivl_loss, kernel_loss, kernel_runs_on
+from ivl import SCHEMES, KernelLoss, ValueModel, ivl_loss, kernel_loss, kernel_runs_on
 from tests.helpers import small, value_network
 
 # Half a unit in the last place, and for bfloat16 a whole one: the interpreter cuts bits off where a GPU rounds.
@@ -33,11 +33,11 @@ def on_the_device():
 
 
 def assert_exact(z_base: Tensor, z_delta: Tensor, labels: Tensor, l1: float) -> None:
-    """ivl_loss by the kernel: loss, metrics and gradient are those of float64, but for the rounding of one number."""
+    """kernel_loss: loss, metrics and gradient are those of float64, but for the rounding of one number."""
     assert kernel_runs_on(z_base, z_delta)
     before = [z_base.clone(), z_delta.clone()]
     ours, exact = z_delta.detach().requires_grad_(), z_delta.detach().double().requires_grad_()
-    loss, metrics = ivl_loss(z_base, ours, labels, l1)
+    loss, metrics = kernel_loss(z_base, ours, labels, l1)
     assert not kernel_runs_on(z_base.double(), exact)
     exact_loss, exact_metrics = ivl_loss(z_base.double(), exact, labels, l1)
     (3 * loss).backward(), (3 * exact_loss).backward()
@@ -125,7 +125,7 @@ def test_of_equal_logits_the_first_is_the_arg_max(label, right, dtype):
     z_base[0, [3, 4, 2500]] = 8.0
     z_delta[0, 7] = 8.0
     assert_exact(z_base, z_delta, torch.tensor([label]), 0.1)
-    _, metrics = ivl_loss(z_base, z_delta, torch.tensor([label]))
+    _, metrics = kernel_loss(z_base, z_delta, torch.tensor([label]))
     assert metrics["acc"].item() == metrics["base_acc"].item() == right
 
 
@@ -140,7 +140,7 @@ def test_huge_logits(dtype, huge):
     z_base[0, 2100], z_base[1, 9], z_delta[2] = huge, -huge, z_delta[2] - 500
     z_base[3, 1500:1600] = -torch.inf
     assert_exact(z_base, z_delta, torch.tensor([2100, 8, 7, 1400]), 0.1)
-    loss, metrics = ivl_loss(z_base[:1], z_delta[:1], torch.tensor([5]))
+    loss, metrics = kernel_loss(z_base[:1], z_delta[:1], torch.tensor([5]))
     assert loss.item() == pytest.approx(huge, rel=0.01) and metrics[
         "base_ce"
     ].item() == pytest.approx(huge, rel=0.01)
@@ -155,8 +155,8 @@ def test_the_norms_gradient_survives_where_fp16_cannot_hold_it_alone():
     )
     assert_exact(z_base, z_delta, labels, 1e-3)
     found = []
-    for z in (z_delta, z_delta.double()):
-        ivl_loss(z_base.to(z.dtype), z.requires_grad_(), labels, 1e-3)[0].backward()
+    for loss_of, z in ((kernel_loss, z_delta), (ivl_loss, z_delta.double())):
+        loss_of(z_base.to(z.dtype), z.requires_grad_(), labels, 1e-3)[0].backward()
         found.append(z.grad.half())
     assert (
         found[0] == found[1]
@@ -182,19 +182,19 @@ def test_rows_more_than_2_to_the_31_numbers_apart():
     results = []
     for z_base, z_delta in (near, apart):
         z_delta.requires_grad_()
-        ce, norm, metrics = kernel_loss(
+        ce, norm, metrics = KernelLoss.apply(
             z_base, z_delta, torch.tensor([3, -100, 7]), torch.tensor(2)
         )
         (gradient,) = torch.autograd.grad(ce + 0.5 * norm, z_delta)
         assert gradient.is_contiguous() and gradient[2].any()
-        results.append([ce.detach(), norm.detach(), *metrics.values(), gradient])
+        results.append([ce.detach(), norm.detach(), metrics, gradient])
     assert apart[1].stride() == (stride, 1) and all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_as_many_backward_passes_as_one_likes(dtype):
     z_delta = logits(5, 3000, dtype, 1).requires_grad_()
-    loss, _ = ivl_loss(logits(5, 3000, dtype, 0), z_delta, targets(5, 3000), 0.5)
+    loss, _ = kernel_loss(logits(5, 3000, dtype, 0), z_delta, targets(5, 3000), 0.5)
     first, again, last = [
         torch.autograd.grad(loss, z_delta, retain_graph=keep)[0] for keep in (True, True, False)
     ]
@@ -205,7 +205,7 @@ def test_either_term_can_be_differentiated_by_itself():
     """What autograd makes of a term that is not used is a gradient of 0 for it."""
     z_base, labels, found = logits(5, 300, torch.float32, 0), targets(5, 300), []
     z_delta = logits(5, 300, torch.float32, 1).requires_grad_()
-    ce, norm, _ = kernel_loss(z_base, z_delta, labels, torch.tensor(4))
+    ce, norm, _ = KernelLoss.apply(z_base, z_delta, labels, torch.tensor(4))
     for term in (ce, norm, 2 * ce - 3 * norm):
         found.append(torch.autograd.grad(term, z_delta, retain_graph=True)[0])
     torch.testing.assert_close(2 * found[0] - 3 * found[1], found[2])
@@ -223,7 +223,7 @@ def test_a_label_that_the_base_has_not(label, Vv):
         logits(2, Vv, torch.float32, 1).requires_grad_(),
     )
     z_delta.data[1, 3] = 100.0
-    loss, metrics = ivl_loss(z_base, z_delta, torch.tensor([label, 3]), 0.1)
+    loss, metrics = kernel_loss(z_base, z_delta, torch.tensor([label, 3]), 0.1)
     loss.backward()
     assert loss.isnan() and metrics["l1"].isfinite() and metrics["acc"] == 0.5
     assert z_delta.grad[0].isnan().all() and z_delta.grad[1].isfinite().all()
@@ -232,17 +232,17 @@ def test_a_label_that_the_base_has_not(label, Vv):
 def test_numbers_at_the_end_of_their_range():
     """A row of the smallest numbers is uniform; and without lambda an infinite norm is not in the loss."""
     smallest = torch.full((1, 40), torch.finfo(torch.float32).min)
-    loss, _ = ivl_loss(smallest, torch.zeros(1, 40), torch.tensor([3]))
+    loss, _ = kernel_loss(smallest, torch.zeros(1, 40), torch.tensor([3]))
     torch.testing.assert_close(loss, torch.tensor(40.0).log())
     masked = torch.zeros(1, 40)
     masked[0, 7] = -float("inf")
-    loss, _ = ivl_loss(torch.zeros(1, 40), masked, torch.tensor([3]))
+    loss, _ = kernel_loss(torch.zeros(1, 40), masked, torch.tensor([3]))
     torch.testing.assert_close(loss, torch.tensor(39.0).log())
 
 
 def test_without_a_gradient_nothing_is_kept():
     with torch.no_grad():
-        loss, metrics = ivl_loss(
+        loss, metrics = kernel_loss(
             logits(2, 50, torch.float32, 0),
             logits(2, 50, torch.float32, 1).requires_grad_(),
             torch.tensor([3, 4]),
@@ -279,14 +279,13 @@ def test_chunked_through_the_kernel(l1):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("loss", [ValueModel.loss, fast.loss.value_loss], ids=["plain", "fast"])
-def test_training_every_scheme_through_the_kernel(loss, scheme):
+def test_training_every_scheme_through_the_kernel(scheme):
     tokens = torch.randint(
         50, (2, 9), generator=torch.Generator("cpu").manual_seed(0), device="cpu"
     ).to(DEVICE)
     labels = tokens.roll(-1, 1).masked_fill(torch.arange(9) < 3, -100)
     results = []
-    for dtype in (torch.float32, torch.float64):
+    for loss, dtype in ((fast.loss.value_loss, torch.float32), (ValueModel.loss, torch.float64)):
         base, value = small(vocab_size=53).to(dtype), value_network(scheme).to(dtype)
         loss(value, base, tokens, labels, 0.1)[0].backward()
         results.append([parameter.grad.double() for parameter in value.parameters()])
