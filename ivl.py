@@ -258,7 +258,7 @@ class ValueModel(nn.Module):
         """Load a folder that save_pretrained wrote; UsageError when it is no value network."""
         info = read_value_info(path, SCHEMES)
         if info["scheme"] != "probe":
-            return cls(Llama.from_pretrained(path, dtype, device), info)
+            return cls(Llama.from_pretrained(path, dtype, device), info).eval()
         with torch.device("meta"):
             probe = Probe(info["tokenizer"]["size"], info["probe_width"])
         load_weights(probe, Path(path), False, dtype, device)

@@ -26,9 +26,14 @@ from torch.utils.checkpoint import checkpoint
 
 from data.checkpoint import check_weights, explain_mismatch, is_computed
 from data.checkpoint import read_config as read_config_json
+from data.errors import UsageError
 
 # ---------------------------------------------------------------------------------------------------------
 # Configuration
+
+# MLP's activation, by its name in torch.nn.functional. config.json records it, and a checkpoint that was
+# trained with another is refused.
+HIDDEN_ACT = "silu"
 
 
 @dataclass
@@ -77,7 +82,7 @@ class LlamaConfig:
         fixed = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "hidden_act": "silu",
+            "hidden_act": HIDDEN_ACT,
             "attention_bias": False,
             "mlp_bias": False,
         }
@@ -86,7 +91,7 @@ class LlamaConfig:
 
 def read_config(path: str | Path) -> LlamaConfig:
     """The architecture of a checkpoint folder; UsageError where its config.json is not of a Llama."""
-    return LlamaConfig.from_dict(read_config_json(path))
+    return LlamaConfig.from_dict(read_config_json(path, HIDDEN_ACT))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -187,7 +192,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
+        activation = getattr(F, HIDDEN_ACT)  # silu, which makes this SwiGLU
+        return self.down_proj(activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -304,10 +310,32 @@ class Llama(nn.Module):
             llama = cls(config)
         load_weights(llama, Path(path), config.tie_word_embeddings, dtype, device)
         llama.tie()
-        return llama
+        return llama.eval()
+
+    def refuse_unsaved(self) -> None:
+        """UsageError where from_pretrained would make another network of what save_pretrained writes."""
+        tied = self.lm_head.weight is self.model.embed_tokens.weight
+        if tied != self.config.tie_word_embeddings:
+            raise UsageError(
+                f"not saved: the config says tie_word_embeddings {self.config.tie_word_embeddings}, "
+                f"but lm_head is {'tied' if tied else 'not tied'} to the embedding; change the config too"
+            )
+        with torch.device("meta"):
+            said = {name: tensor.shape for name, tensor in Llama(self.config).state_dict().items()}
+        found = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        odd = sorted(name for name, _ in said.items() ^ found.items())
+        if odd:
+            raise UsageError(
+                f"not saved: {odd[0]} is {tuple(found.get(odd[0], ())) or 'absent'}, and by the config "
+                f"{tuple(said.get(odd[0], ())) or 'absent'}; what loads it would make another network"
+            )
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write config.json and model.safetensors into a folder that need not exist yet."""
+        """Write config.json and model.safetensors into a folder that need not exist yet.
+
+        Raises UsageError, and writes nothing, where the config does not describe the weights.
+        """
+        self.refuse_unsaved()
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}

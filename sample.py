@@ -39,6 +39,9 @@ class Guided:
         readable: int | None = None,
     ):
         self.base, self.value, self.alpha = base, value, alpha
+        for network in (base, value):
+            if network is not None:
+                network.eval()  # Dropout and its like are for training
         self.llamas = [base] if value is None else [base, *value.llamas]
         # Tokens from `readable` on are never said: some network cannot read them, or the tokenizer has no text for them.
         self.readable = min(base.config.vocab_size, readable or base.config.vocab_size)
@@ -258,9 +261,7 @@ def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     )  # (B, V); divided by what float32 rounds to 0, the largest would be 0 / 0
     if top_p < 1:
         largest, tokens = p.sort(-1, descending=True)
-        before = (
-            largest.cumsum(-1, dtype=torch.float64) - largest
-        )  # so exact that processes that decode together agree
+        before = sum_up(largest) - largest
         largest = largest.masked_fill(
             before >= top_p, 0
         )  # a token stays if those before it do not reach top_p
@@ -271,11 +272,16 @@ def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 
 def draw(p: Tensor, noise: Tensor) -> Tensor:
     """Tokens (B,): where noise (B,) falls in the cumulative sum of p (B, V), which need not sum to 1."""
-    total = p.cumsum(-1, dtype=torch.float64)
+    total = sum_up(p)
     below = (total <= noise[:, None] * total[:, -1:]) & (total < total[:, -1:])
     tokens = below.sum(-1, keepdim=True)  # (B, 1)
     # Rounding must not choose what has no share.
     return torch.where(p.gather(-1, tokens) > 0, tokens, p.argmax(-1, keepdim=True))[:, 0]
+
+
+def sum_up(p: Tensor) -> Tensor:
+    """Cumulative sums (B, V), so exact that processes that decode together agree; mps has no float64."""
+    return p.cumsum(-1, dtype=torch.float32 if p.device.type == "mps" else torch.float64)
 
 
 def uniform(seed: int, number: int, *shape: int) -> Tensor:
@@ -392,7 +398,7 @@ def main():
     )
 
     args = sample_arguments()
-    with join_decoders() as processes:
+    with join_decoders(args.device) as processes:
         plugged = plug_in(args, processes)
         if args.chat:
             show_chat(plugged, args)

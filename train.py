@@ -158,6 +158,7 @@ def fit(
     settings, processes, checkpoints. Returns the Objective.
     """
     settings, processes = run.settings, run.processes
+    network.refuse_unsaved()  # rather now than when it is trained
     objective = processes.share_out(Objective(network, loss), settings.dtype)
     count = count_pairs if settings.loss == "pairwise" else count_supervised
     optimizer = make_optimizer(network, settings)
@@ -165,6 +166,9 @@ def fit(
         network, optimizer, batches
     )  # at step 0, or where a stopped run goes on
     for step, (position, parts) in zip(range(first, settings.steps), stream):
+        # Dropout drops here and nowhere else, and a resumed run drops what it would have dropped
+        objective.train()
+        torch.manual_seed(settings.seed * settings.steps + step)
         # the learning rate of this step
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
@@ -183,7 +187,7 @@ def fit(
             run.save(network, optimizer, {"step": step + 1, "position": position})
         run.report(step, metrics, sum(tokens.numel() for tokens, _ in parts))
     run.check_weights(network)
-    return objective
+    return objective.eval()
 
 
 def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.AdamW:
@@ -227,7 +231,7 @@ def accumulate_gradient(
         # Several processes end with the mean of their gradients, where the sum is meant.
         (loss * share * processes.count).backward()
         for name, value in (metrics | {"loss": loss}).items():
-            sums[name] += value.detach().double() * share
+            sums[name] += value.detach().float() * share
     return processes.sum(
         {name: total.item() for name, total in sums.items()}
     )  # once a step: a GPU waits for each answer

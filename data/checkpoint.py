@@ -67,7 +67,6 @@ def own_template(path: Path) -> str | None:
 UNSUPPORTED = {  # fields that change what a Llama computes, and the values that do not
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
-    "hidden_act": (None, "silu"),
     "quantization_config": (None,),
     "partial_rotary_factor": (None, 1.0),
 }
@@ -87,8 +86,11 @@ ROPE = {
 }
 
 
-def read_config(path: str | Path) -> dict:
-    """The dict of a folder's config.json, if it describes a Llama that model.py can build."""
+def read_config(path: str | Path, hidden_act: str = "silu") -> dict:
+    """The dict of a folder's config.json, if it describes a Llama that model.py can build.
+
+    hidden_act is the activation that MLP computes with (model.py, HIDDEN_ACT).
+    """
     path = Path(path)
     file = path / "config.json"
     refuse_absent(path)
@@ -97,7 +99,7 @@ def read_config(path: str | Path) -> dict:
         raise UsageError(f"{file}: not there; a checkpoint in the Hugging Face layout has one")
     raw = read_json(file)
     try:
-        check_architecture(raw)
+        check_architecture(raw, hidden_act)
         check_numbers(raw)
         check_heads(raw)
         check_rope(raw)
@@ -125,12 +127,17 @@ def listed(ids: int | list[int] | None) -> list[int]:
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
-def check_architecture(raw: dict) -> None:
+def check_architecture(raw: dict, hidden_act: str) -> None:
     if raw.get("model_type") != "llama":
         raise UsageError(f"model_type is {raw.get('model_type')!r}; only 'llama' is supported")
     for name, supported in UNSUPPORTED.items():
         if raw.get(name) not in supported:
             raise UsageError(f"{name} {raw[name]!r} is not supported")
+    its_own = raw.get("hidden_act") or "silu"  # what transformers takes where nothing is said
+    if its_own != hidden_act:
+        raise UsageError(
+            f"hidden_act {its_own!r} is not supported; MLP computes with {hidden_act!r}"
+        )
     for name in NEEDED:
         if name not in raw:
             raise UsageError(f"{name} is missing")

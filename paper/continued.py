@@ -19,7 +19,7 @@ from data.errors import UsageError
 from data.tiny_world import PIECES, World, world_of
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from model import Llama
-from run.arguments import add_twins
+from run.arguments import add_device, add_twins
 from run.cli import ArgumentParser, non_negative_int, positive_int, run_cli
 from run.jobs import Job, complete, pretrained_first, pretraining_run, with_a_name
 from run.plug import refuse_value_network
@@ -178,6 +178,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint of the same run"
     )
+    add_device(parser)
     add_twins(parser)
     # what train.py has flags for, and a job asks for
     parser.set_defaults(dtype=None, gradient_checkpointing=False, shard=False, save_every=200)

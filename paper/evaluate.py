@@ -311,7 +311,7 @@ def main():
             raise UsageError(
                 f"--tasks {task}: no such task; `lm-eval ls tasks` lists the harness's, --include-path FOLDER adds others"
             )
-    with join_decoders() as processes:
+    with join_decoders(args.device) as processes:
         measure(columns, manager, processes, args)
 
 

@@ -259,7 +259,7 @@ def main():
     )
     args = measured_arguments(parser, temperature=0.7)
     questions = read_questions(args.questions)
-    with join_decoders() as processes:
+    with join_decoders(args.device) as processes:
         if not args.check:
             write_answers(questions, args, processes)
         if processes.rank == 0:

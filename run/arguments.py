@@ -13,6 +13,7 @@ from data.chat import TEMPLATES
 from data.files import check_output
 from ivl import SCHEMES
 from run.cli import (
+    DEVICES,
     ArgumentParser,
     any_float,
     non_negative_float,
@@ -31,6 +32,14 @@ few = number(int, 0, f"whole number from 1 to {MOST_AHEAD}", MOST_AHEAD + 1)
 
 def first_line(script) -> str:
     return script.__doc__.split("\n\n")[0]
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        help="default: cuda, if there is one, or else cpu; mps is untested",
+    )
 
 
 def add_twins(parser: argparse.ArgumentParser, compiles: bool = False) -> None:
@@ -221,6 +230,7 @@ def train_arguments() -> argparse.Namespace:
         help="with torchrun: divide weights, gradients and moments, also the "
         "bases', between the processes (FSDP2), instead of keeping them whole in each (DDP)",
     )
+    add_device(how)
     add_twins(how)
     where = parser.add_argument_group("where it goes")
     where.add_argument(
@@ -341,6 +351,7 @@ def add_guidance(parser: argparse.ArgumentParser, unguided: str = "the newest un
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and computation"
     )
+    add_device(parser)
     add_twins(parser, compiles=True)
     parser.set_defaults(chat=False, web=False, prompt=None, brings_questions=False)
 

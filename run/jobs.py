@@ -284,7 +284,7 @@ def complete(args, processes: Alone) -> None:
     """What follows from the flags for the networks that they name."""
     args.home = Path("out") / f"seed{args.seed}"  # where tiny things live
     args.tiny = all(name in TINY_SIZES or world_of(name) is not None for name in args.base)
-    args.device, args.dtype = pick_device(args.dtype, args.tiny)
+    args.device, args.dtype = pick_device(args.dtype, args.tiny, args.device)
     args.device = processes.own(args.device)
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = (

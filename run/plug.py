@@ -176,7 +176,7 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
             "this base is not from the tiny world, which brings its own questions; ask with --prompt or --chat"
         )
     # the networks
-    device, dtype = pick_device(args.dtype, tiny=world is not None)
+    device, dtype = pick_device(args.dtype, world is not None, args.device)
     device = processes.own(device)
     if vocab_map is not None and args.compile:
         raise UsageError(
@@ -254,7 +254,7 @@ def plug_speaker(args, processes: Alone = Alone()) -> Speaker:
     path = find_tiny(args.base, [Path("out/seed0")]) or Path(args.base)
     refuse_value_network("--base", path)
     tokenizer = load_tokenizer(path)
-    device, dtype = pick_device(args.dtype, tiny=world_of(path) is not None)
+    device, dtype = pick_device(args.dtype, world_of(path) is not None, args.device)
     device = processes.own(device)
     template = args.template or default_template(tokenizer)
     print(f"base {path} alone, template {template}")

@@ -38,13 +38,13 @@ def join_processes(args) -> Iterator["Alone"]:
         raise UsageError(
             "--shard divides the weights between processes; start them with torchrun --nproc_per_node=N"
         )
-    with join_decoders(args.shard) as processes:
+    with join_decoders(args.device, args.shard) as processes:
         yield processes
         print_core_seconds()
 
 
 @contextmanager
-def join_decoders(shard: bool = False) -> Iterator["Alone"]:
+def join_decoders(device: str | None = None, shard: bool = False) -> Iterator["Alone"]:
     """One process or, under torchrun, this one among the others, with a GPU of its own; the first does the talking."""
     if "LOCAL_RANK" not in os.environ:
         yield Alone()
@@ -59,16 +59,19 @@ def join_decoders(shard: bool = False) -> Iterator["Alone"]:
             f"LOCAL_RANK is set, as torchrun does, but {', '.join(lacking) or 'to no number'}"
             f"{' is not' if lacking else ''}; unset it, or start with torchrun"
         )
-    if torch.cuda.is_available():
+    if device == "mps":
+        raise UsageError("--device mps: for one process; start without torchrun")
+    device = "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
+    if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
     with contextlib.ExitStack() as stack:  # an error that leaves it can be told
         if dist.get_rank():
             nowhere = open(os.devnull, "w")
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
-        yield SeveralProcesses(shard)
+        yield SeveralProcesses(device, shard)
         print(end="", flush=True)
     dist.destroy_process_group()
     os._exit(
@@ -112,8 +115,9 @@ class Alone(OneProcess):
 
 
 class SeveralProcesses(Alone):
-    def __init__(self, shard: bool):
-        self.rank, self.count, self.shard = dist.get_rank(), dist.get_world_size(), shard
+    def __init__(self, device: str, shard: bool):
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self.device, self.shard = device, shard
         self.parallel: DistributedDataParallel | None = None
 
     def share_out(self, objective: Objective, dtype: str) -> nn.Module:
@@ -138,8 +142,7 @@ class SeveralProcesses(Alone):
             yield part
 
     def sum(self, numbers: dict[str, float]) -> dict[str, float]:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        summed = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+        summed = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(summed)
         return dict(zip(numbers, summed.tolist()))
 
