@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.checkpoint import read_value_info
+from data.errors import UsageError
 from model import KVCache, Llama, load_weights
 
 try:
@@ -262,10 +263,19 @@ class ValueModel(nn.Module):
         with torch.device("meta"):
             probe = Probe(info["tokenizer"]["size"], info["probe_width"])
         load_weights(probe, Path(path), False, dtype, device)
-        return cls(probe, info)
+        return cls(probe, info).eval()
+
+    def refuse_unsaved(self) -> None:
+        """UsageError where save_pretrained would leave a weight out: it writes `network` alone."""
+        for name in self.state_dict():
+            if not name.startswith("network."):
+                raise UsageError(f"not saved: {name} is in ValueModel, not in its network")
+        if self.llamas:
+            self.network.refuse_unsaved()
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write an ordinary checkpoint (of a probe, model.safetensors alone), and ivl.json."""
+        self.refuse_unsaved()
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         if self.llamas:
