@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from data.checkpoint import check_weights, explain_mismatch, is_computed
+from data.checkpoint import check_weights, explain_mismatch, is_computed, merge_adapter, tie_stored
 from data.checkpoint import read_config as read_config_json
 from data.errors import UsageError
 
@@ -70,7 +70,7 @@ class LlamaConfig:
         if "rope_theta" in rope:
             fields["rope_theta"] = rope.pop("rope_theta")
         if "type" in rope:  # transformers 4.30
-            rope["rope_type"] = rope.pop("type")
+            rope.setdefault("rope_type", rope.pop("type"))
         # dynamic is as default up to max_position_embeddings, and nothing here goes beyond.
         fields["rope_scaling"] = (
             rope if rope.get("rope_type", "default") not in ("default", "dynamic") else None
@@ -355,9 +355,11 @@ def load_weights(
         with safe_open(file, framework="pt", device=str(device)) as shard:
             for name in shard.keys():
                 if not is_computed(name):
-                    tensors[name] = shard.get_tensor(name).to(dtype=dtype)
-    if tied and "model.embed_tokens.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+                    # a copy: what safetensors hands out is the file itself, and changes with it
+                    tensors[name] = shard.get_tensor(name).to(dtype=dtype, copy=True)
+    merge_adapter(path, tensors)  # LoRA's
+    if tied:
+        tie_stored(tensors)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     try:
         network.load_state_dict(tensors, strict=True, assign=True)

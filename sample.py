@@ -260,12 +260,17 @@ def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
         logits / max(temperature, 1e-30), dim=-1
     )  # (B, V); divided by what float32 rounds to 0, the largest would be 0 / 0
     if top_p < 1:
-        largest, tokens = p.sort(-1, descending=True)
-        before = sum_up(largest) - largest
-        largest = largest.masked_fill(
-            before >= top_p, 0
-        )  # a token stays if those before it do not reach top_p
-        p = p.scatter(-1, tokens, largest)
+        # The thousand largest nearly always reach top_p, and are found far sooner than all are sorted.
+        largest = p.topk(min(1000, p.shape[-1])).values  # (B, 1000)
+        if (sum_up(largest)[:, -1] < top_p).any():
+            largest = p.sort(-1, descending=True).values  # (B, V)
+        # A token stays if those before it do not reach top_p.
+        stays = sum_up(largest) - largest < top_p
+        least = largest.masked_fill(~stays, 1).amin(-1, keepdim=True)  # (B, 1)
+        # Of those as likely as the last that stays, the first ones do.
+        places = (stays & (largest == least)).sum(-1, keepdim=True)  # (B, 1)
+        ties = p == least  # (B, V)
+        p = p * ((p > least) | ties & (ties.cumsum(-1) <= places))
         p = p / p.sum(-1, keepdim=True)
     return p
 

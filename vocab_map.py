@@ -408,7 +408,7 @@ class VocabMap:
             with safe_open(check_regular(path), framework="pt") as file:
                 about, tensors = (
                     file.metadata() or {},
-                    {name: file.get_tensor(name) for name in file.keys()},
+                    {name: file.get_tensor(name).clone() for name in file.keys()},
                 )
             found = cls(
                 about["how"],

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from data.chat import TEMPLATES
 from data.errors import UsageError
-from data.files import check_regular, digest, hub_hint, read_json, refuse_foreign
+from data.files import base_folder, check_regular, digest, hub_hint, read_json, refuse_foreign
 from data.records import is_unicode
 from data.tokenizer import read_chat_template
 
@@ -91,14 +91,15 @@ def read_config(path: str | Path, hidden_act: str = "silu") -> dict:
 
     hidden_act is the activation that MLP computes with (model.py, HIDDEN_ACT).
     """
-    path = Path(path)
+    refuse_absent(Path(path))
+    path = base_folder(Path(path))
     file = path / "config.json"
-    refuse_absent(path)
     if not file.exists():
         refuse_other_weights(path)
         raise UsageError(f"{file}: not there; a checkpoint in the Hugging Face layout has one")
     raw = read_json(file)
     try:
+        raw = settle_rope(raw)
         check_architecture(raw, hidden_act)
         check_numbers(raw)
         check_heads(raw)
@@ -188,6 +189,31 @@ def check_heads(raw: dict) -> None:
         raise UsageError(
             f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
         )
+
+
+def settle_rope(raw: dict) -> dict:
+    """config.json with one dictionary of rotary settings; UsageError where its two disagree.
+
+    transformers 5 obeys rope_scaling then, and drops all of rope_parameters, theta too. Of type and rope_type the second counts.
+    """
+    found = {}
+    for name in ["rope_scaling", "rope_parameters"]:
+        if isinstance(raw.get(name), dict) and raw[name]:
+            rope = {key: value for key, value in raw[name].items() if value is not None}
+            rope = {"rope_type": rope.pop("type", "default")} | rope
+            found[name] = rope
+    if len(found) == 2:
+        theta = {"rope_theta": raw.get("rope_theta")}
+        one, other = [theta | rope for rope in found.values()]
+        for key in sorted(one.keys() | other.keys()):
+            if one.get(key) != other.get(key):
+                raise UsageError(
+                    f"rope_scaling and rope_parameters disagree on {key} ({one.get(key)!r}, {other.get(key)!r}); "
+                    "take one of the two out"
+                )
+    if not found:
+        return raw
+    return raw | {"rope_scaling": None, "rope_parameters": list(found.values())[-1]}
 
 
 def check_rope(raw: dict) -> None:
@@ -290,6 +316,7 @@ def check_weights(path: Path, tied: bool, dtype: torch.dtype | None) -> list[Pat
 
 def find_shards(path: Path) -> dict[Path, set[str] | None]:
     """The safetensors files, each with the tensor names that the index promises (None: no index)."""
+    path = base_folder(path)
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     present = set(path.glob("model-*-of-*.safetensors"))
     if not index.exists():
@@ -325,27 +352,99 @@ def find_shards(path: Path) -> dict[Path, set[str] | None]:
     return shards
 
 
+OTHER_WEIGHTS = [  # what is not read, by the first file's name, and the way out
+    (
+        "pytorch_model*.bin",
+        "only {}, which can run code when read; convert it once: "
+        "LlamaForCausalLM.from_pretrained(path).save_pretrained(path) in transformers",
+    ),
+    (
+        "adapter_*",
+        "a LoRA adapter without an adapter_config.json and adapter_model.safetensors; merge it into its base "
+        "once: merge_and_unload() in peft",
+    ),
+    (
+        "model.*.safetensors*",
+        "{} is a variant by its name, which is not read; rename it, and its index, without the "
+        "variant: model.safetensors",
+    ),
+    ("*.gguf", "weights as GGUF ({}); convert them to safetensors in the Hugging Face layout"),
+    (
+        "*.pth",
+        "weights as Meta's own pickles ({}); convert them to safetensors in the Hugging Face layout",
+    ),
+    ("*.pt", "weights as pickles ({}); convert them to safetensors in the Hugging Face layout"),
+    ("*.bin", "weights as pickles ({}); convert them to safetensors in the Hugging Face layout"),
+]
+
+
 def refuse_other_weights(path: Path) -> None:
     """UsageError if there are weights of a kind that is not read."""
-    if any(path.glob("pytorch_model*.bin")):
-        raise UsageError(
-            f"{path}: only pytorch_model.bin, which can run code when read; convert it once: "
-            "LlamaForCausalLM.from_pretrained(path).save_pretrained(path) in transformers"
-        )
-    if (path / "adapter_config.json").exists() or any(path.glob("adapter_model.*")):
-        raise UsageError(
-            f"{path}: a LoRA adapter, not a whole model; merge it into its base once: merge_and_unload() in peft"
-        )
-    for pattern, kind in (
-        ("*.gguf", "GGUF"),
-        ("*.pth", "Meta's own pickles"),
-        ("*.pt", "pickles"),
-        ("*.bin", "pickles"),
-    ):
+    for pattern, says in OTHER_WEIGHTS:
         if found := sorted(path.glob(pattern)):
+            raise UsageError(f"{path}: {says.format(found[0].name)}")
+
+
+# A LoRA adapter, in the folder of a whole model or in one of its own
+
+PLAIN = {  # fields that the names of its tensors do not show, and the values with which they are W + scale B A
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (None, False),
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),  # others change W
+}
+
+
+def tie_stored(tensors: dict[str, torch.Tensor]) -> None:
+    """A tied checkpoint stores one of the two, under either name: give it both."""
+    for name, other in ((EMBEDDING, HEAD), (HEAD, EMBEDDING)):
+        if name in tensors:
+            tensors.setdefault(other, tensors[name])
+
+
+def adapter_files(path: Path) -> list[Path]:
+    """The two files of an adapter in a folder; none where it has none."""
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+    return [path / name for name in names] if (path / names[0]).exists() else []
+
+
+def merge_adapter(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Add the adapter in a folder, if there is one, to the weights that it belongs to, as peft does."""
+    if not adapter_files(path):
+        return
+    file, weights = adapter_files(path)
+    config = read_json(file)
+    for name, allowed in PLAIN.items():
+        if config.get(name) not in allowed:
             raise UsageError(
-                f"{path}: weights as {kind} ({found[0].name}); convert them to safetensors in the Hugging Face layout"
+                f"{file}: {name} {config.get(name)!r} is more than W + scale B A; merge it once: merge_and_unload() in peft"
             )
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not is_size(rank) or not is_positive(alpha):
+        raise UsageError(f"{file}: r {rank!r} and lora_alpha {alpha!r} must be positive numbers")
+    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    with opened(weights) as shard:
+        for name in sorted(shard.keys()):
+            one = re.fullmatch(
+                r"base_model\.model\.(model\.layers\..+_proj)\.lora_([AB])\.weight", name
+            )
+            weight = tensors.get(f"{one[1]}.weight") if one else None
+            if weight is None:
+                raise UsageError(
+                    f"{weights}: {name} belongs to none of the weights in {base_folder(path)}"
+                )
+            if one[2] == "B":
+                A = shard.get_tensor(name.replace("lora_B", "lora_A")).float()  # (rank, inputs)
+                B = shard.get_tensor(name).float().to(weight.device)  # (outputs, rank)
+                if A.shape != (rank, weight.shape[1]) or B.shape != (len(weight), rank):
+                    raise UsageError(
+                        f"{weights}: {name} is {tuple(B.shape)}, for a weight of {tuple(weight.shape)} and r {rank}"
+                    )
+                tensors[f"{one[1]}.weight"] = weight + (scale * (B @ A.to(weight.device))).to(
+                    weight.dtype
+                )
 
 
 def explain_mismatch(path: Path, shapes: dict[str, tuple], tied: bool) -> None:
@@ -364,8 +463,8 @@ def explain_mismatch(path: Path, shapes: dict[str, tuple], tied: bool) -> None:
                         f"{file}: {name} is {shape}, config.json asks for {shapes[name]}"
                     )
                 found.add(name)
-    if tied and EMBEDDING in found:
-        found.add(HEAD)
+    if tied and found & {EMBEDDING, HEAD}:
+        found |= {EMBEDDING, HEAD}
     missing = sorted(shapes.keys() - found)
     if missing:
         raise UsageError(
@@ -383,9 +482,14 @@ WRAPPERS = {
 
 
 def refuse_prefixes(file: Path, names: list[str], shapes: dict[str, tuple]) -> None:
-    """UsageError if every name is one of ours behind a prefix, which something around the model has left."""
+    """UsageError if every name is one of ours behind a prefix, which something around the model has left, or without its own."""
     if not names or names[0] in shapes:
         return
+    if all(f"model.{name}" in shapes for name in names):
+        raise UsageError(
+            f"{file}: the weights of the trunk alone, without lm_head and `model.` in front of their names, as AutoModel "
+            "saves them; save the causal language model, by AutoModelForCausalLM"
+        )
     prefixes = {
         name.removesuffix(ours) for name in names[:1] for ours in shapes if name.endswith(ours)
     }
@@ -415,6 +519,7 @@ def digest_checkpoint(path: Path) -> str:
     """A hash of config, weights and tokenizer, by which another checkpoint in the same place is noticed."""
     beside = ("config.json", "tokenizer.model", "original/tokenizer.model", "tokenizer.json")
     files = sorted(find_shards(path)) + [path / name for name in beside if (path / name).is_file()]
+    files += adapter_files(path)
     return hashlib.blake2b("".join(map(digest, files)).encode(), digest_size=16).hexdigest()
 
 
@@ -422,7 +527,7 @@ def stamp(path: Path) -> str:
     """A hash of the names, sizes and times of a folder's weights, by which weights trained anew are noticed without reading them."""
     files = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted(find_shards(path))
+        for file in [*sorted(find_shards(path)), *adapter_files(path)]
     ]
     return hashlib.blake2b(repr(files).encode(), digest_size=8).hexdigest()
 

@@ -178,6 +178,22 @@ def hub_hint(path: Path) -> str:
     return f"; if that is the name of a model on Hugging Face's hub, `hf download {path}` fetches it and prints its folder"
 
 
+def base_folder(path: Path) -> Path:
+    """The folder that a checkpoint's weights are in: of a LoRA adapter alone, the one that it names as its base's."""
+    file = path / "adapter_config.json"
+    if not file.is_file() or (path / "config.json").exists():
+        return path
+    named = read_json(file).get("base_model_name_or_path")
+    named = Path(named) if isinstance(named, str) and named and "\0" not in named else Path("")
+    for base in (named, path.parent / named):
+        if (base / "config.json").is_file():
+            return base
+    raise UsageError(
+        f"{path}: a LoRA adapter, and its base is no folder here: {str(named)!r}{hub_hint(named)}; put its folder into "
+        "base_model_name_or_path of adapter_config.json"
+    )
+
+
 def digest(path: str | Path) -> str:
     """A hash of a file's content, by which another file under the same name is noticed."""
     found = hashlib.blake2b(digest_size=16)

@@ -122,11 +122,17 @@ def find_turns(record: dict) -> tuple[str, list]:
     for key in ("text", "chosen"):  # chosen: of pairs whose rejected side was taken out
         if found := conversation_of(record.get(key)):
             return f"{key}, a whole conversation,", found
-    if record.keys() >= {"message_id", "parent_id"}:
+    if "message_tree_id" in record or record.keys() >= {"message_id", "role"}:
         raise UsageError(
-            "is one message of a tree, as OASST's are; make conversations of the trees first, from the root to one "
-            "answer, as Open-Assistant's own scripts do"
+            "is of a tree of messages, as OASST's are; make conversations of it first, from the root to one answer, as "
+            "Open-Assistant's oasst_dataset.py does"
         )
+    for key, value in record.items():
+        if isinstance(value, list) and value and is_turn(value[0]):
+            raise UnknownForm(
+                f"its turns under {str(key)!r}, a name that is not known; `jq -c '.messages = .[{json.dumps(key)}]' FILE` "
+                "gives them one that is"
+            )
     raise UnknownForm(
         "neither 'conversations' nor 'messages' in it, nor a question and its answer under names that are known"
     )
@@ -358,8 +364,9 @@ def read_pair(record) -> tuple[tuple[list[Turn], list[Turn]], str]:
 
 def find_answers(record: dict) -> tuple | None:
     """The better and the worse answer of a record; of a ranked list of them, the best and the worst."""
-    if record.keys() >= set(SIDES):
-        return record["chosen"], record["rejected"]
+    for names in (SIDES, ("chosen_response", "rejected_response")):
+        if record.keys() >= set(names):
+            return record[names[0]], record[names[1]]
     for first, second, verdict in VERDICTS:
         if record.keys() >= {first, second, verdict}:
             better = {"model_a": -1, "model_b": 1}.get(record[verdict], record[verdict])
@@ -380,7 +387,13 @@ def with_answer(record: dict, answer, side: str) -> dict:
 
     An answer is a text, a turn, turns behind a prompt, or a whole conversation, which then says all.
     """
-    places = {*SIDES, "completions", *(name for names in VERDICTS for name in names)}
+    places = {
+        *SIDES,
+        "completions",
+        "chosen_response",
+        "rejected_response",
+        *(name for names in VERDICTS for name in names),
+    }
     places |= {name for _, name in EXCHANGES}
     rest = {name: value for name, value in present(record).items() if name not in places}
     alone = {name: value for name, value in rest.items() if name not in LISTS}

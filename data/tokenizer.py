@@ -19,7 +19,7 @@ import tiktoken
 import tokenizers
 
 from data.errors import UsageError
-from data.files import hub_hint, read_bytes, read_json
+from data.files import base_folder, hub_hint, read_bytes, read_json
 
 
 def fingerprint(tokenizer: "Tokenizer", n: int) -> str:
@@ -447,6 +447,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         for name in ["tokenizer.model", "original/tokenizer.model", "tokenizer.json"]
         if (path / name).exists()
     ]
+    if not found and base_folder(path) != path:  # a LoRA adapter's base
+        return load_tokenizer(base_folder(path))
     if not found:
         raise UsageError(
             f"{path}: no tokenizer.model, no original/tokenizer.model, and no tokenizer.json{hub_hint(path)}"

@@ -162,8 +162,8 @@ def train_arguments() -> argparse.Namespace:
     data.add_argument(
         "--data",
         metavar="FILE",
-        help="conversations, .json or .jsonl, or `capitals` (data/capitals.py); "
-        "default: the tiny world's",
+        help="conversations, .json or .jsonl, in one of the forms in data/README.md, or `capitals` "
+        "(data/capitals.py); default: the tiny world's",
     )
     data.add_argument(
         "--template", choices=TEMPLATES, help="chat template (default: from the tokenizer's kind)"
@@ -549,7 +549,7 @@ def vocab_map_arguments() -> argparse.Namespace:
         "--texts",
         type=Path,
         metavar="FILE",
-        help="what to count in: .txt, or .jsonl with text, question and answer, or conversations",
+        help="what to count in: .txt, or .jsonl with text or conversations (data/README.md)",
     )
     parser.add_argument(
         "--eval", type=Path, metavar="FILE", help="held-out texts to report the overlap on"

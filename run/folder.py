@@ -406,6 +406,11 @@ def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
             leave_out = (
                 ", or leave the comparison out with --no-full" if settings.job == "full" else ""
             )
+            if name == "steps" and state == "finished":
+                raise UsageError(
+                    f"{file.parent}: this run is finished, after {found[name]} steps; to train its network further give "
+                    f"--value {file.parent} and another folder, --out NEW: it starts from these weights"
+                )
             if name in CHANGED:
                 raise UsageError(
                     f"{file.parent}: a run is there, and {CHANGED[name]}; choose another --out, or delete the folder{leave_out}"

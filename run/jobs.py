@@ -214,6 +214,12 @@ class Job:
         )
 
     def publish(self, network: Llama | ValueModel, metrics: dict) -> None:
+        base, trained = metrics["base"].get("ce"), metrics.get("base+value", {}).get("ce")
+        if base is not None and trained is not None and trained > base:
+            print(
+                f"on held-out conversations the guided base is worse than the base alone (cross-entropy {trained:.3f}, "
+                f"{base:.3f}); a lower --lr than {self.settings.lr:g} or fewer --steps may help"
+            )
         if self.dataset and not isinstance(self.exam, (World, Capitals)):
             print(self.dataset.report(self.held_out))  # by now it is known what was too long
         self.run.publish(self.processes.undivided(network), self.tokenizer, metrics)

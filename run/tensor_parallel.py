@@ -20,7 +20,15 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from data.checkpoint import EMBEDDING, HEAD, check_weights, explain_mismatch, is_computed
+from data.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    adapter_files,
+    check_weights,
+    explain_mismatch,
+    is_computed,
+    tie_stored,
+)
 from data.errors import UsageError
 from model import Llama, LlamaConfig, read_config
 
@@ -38,6 +46,11 @@ def load_divided(path: str | Path, dtype: torch.dtype | None, device: str) -> Ll
     path = Path(path)
     config, rank, count = read_config(path), dist.get_rank(), dist.get_world_size()
     check_divisible(path, config, count)
+    if adapter_files(path):
+        raise UsageError(
+            f"{path}: a LoRA adapter is not merged into a base that is divided; decode in one process, or merge it once: "
+            "merge_and_unload() in peft"
+        )
     files = check_weights(path, config.tie_word_embeddings, dtype)
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in Llama(config).state_dict().items()}
@@ -60,7 +73,7 @@ def load_divided(path: str | Path, dtype: torch.dtype | None, device: str) -> Ll
         with safe_open(file, framework="pt") as shard:
             tensors[name] = read_slice(shard.get_slice(name), name, wanted, rank, dtype, device)
     if config.tie_word_embeddings:
-        tensors[HEAD] = tensors[EMBEDDING]
+        tie_stored(tensors)
     llama.load_state_dict(tensors, strict=True, assign=True)
     llama.tie()
     llama.config = replace(part, vocab_size=config.vocab_size)

@@ -118,6 +118,11 @@ def lines(records: list) -> bytes:
     return "".join(json.dumps(each) + "\n" for each in records).encode()
 
 
+def turns(*contents) -> list[dict]:
+    roles = ("user", "assistant") * len(contents)
+    return [{"role": role, "content": content} for role, content in zip(roles, contents)]
+
+
 ONE, TWO = lines([record()]), lines([record(0), record(1)])
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n"
 ARRAY = json.dumps([record(0), record(1)]).encode()
@@ -324,6 +329,243 @@ DATA = {  # a data file's name and content, the status of data.chat, and what it
         0,
         " no  [INST]",
     ),
+    "null columns": (
+        "d.jsonl",
+        lines(
+            [
+                {"conversations": None, "messages": turns("q", "a"), "system": None},
+                {"messages": None, "instruction": "q", "input": None, "output": "b", "label": None},
+                {
+                    "conversations": [
+                        turn | {"from": None, "value": None} for turn in turns("q", "c")
+                    ]
+                },
+                {"messages": [turn | {"images": None, "weight": None} for turn in turns("q", "d")]},
+            ]
+        ),
+        0,
+        "d.jsonl: 4 conversations\n",
+    ),
+    "all columns null": (
+        "d.jsonl",
+        lines([{"messages": None, "text": None}]),
+        2,
+        "no record of a known form",
+    ),
+    "null parts": (
+        "d.jsonl",
+        lines([{"messages": turns([{"type": None, "text": "q", "image_url": None}], "a")}]),
+        0,
+        "d.jsonl: 1 conversations\n",
+    ),
+    "an unknown list": (
+        "d.jsonl",
+        lines([{"dialog": turns("q", "a")}] * 2),
+        2,
+        "line 1 has its turns under 'dialog', a name that is not known; `jq -c '.messages",
+    ),
+    "an unknown list alone": (
+        "d.jsonl",
+        lines([{"id": 1, "dialog": turns("q", "a")}]),
+        2,
+        "line 1 has its turns under 'dialog'",
+    ),
+    "lists of other things": (
+        "d.jsonl",
+        lines([{"answers": [{"text": "a"}], "context": "c"}] * 2),
+        2,
+        "line 1 has neither 'conversations' nor 'messages'",
+    ),
+    "an array of an unknown list": (
+        "d.json",
+        json.dumps([{"answers": [{"text": "a"}]}] * 2).encode(),
+        2,
+        "record 1 has neither",
+    ),
+    "an input that is a list": (
+        "d.jsonl",
+        lines([{"input": turns("q"), "output": "a"}]),
+        0,
+        "[INST] q [/INST] A",
+    ),
+    "lists of turns, prompt and completion": (
+        "d.jsonl",
+        lines([{"prompt": turns("q"), "completion": turns("q", "a")[1:]}]),
+        0,
+        "[INST] q [/INST] A",
+    ),
+    "exchanges as turns": (
+        "d.jsonl",
+        lines([{"conversation": [{"input": "q", "output": "a"}, {"input": "r", "output": "b"}]}]),
+        0,
+        "[INST] r [/INST] B",
+    ),
+    "exchanges of other names": (
+        "d.jsonl",
+        lines([{"conversation": [{"human": "q", "assistant": "a"}]}]),
+        0,
+        "conversation of role/content, 1 records",
+    ),
+    "texts that alternate": (
+        "d.jsonl",
+        lines([{"id": "0", "data": ["q", "a", "r", "b"]}]),
+        0,
+        "[INST] r [/INST] B",
+    ),
+    "texts that alternate, with a question last": (
+        "d.jsonl",
+        lines([{"conversations": ["q", "a", "r"]}]),
+        0,
+        "shortened 1 by a question without an answer",
+    ),
+    "data that is no list of turns": (
+        "d.jsonl",
+        lines([{"data": [1, 2]}] * 2),
+        2,
+        "line 1 has neither",
+    ),
+    "a list as a string": (
+        "d.jsonl",
+        lines([{"messages": json.dumps(turns("q", "a"))}]),
+        0,
+        "[INST] q [/INST] A",
+    ),
+    "a list as a string of Python": (
+        "d.jsonl",
+        ONE + lines([{"messages": str(turns("q", "a"))}]),
+        0,
+        "dropped 1: 'messages' that is no list",
+    ),
+    "input and output": (
+        "d.jsonl",
+        lines([{"input": "q", "output": "a"}]),
+        0,
+        "[INST] q [/INST] A",
+    ),
+    "problem and solution": (
+        "d.jsonl",
+        lines([{"problem": "q", "solution": "a", "source": "x"}]),
+        0,
+        "problem and solution, 1 records",
+    ),
+    "inputs and targets": (
+        "d.jsonl",
+        lines([{"inputs": "q", "targets": "a"}]),
+        0,
+        "[INST] q [/INST] A",
+    ),
+    "Gemini": (
+        "d.jsonl",
+        lines(
+            [
+                {
+                    "systemInstruction": {"role": "system", "parts": [{"text": "Be brief."}]},
+                    "contents": [
+                        {"role": "user", "parts": [{"text": "q"}]},
+                        {"role": "model", "parts": [{"text": "a"}, {"text": "b"}]},
+                    ],
+                }
+            ]
+        ),
+        0,
+        "<<SYS>>\nBe brief.\n<</SYS>>\n\nq [/INST] AB",
+    ),
+    "Gemini with a picture": (
+        "d.jsonl",
+        ONE
+        + lines(
+            [
+                {
+                    "contents": [
+                        {"role": "user", "parts": [{"inlineData": {"data": "x"}}]},
+                        {"role": "model", "parts": [{"text": "a"}]},
+                    ]
+                }
+            ]
+        ),
+        0,
+        "dropped 1: a part that is no text",
+    ),
+    "a transcript": (
+        "d.jsonl",
+        lines([{"text": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b"}]),
+        0,
+        "[INST] r [/INST] B",
+    ),
+    "the chosen transcript alone": (
+        "d.jsonl",
+        lines([{"chosen": "\n\nHuman: q\n\nAssistant: a"}]),
+        0,
+        "[INST] q [/INST] A",
+    ),
+    "a transcript of guanaco": (
+        "d.jsonl",
+        lines([{"text": "### Human: q### Assistant: a### Human: r### Assistant: b"}]),
+        0,
+        "[INST] r [/INST] B",
+    ),
+    "a transcript as a prompt": (
+        "d.jsonl",
+        lines([{"prompt": "\n\nHuman: q\n\nAssistant:", "response": "a"}]),
+        0,
+        "[INST] q [/INST] A",
+    ),
+    "a tree of messages": (
+        "d.jsonl",
+        lines([{"message_id": "1", "parent_id": None, "text": "q", "role": "prompter", "rank": 0}]),
+        2,
+        "line 1 is of a tree of messages, as OASST's are",
+    ),
+    "a tree of messages, whole": (
+        "d.jsonl",
+        lines(
+            [{"message_tree_id": "1", "prompt": {"text": "q", "role": "prompter", "replies": []}}]
+        ),
+        2,
+        "line 1 is of a tree of messages, as OASST's are",
+    ),
+    "ranked answers are a preference": (
+        "d.jsonl",
+        lines(
+            [{"context": turns("q"), "response1": "a", "response2": "b", "overall_preference": -1}]
+        ),
+        2,
+        "is a preference",
+    ),
+    "a template in a prompt": (
+        "d.jsonl",
+        lines([{"prompt": "<s>[INST] q [/INST]", "completion": "a"}]),
+        0,
+        "1 have the marks of a chat template in their texts",
+    ),
+    "a template of another family in a turn": (
+        "d.jsonl",
+        ONE
+        + lines(
+            [{"messages": turns("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "a")}]
+        ),
+        0,
+        "1 have the marks of a chat template in their texts",
+    ),
+    "alpaca's template in a prompt": (
+        "d.jsonl",
+        lines([{"prompt": "### Instruction:\nq\n\n### Response:\n", "completion": "a"}]),
+        0,
+        "1 have the marks of a chat template in their texts",
+    ),
+    "copies": ("d.jsonl", ONE + TWO + ONE, 0, "4 conversations; 2 are copies of others"),
+    "copies under other names": (
+        "d.jsonl",
+        lines([record(3, id="x"), {"instruction": "Greet number 3.", "output": "Hello 3!"}]),
+        0,
+        "2 conversations; 1 are copies of others",
+    ),
+    "what was recognised": (
+        "d.jsonl",
+        lines([{"messages": turns("q", str(number))} for number in range(24)]),
+        0,
+        "messages of role/content, 24 records\n",
+    ),
     "a NUL": ("d.jsonl", b"\0" * 10, 2, "line 1 is not JSON"),
     "too long": (
         "d.jsonl",
@@ -368,6 +610,75 @@ PAIRS = {  # with --pairs: records, the status, and what it says; test_chat.py h
         [{"prompt": "q", "completion": "a", "label": False}],
         2,
         "no record of a known form",
+    ),
+    "null columns": (
+        [
+            {
+                "prompt": None,
+                "messages": None,
+                "chosen": turns("q", "a"),
+                "rejected": turns("q", "b"),
+            }
+        ],
+        0,
+        "d.jsonl: 1 pairs\n",
+    ),
+    "transcripts": (
+        [{side: f"\n\nHuman: q\n\nAssistant: {side}" for side in ("chosen", "rejected")}],
+        0,
+        "[INST] q [/INST] CHOSEN",
+    ),
+    "a transcript as a prompt": (
+        [{"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " a", "rejected": " b"}],
+        0,
+        "[INST] q [/INST] A",
+    ),
+    "HelpSteer3": (
+        [{"context": turns("q"), "response1": "a", "response2": "b", "overall_preference": 2}],
+        0,
+        "[INST] q [/INST] B",
+    ),
+    "HelpSteer2's, as NeMo has it": (
+        [{"prompt": "q", "chosen_response": "a", "rejected_response": "b"}],
+        0,
+        "[INST] q [/INST] A",
+    ),
+    "HelpSteer2": (
+        [{"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": -3}],
+        0,
+        "[INST] q [/INST] A",
+    ),
+    "no answer is better": (
+        [
+            PAIR,
+            {"context": turns("q"), "response1": "a", "response2": "b", "overall_preference": 0},
+        ],
+        0,
+        "1 pairs; dropped 1: two answers of which neither is better",
+    ),
+    "NeMo": (
+        [
+            {
+                "context": turns("q"),
+                "completions": [
+                    {"rank": rank, "completion": turns("q", text)[1:]}
+                    for rank, text in ((1, "x"), (2, "worst"), (0, "best"))
+                ],
+            }
+        ],
+        0,
+        "[INST] q [/INST] BEST",
+    ),
+    "the arena": (
+        [
+            {
+                "conversation_a": turns("q", "a"),
+                "conversation_b": turns("q", "b"),
+                "winner": "model_b",
+            }
+        ],
+        0,
+        "[INST] q [/INST] B",
     ),
 }
 
