@@ -353,7 +353,7 @@ def add_guidance(parser: argparse.ArgumentParser, unguided: str = "the newest un
     )
     add_device(parser)
     add_twins(parser, compiles=True)
-    parser.set_defaults(chat=False, web=False, prompt=None, brings_questions=False)
+    parser.set_defaults(chat=False, web=False, prompt=None, brings_questions=False, explains=True)
 
 
 def add_asking(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
@@ -458,6 +458,7 @@ def sample_arguments() -> argparse.Namespace:
     if args.port is not None and not args.web:
         parser.error("--port goes with --web")
     args.port = 8000 if args.port is None else args.port
+    args.explains = bool(args.explain or args.web or args.speculate)  # what takes a value network
     if args.draft and not args.speculate:
         parser.error("--draft goes with --speculate")
     return args

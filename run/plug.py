@@ -22,7 +22,7 @@ from model import Llama
 from run.cli import pick_device
 from run.processes import Alone
 from run.tensor_parallel import load_divided
-from run.twins import choose_guided
+from run.twins import TINY_VOCABULARY, choose_guided
 from sample import Guided, MappedGuided, generate
 from vocab_map import VocabMap, build
 
@@ -39,14 +39,18 @@ def find_tiny(name: str, homes: list[Path]) -> Path | None:
     return None
 
 
-def newest_value() -> Path:
-    found = sorted(Path("out").glob("**/ivl.json"), key=lambda path: path.stat().st_mtime)
+def newest_value(base: str | None) -> Path | None:
+    """The newest value network under out/. With a base, one of its kind: tiny ones go with tiny ones."""
+    found = sorted(Path("out").glob("**/ivl.json"), key=lambda path: -path.stat().st_mtime)
     found = [path for path in found if not any(part.endswith(".training") for part in path.parts)]
-    if not found:
-        raise UsageError(
-            "no value network under out/ yet; `python train.py` trains one, in about 2 minutes on two cores"
-        )
-    return found[-1].parent
+    if base is None:
+        return found[0].parent if found else None
+    tiny = base in TINY_SIZES or load_tokenizer(base).vocab_size <= TINY_VOCABULARY
+    for path in found:
+        size = read_value_info(path.parent, SCHEMES)["tokenizer"]["size"]
+        if (size <= TINY_VOCABULARY) == tiny:
+            return path.parent
+    return None
 
 
 def trained_on(value: Path, info: dict) -> Path:
@@ -135,16 +139,21 @@ class Plugged:
     """What a command of sample.py asks for, loaded."""
 
     guided: Speaker  # the base with something plugged in
-    alone: Speaker  # the same base by itself
+    alone: Speaker  # the same base by itself; that is all there is where there is no value network
     on_its_own: (
         Callable[[], Speaker] | None
     )  # what is plugged in, in the base it was trained on, where that is another
-    guide: str  # what guides, in words
+    guide: str  # what guides, in words; "" is nothing
     world: World | None
     guide_path: Path  # the folder of the value network or expert
     base_path: Path
     own_path: Path  # the base that the value network was trained on, or the anti-expert
     processes: Alone
+
+    @property
+    def speakers(self) -> list[Speaker]:
+        """The base alone and, if something guides it, the base guided."""
+        return [self.alone, self.guided] if self.guide else [self.alone]
 
 
 def plug_in(args, processes: Alone = Alone()) -> Plugged:
@@ -154,7 +163,10 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
     """
     if args.web and processes.count > 1:
         raise UsageError("--web is a page of one process; leave it out, or start without torchrun")
-    value_path, info, own_path = find_guide(args)
+    guide = find_guide(args)
+    if guide is None:
+        return plug_nothing_in(args, processes)
+    value_path, info, own_path = guide
     base_path = find_base(args.base, value_path, info) if args.base else own_path
     refuse_value_network("--base", base_path)
     # the tokenizers of the base and of what z_delta is made of
@@ -171,10 +183,7 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
             tokenizer, base_tokenizer, key=lambda each: each.vocab_size
         )
     world = world_of(base_path)
-    if not (world or args.chat or args.prompt or args.web or args.brings_questions):
-        raise UsageError(
-            "this base is not from the tiny world, which brings its own questions; ask with --prompt or --chat"
-        )
+    refuse_no_question(args, world)
     # the networks
     device, dtype = pick_device(args.dtype, world is not None, args.device)
     device = processes.own(device)
@@ -230,6 +239,13 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
     )
 
 
+def refuse_no_question(args, world: World | None) -> None:
+    if not (world or args.chat or args.prompt or args.web or args.brings_questions):
+        raise UsageError(
+            "this base is not from the tiny world, which brings its own questions; ask with --prompt or --chat"
+        )
+
+
 def load_base(path: Path, dtype: str, device: str, processes: Alone) -> Llama:
     """A base to decode with: whole, or divided between several processes."""
     load = Llama.from_pretrained if processes.count == 1 else load_divided
@@ -251,6 +267,27 @@ def plug_speaker(args, processes: Alone = Alone()) -> Speaker:
         raise UsageError(
             "name what is measured: --base for a base alone, --value or --expert for what guides it"
         )
+    return load_alone(args, processes)[1]
+
+
+def plug_nothing_in(args, processes: Alone) -> Plugged:
+    """A base that answers by itself, as nothing was named or found that guides it."""
+    if args.explains:
+        raise UsageError(
+            f"--base {args.base}: no value network was named with --value, and none of its kind is under "
+            "out/; without one there is nothing to explain, draft or show beside it"
+        )
+    path = find_tiny(args.base, [Path("out/seed0")]) or Path(args.base)
+    refuse_no_question(args, world_of(path))
+    print(
+        f"no value network of the kind of {path} under out/, and none named: the base answers alone"
+    )
+    path, alone = load_alone(args, processes)
+    return Plugged(alone, alone, None, "", world_of(path), path, path, path, processes)
+
+
+def load_alone(args, processes: Alone) -> tuple[Path, Speaker]:
+    """The base that --base names, by itself, and its folder."""
     path = find_tiny(args.base, [Path("out/seed0")]) or Path(args.base)
     refuse_value_network("--base", path)
     tokenizer = load_tokenizer(path)
@@ -261,7 +298,7 @@ def plug_speaker(args, processes: Alone = Alone()) -> Speaker:
     say_other_template(f"--base {path}", path, template, "asked")
     guided = choose_guided(args, world_of(path) is not None, device, processes.count)
     base = load_base(path, dtype, device, processes)
-    return Speaker(
+    return path, Speaker(
         f"{name_of(path)} alone",
         guided(base, readable=tokenizer.vocab_size),
         tokenizer,
@@ -271,12 +308,21 @@ def plug_speaker(args, processes: Alone = Alone()) -> Speaker:
     )
 
 
-def find_guide(args) -> tuple[Path, dict, Path]:
-    """The folder of the value network or expert, what is known of it, and the base it was trained on."""
+def find_guide(args) -> tuple[Path, dict, Path] | None:
+    """The folder of the value network or expert, what is known of it, and the base it was trained on.
+
+    None where none is named and none found, and there is a base.
+    """
     if args.expert:
         path, info = Path(args.expert), read_expert(args)
     else:
-        path = newest_value() if args.value is None else Path(args.value)
+        path = newest_value(args.base) if args.value is None else Path(args.value)
+        if path is None and args.base:
+            return None
+        if path is None:
+            raise UsageError(
+                "no value network under out/ yet; `python train.py` trains one, in three to five minutes"
+            )
         info = plain_info(args) if args.scheme else read_value_info(path, SCHEMES)
     if not args.anti_expert:
         return path, info, trained_on(path, info)
@@ -348,7 +394,8 @@ def say_other_template(name: str, path: Path, template: str, use: str) -> None:
 def describe_guide(args, value: Path, own: Path, info: dict) -> str:
     if args.expert:
         return f"proxy tuning by {value} less {own}"
-    return f"value network {value} ({info['scheme']})"
+    newest = "; the newest, --value names another" if args.value is None else ""
+    return f"value network {value} ({info['scheme']}{newest})"
 
 
 def check_probe(value: ValueModel | ProxyDelta, base: Llama, path: Path) -> None:

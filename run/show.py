@@ -15,6 +15,7 @@ from data.errors import UsageError
 from data.records import Turn
 from data.tiny_world import (
     TEMPLATE,
+    Item,
     World,
     evaluate,
     has_value,
@@ -84,9 +85,10 @@ def text_cross_entropy(folder: Path, ids: list[int], dtype: str) -> float:
 def show_world(plugged: Plugged, count: int = 6) -> None:
     """Questions of the development split with every system's answer, then the metrics of all of them.
 
-    Of two systems, the first questions as they come; of three, such as only the last answers rightly.
+    The first questions as they come; of a bigger base, such as only it answers rightly when guided, and one that only
+    the smaller base does.
     """
-    speakers = [plugged.alone, plugged.guided]
+    speakers = plugged.speakers
     if plugged.on_its_own:  # what does the bigger base add?
         speakers.insert(1, plugged.on_its_own())
     items = plugged.world.fact_items("development")
@@ -94,24 +96,25 @@ def show_world(plugged: Plugged, count: int = 6) -> None:
         speaker.name: answer_all(speaker, [prompt_text(item) for item in items])
         for speaker in speakers
     }
-    shown = list(range(len(items)))
+    shown = {"": list(range(len(items)))[:count]}
     if len(speakers) > 2:
-        last = speakers[-1].name
-        shown = [
-            index
-            for index in shown
-            if [name for name in answers if answers[name][index] == items[index].answer] == [last]
-        ]
-        print(
-            f"{len(shown)} of {len(items)} questions only {last} answers rightly; {min(count, len(shown))} of them:"
-        )
-    print()
+        shown = {}
+        for name, most in ((speakers[2].name, count - 1), (speakers[1].name, 1)):
+            only = [
+                number
+                for number, item in enumerate(items)
+                if only_right(answers, number, item) == name
+            ]
+            title = f"{len(only)} of {len(items)} questions only {name} answers rightly"
+            shown[f"{title}; {min(most, len(only))} of them:"] = only[:most]
     width = max(map(len, answers)) + 2
-    for index in shown[:count]:
-        print(prompt_text(items[index]))
-        for name in answers:
-            print(f"    {name:{width}}{answers[name][index]}")
-        print(f"    {'truth':{width}}{items[index].answer}\n")
+    for title, indices in shown.items():
+        print(f"{title}\n")
+        for index in indices:
+            print(prompt_text(items[index]))
+            for name in answers:
+                print(f"    {name:{width}}{answers[name][index]}")
+            print(f"    {'truth':{width}}{items[index].answer}\n")
     print(
         f"On development people, whom no demonstration mentions ({len(items)} questions: about +-.03):"
     )
@@ -131,6 +134,12 @@ def show_world(plugged: Plugged, count: int = 6) -> None:
     )
     if len(speakers) > 2:
         show_by_frequency(plugged.world, *speakers, answers)
+
+
+def only_right(answers: dict[str, list[str]], number: int, item: Item) -> str | None:
+    """The speaker who alone answers this question rightly, if there is one."""
+    right = [name for name in answers if answers[name][number] == item.answer]
+    return right[0] if len(right) == 1 else None
 
 
 def show_by_frequency(
@@ -227,10 +236,10 @@ def answer(speaker: Speaker, turns: list[Turn], args, on_token=None) -> str:
 
 def show_answers(plugged: Plugged, args) -> None:
     """Each question, answered by the base alone and by the guided one."""
-    width = max(len(plugged.alone.name), len(plugged.guided.name)) + 2
+    width = max(len(speaker.name) for speaker in plugged.speakers) + 2
     for text in args.prompt:
         print(f"\n{text}")
-        for speaker in (plugged.alone, plugged.guided):
+        for speaker in plugged.speakers:
             print(
                 f"    {speaker.name:{width}}{answer(speaker, [('user', text)], args)}", flush=True
             )

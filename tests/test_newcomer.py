@@ -1,6 +1,7 @@
 """What somebody who is new here would run into: each was met once."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ import model
 from data.errors import UsageError
 from ivl import ValueModel
 from model import Llama
-from run import cli
+from run import cli, plug
 from sample import Guided, generate
-from tests.helpers import SHORT, inside, refused, small, stop_at, value_network, weights
+from tests.helpers import SHORT, VALUE, inside, refused, small, stop_at, value_network, weights
 
 # ---- what is trained is what is measured, and what is saved
 
@@ -148,3 +149,35 @@ def test_a_device_that_computes_otherwise_is_not_taken(monkeypatch):
     monkeypatch.setattr(Llama, "to", damaged)
     device, reason = cli.find_device("mps")
     assert device == "cpu" and "other logits" in reason
+
+
+# ---- which value network is taken
+
+
+def test_a_base_without_a_value_network_answers_alone(home, checkpoint, tmp_path):
+    (tmp_path / "out/seed0").mkdir(parents=True)
+    (tmp_path / "out/seed0/tiny-s").symlink_to(home / "out/seed0/tiny-s")
+    for base, questions in ((checkpoint, ["--prompt", "Hello"]), ("tiny-s", [])):
+        ask = ["sample.py", "--base", base, "--max-new-tokens", "4", *questions]
+        status, output, errors = inside(tmp_path, *ask)
+        assert status == 0 and "the base answers alone" in output, errors
+        assert f"{base.name if questions else base} alone" in output and "+ value" not in output
+    message = refused(tmp_path, "sample.py", "--base", checkpoint, "--explain", "--prompt", "Hello")
+    assert "no value network" in message
+    assert "no value network under out/ yet" in refused(tmp_path, "sample.py", "--prompt", "Hello")
+
+
+def test_a_base_takes_no_value_network_of_the_other_kind_unless_it_is_named(home, monkeypatch):
+    monkeypatch.chdir(home)
+    assert plug.newest_value(None) == plug.newest_value("tiny-l") == VALUE
+    assert plug.newest_value("out/seed0/tiny-s") == VALUE
+    big = SimpleNamespace(vocab_size=32000)
+    monkeypatch.setattr(plug, "load_tokenizer", lambda path: big)
+    assert plug.newest_value("out/seed0/tiny-s") is None  # its tokenizer is a real one's now
+
+
+def test_that_it_is_the_newest_is_said(home):
+    ask = ["sample.py", "--prompt", "Hello", "--max-new-tokens", "2"]
+    says = "(residual; the newest, --value names another)"
+    assert says in inside(home, *ask)[1]
+    assert says not in inside(home, *ask, "--value", VALUE)[1]
