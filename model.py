@@ -1,5 +1,7 @@
 """Llama from scratch: configuration, layers, KV cache, and Hugging Face checkpoints in and out.
 
+Mistral, Qwen2 and Qwen3 share its skeleton and are read too; their `if`s stand where they differ.
+
     python -c "from model import Llama; print(Llama.from_pretrained('out/seed0/tiny-s'))"
 
 Submodules carry the names of Hugging Face checkpoints, so a state dict loads without renaming, and
@@ -54,6 +56,9 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = None  # one or several, which end an answer
+    model_type: str = "llama"  # or mistral, qwen2 (biases on q, k, v), qwen3 (norms on the heads)
+    attention_bias: bool = False  # of a Llama or Qwen3: on q, k, v and o
+    sliding_window: int | None = None  # attention is full up to here, and longer texts are refused
 
     def __post_init__(self):
         if self.num_key_value_heads is None:
@@ -80,17 +85,17 @@ class LlamaConfig:
     def to_dict(self) -> dict:
         """The dict that save_pretrained writes: the spelling of transformers 4, which transformers 5 reads too."""
         fixed = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
             "hidden_act": HIDDEN_ACT,
-            "attention_bias": False,
             "mlp_bias": False,
         }
+        if self.sliding_window and self.model_type.startswith("qwen"):
+            fixed |= {"use_sliding_window": True, "max_window_layers": 0}  # in every layer
         return fixed | asdict(self)
 
 
 def read_config(path: str | Path) -> LlamaConfig:
-    """The architecture of a checkpoint folder; UsageError where its config.json is not of a Llama."""
+    """The architecture of a checkpoint folder; UsageError where its config.json is of no such model."""
     return LlamaConfig.from_dict(read_config_json(path, HIDDEN_ACT))
 
 
@@ -147,10 +152,16 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.norms_heads = config.model_type == "qwen3"
+        bias = config.attention_bias or config.model_type == "qwen2"
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        bias = config.attention_bias
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
+        if self.norms_heads:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(
         self,
@@ -169,6 +180,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, F)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, F)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, F)
+        if self.norms_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
@@ -217,6 +230,7 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.window = config.sliding_window
         # A plain attribute, not a buffer: Module.to(bfloat16) would round a buffer, and far positions with it.
         self.frequencies = rope_frequencies(config)
         # True saves memory in training: layers forget what they computed, and compute it again for gradients.
@@ -231,6 +245,9 @@ class Trunk(nn.Module):
         """tokens (B, T), or embeds (B, T, D) in their place -> hidden states (B, T, D)."""
         x = self.embed_tokens(tokens) if embeds is None else embeds  # (B, T, D)
         T = x.shape[1]
+        length = T if cache is None else cache.used + T
+        if self.window and length > self.window:
+            raise UsageError(f"{length} tokens: this model's sliding_window is {self.window}")
         if cache is None:
             positions, mask = torch.arange(T, device=x.device)[None], None  # (1, T)
         else:
@@ -265,6 +282,8 @@ class Llama(nn.Module):
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = 0.02 / math.sqrt(2 * config.num_hidden_layers) if writes else 0.02
                 nn.init.normal_(parameter, std=std)
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
         self.tie()
 
     def tie(self) -> None:

@@ -64,11 +64,30 @@ def own_template(path: Path) -> str | None:
 # ---------------------------------------------------------------------------------------------------------
 # config.json
 
-UNSUPPORTED = {  # fields that change what a Llama computes, and the values that do not
-    "attention_bias": (None, False),
+FAMILIES = {  # what transformers takes for a field that is not there, where it differs from a Llama
+    "llama": {},
+    "mistral": dict(
+        num_key_value_heads=8, sliding_window=4096, max_position_embeddings=131072, eos_token_id=2
+    ),
+    "qwen2": dict(num_key_value_heads=32, max_position_embeddings=32768, bos_token_id=None),
+    "qwen3": dict(
+        num_key_value_heads=32, head_dim=128, max_position_embeddings=32768, bos_token_id=None
+    ),
+}
+UNSUPPORTED = {  # fields that change what a model computes, and the values that do not
     "mlp_bias": (None, False),
-    "quantization_config": (None,),
     "partial_rotary_factor": (None, 1.0),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "n_routed_experts": (None, 0),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "query_pre_attn_scalar": (None,),
+    "logit_scale": (None, 1.0),
+    "logits_scaling": (None, 1.0),
+    "residual_multiplier": (None, 1.0),
+    "embedding_multiplier": (None, 1.0),
+    "attention_multiplier": (None,),
 }
 NEEDED = [
     "vocab_size",
@@ -87,9 +106,11 @@ ROPE = {
 
 
 def read_config(path: str | Path, hidden_act: str = "silu") -> dict:
-    """The dict of a folder's config.json, if it describes a Llama that model.py can build.
+    """The dict of a folder's config.json, if it describes a model that model.py can build.
 
-    hidden_act is the activation that MLP computes with (model.py, HIDDEN_ACT).
+    What the file leaves out is filled in as transformers does it. `sliding_window` is a number only
+    where attention has a window, and `max_position_embeddings` then does not exceed it. hidden_act is
+    the activation that MLP computes with (model.py, HIDDEN_ACT).
     """
     refuse_absent(Path(path))
     path = base_folder(Path(path))
@@ -101,10 +122,12 @@ def read_config(path: str | Path, hidden_act: str = "silu") -> dict:
     try:
         raw = settle_rope(raw)
         check_architecture(raw, hidden_act)
+        raw = FAMILIES[raw["model_type"]] | raw
         check_numbers(raw)
         check_heads(raw)
         check_rope(raw)
         check_depth(raw, path)
+        raw |= settle_attention(raw)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from None
     return add_generation_config(raw, path)
@@ -129,19 +152,83 @@ def listed(ids: int | list[int] | None) -> list[int]:
 
 
 def check_architecture(raw: dict, hidden_act: str) -> None:
-    if raw.get("model_type") != "llama":
-        raise UsageError(f"model_type is {raw.get('model_type')!r}; only 'llama' is supported")
-    for name, supported in UNSUPPORTED.items():
-        if raw.get(name) not in supported:
-            raise UsageError(f"{name} {raw[name]!r} is not supported")
-    its_own = raw.get("hidden_act") or "silu"  # what transformers takes where nothing is said
-    if its_own != hidden_act:
-        raise UsageError(
-            f"hidden_act {its_own!r} is not supported; MLP computes with {hidden_act!r}"
-        )
+    """A language model of a family that model.py builds, and not quantised."""
+    for name in ["quantization_config", "compression_config"]:
+        if raw.get(name) is not None:
+            method = raw[name].get("quant_method") if isinstance(raw[name], dict) else None
+            raise UsageError(
+                f"{name}: quantised weights ({method or 'of no named method'}) are not supported; "
+                "take the checkpoint that they were made from"
+            )
+    for name in ["vision_config", "audio_config"]:
+        if raw.get(name) is not None:
+            raise UsageError(
+                f"{name}: model_type {raw.get('model_type')!r} reads more than texts; "
+                "take a language model"
+            )
+    if reason := why_foreign(raw, hidden_act):
+        if not continues_texts(raw):
+            raise UsageError(
+                f"{reason}, and this is no causal language model, which a base must be"
+            )
+        raise UsageError(f"{reason}; with transformers installed, sample.py takes it as a base")
     for name in NEEDED:
         if name not in raw:
             raise UsageError(f"{name} is missing")
+
+
+def why_foreign(raw: dict, hidden_act: str = "silu") -> str | None:
+    """Why model.py cannot compute what a config.json describes; None where it can."""
+    if raw.get("model_type") not in list(FAMILIES):
+        return f"model_type is {raw.get('model_type')!r}; model.py reads {', '.join(FAMILIES)}"
+    for name, supported in UNSUPPORTED.items():
+        if raw.get(name) not in supported:
+            return f"{name} {raw[name]!r} is not supported"
+    its_own = raw.get("hidden_act") or "silu"  # what transformers takes where nothing is said
+    if its_own != hidden_act:
+        return f"hidden_act {its_own!r} is not supported, since MLP computes with {hidden_act!r}"
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling")
+    if isinstance(rope, dict):
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            return "rotary embeddings with a partial_rotary_factor are not supported"
+        rope_type = rope.get("rope_type", rope.get("type", "default"))  # 4.30 wrote "type"
+        if not isinstance(rope_type, str) or rope_type not in ROPE:
+            return f"rope_type {rope_type!r} is not supported ({', '.join(ROPE)} are)"
+    return None
+
+
+def continues_texts(raw: dict) -> bool:
+    """Whether a config.json may be of a causal language model, and neither encoder nor classifier."""
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names:
+        return not raw.get("is_encoder_decoder")
+    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+
+
+def settle_attention(raw: dict) -> dict:
+    """attention_bias and sliding_window as the family reads them, and max_position_embeddings within the window.
+
+    A Mistral's window is in all layers. A Qwen's is in those of layer_types, or from max_window_layers on, where
+    use_sliding_window says so; to be exact up to its length it makes no difference in which.
+    """
+    family, window, longest = raw["model_type"], None, raw.get("max_position_embeddings") or 2048
+    if family == "mistral":
+        window = raw["sliding_window"]
+    elif family != "llama" and raw.get("use_sliding_window"):
+        kinds, first = raw.get("layer_types"), raw.get("max_window_layers", 28)
+        if isinstance(kinds, list):
+            slides = "sliding_attention" in kinds
+        else:
+            slides = type(first) is not int or first < raw["num_hidden_layers"]
+        window = raw.get("sliding_window", 4096) if slides else None
+    if window is not None and not is_size(window):
+        raise UsageError(f"sliding_window must be a positive whole number, not {window!r}")
+    bias = raw.get("attention_bias") is True and family in ("llama", "qwen3")
+    return {
+        "attention_bias": bias,
+        "sliding_window": window,
+        "max_position_embeddings": min(window or longest, longest),
+    }
 
 
 def check_numbers(raw: dict) -> None:
@@ -157,10 +244,9 @@ def check_numbers(raw: dict) -> None:
         if name in raw and not is_positive(raw[name]):
             raise UsageError(f"{name} must be a positive number, not {raw[name]!r}")
     check_ids(raw)
-    if type(raw.get("tie_word_embeddings", False)) is not bool:
-        raise UsageError(
-            f"tie_word_embeddings must be true or false, not {raw['tie_word_embeddings']!r}"
-        )
+    for name in ["tie_word_embeddings", "attention_bias", "use_sliding_window"]:
+        if type(raw.get(name) or False) is not bool:
+            raise UsageError(f"{name} must be true or false, not {raw[name]!r}")
 
 
 def check_ids(raw: dict) -> None:
@@ -224,15 +310,9 @@ def check_rope(raw: dict) -> None:
         return
     if not isinstance(rope, dict):
         raise UsageError(f"{spelling} must be an object, not {rope!r}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UsageError(f"{spelling} with a partial_rotary_factor is not supported")
     if not is_positive(rope.get("rope_theta", 1.0)):
         raise UsageError(f"rope_theta must be a positive number, not {rope['rope_theta']!r}")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))  # transformers 4.30 wrote "type"
-    if not isinstance(rope_type, str) or rope_type not in ROPE:
-        raise UsageError(
-            f"rope_type {rope_type!r} is not supported (default, linear, dynamic and llama3 are)"
-        )
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
     for name in ROPE[rope_type]:
         if not is_positive(rope.get(name)):
             raise UsageError(
@@ -456,7 +536,7 @@ def explain_mismatch(path: Path, shapes: dict[str, tuple], tied: bool) -> None:
             refuse_prefixes(file, names, shapes)
             for name in names:
                 if name not in shapes:
-                    raise UsageError(f"{file}: unexpected tensor {name}")
+                    raise UsageError(f"{file}: unexpected tensor {name}{family_hint(name)}")
                 shape = tuple(shard.get_slice(name).get_shape())
                 if shape != shapes[name]:
                     raise UsageError(
@@ -467,9 +547,18 @@ def explain_mismatch(path: Path, shapes: dict[str, tuple], tied: bool) -> None:
         found |= {EMBEDDING, HEAD}
     missing = sorted(shapes.keys() - found)
     if missing:
+        hint = family_hint(missing[0]) if all(map(family_hint, missing)) else ""
         raise UsageError(
             f"{path}: {missing[0]} is in none of its files ({len(missing)} of {len(shapes)} missing)"
+            f"{hint}"
         )
+
+
+def family_hint(name: str) -> str:
+    """What to look at where a tensor that only some families have is left over or missing."""
+    if re.search(r"\.[qkvo]_proj\.bias$|\.[qk]_norm\.weight$", name):
+        return "; do model_type and attention_bias in config.json fit these weights?"
+    return ""
 
 
 WRAPPERS = {

@@ -111,16 +111,19 @@ def files_of(files: list[Path]) -> dict[str, Path]:
 def read_slice(
     stored, name: str, shape: tuple[int, ...], rank: int, dtype: torch.dtype | None, device: str
 ) -> Tensor:
-    """This process's slice of a stored tensor, of this shape, or all of it: the norms' weights, which are vectors.
+    """This process's slice of a stored tensor, of this shape, or all of it: the norms' weights.
 
     Of the vocabulary it has the rows that there are, padded with zeros, and always one more of zeros.
+    The bias of o_proj is added in one process alone, since the outputs of all are added up.
     """
     module = name.split(".")[-2]
     if name in (EMBEDDING, HEAD):
         rows, V = shape[0] - 1, stored.get_shape()[0]
         part = stored[min(rank * rows, V) : min((rank + 1) * rows, V)]
-    elif module in BY_OUTPUTS:
+    elif module in BY_OUTPUTS:  # weights and biases
         part = stored[rank * shape[0] : (rank + 1) * shape[0]]
+    elif module in BY_INPUTS and len(shape) == 1:
+        part = stored[:] if rank == 0 else torch.zeros_like(stored[:])
     elif module in BY_INPUTS:
         part = stored[:, rank * shape[1] : (rank + 1) * shape[1]]
     else:

@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import random
-import shutil
 from pathlib import Path
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,7 +34,8 @@ LLAMA3 = dict(
     original_max_position_embeddings=64,
     rope_theta=500000.0,
 )
-STYLES = {
+SMALLER = COMMON | dict(hidden_size=16, intermediate_size=24, num_key_value_heads=2)
+STYLES = {  # model_type is llama where none is named
     "llama-2": COMMON,
     "tinyllama": COMMON | dict(num_key_value_heads=2),
     "codellama": COMMON
@@ -45,6 +45,10 @@ STYLES = {
     "own-head-dim": COMMON | dict(num_key_value_heads=1, head_dim=12),
     "linear": COMMON
     | dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)),
+    "llama-bias": SMALLER | dict(attention_bias=True),
+    "mistral": SMALLER | dict(model_type="mistral", sliding_window=150),
+    "qwen2": SMALLER | dict(model_type="qwen2", tie_word_embeddings=True),
+    "qwen3": SMALLER | dict(model_type="qwen3", head_dim=12),
 }
 
 # Scripts, emoji, runs of spaces, code, numbers, and other things that tokenizers disagree about.
@@ -94,12 +98,14 @@ HARD_STRINGS = [
 ]
 
 
-def seeded(config):
+def seeded(settings: dict):
+    """transformers' model of these settings, with seeded weights."""
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    config = AutoConfig.for_model(**{"model_type": "llama"} | settings)
+    model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():  # far from the initialisation, so that no part can hide
         torch.nn.init.normal_(
             parameter, std=0.3
@@ -116,12 +122,12 @@ def tokens_for(vocab_size: int):
 def write_checkpoints() -> None:
     import torch
     from safetensors.torch import save_file
-    from transformers import LlamaConfig
 
     for name, settings in STYLES.items():
         folder = GOLDEN / name
-        shutil.rmtree(folder, ignore_errors=True)
-        model = seeded(LlamaConfig(**settings))
+        if folder.exists():  # remove a folder to have it made anew
+            continue
+        model = seeded(settings)
         model.save_pretrained(folder, max_shard_size="20KB" if name == "codellama" else "5GB")
         (folder / "generation_config.json").unlink(missing_ok=True)
         with torch.no_grad():

@@ -808,7 +808,12 @@ FOLDERS = {
     ),
     "a config as pipe": (pipe(C), TRAIN, 2, "a pipe or a device"),
     "an lfs config": (write(C, LFS), TRAIN, 2, "`git lfs pull`"),
-    "another model": (edit(C, model_type="mistral"), TRAIN, 2, "only 'llama' is supported"),
+    "another model": (
+        edit(C, model_type="gpt_neox"),
+        TRAIN,
+        2,
+        "model.py reads llama, mistral, qwen2, qwen3; with transformers",
+    ),
     "10000 layers": (
         edit(C, num_hidden_layers=10_000),
         TRAIN,

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.errors import UsageError
-from model import KVCache, Llama, LlamaConfig
+from model import KVCache, Llama, LlamaConfig, read_config
 from tests.helpers import small
-from tests.make_golden import GOLDEN, STYLES, seeded, tokens_for
+from tests.make_golden import GOLDEN, SMALLER, STYLES, seeded, tokens_for
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -57,26 +57,151 @@ def test_both_spellings_of_the_config_mean_the_same(style, tmp_path):
     assert LlamaConfig.from_dict(with_type) == LlamaConfig.from_dict(raw)
 
 
+def cached_logits(model: Llama, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits through a cache, of tokens in parts."""
+    cache = KVCache(model, *tokens.shape)
+    return torch.cat([model(part, cache) for part in tokens.split([40, 1, 1, 60, 48], dim=1)], 1)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("style", STYLES)
+def test_logits_through_a_cache_are_those_of_transformers(style):
+    model = Llama.from_pretrained(GOLDEN / style)
+    golden = load_file(GOLDEN / style / "golden_logits.safetensors")["logits"]
+    logits = cached_logits(model, tokens_for(model.config.vocab_size))
+    assert relative_error(logits[:, ::10], golden) < 1e-4
+
+
+# More of the families than there are golden files of, where transformers is installed.
+FAMILIES = {
+    "llama with biases, grouped": SMALLER | dict(attention_bias=True),
+    "llama with biases, tied": SMALLER | dict(attention_bias=True, tie_word_embeddings=True),
+    "mistral without a window": SMALLER | dict(model_type="mistral", sliding_window=None),
+    "mistral, a longer window": SMALLER | dict(model_type="mistral", sliding_window=200),
+    "mistral, a window as long": SMALLER | dict(model_type="mistral", sliding_window=150),
+    "mistral, wide heads": SMALLER | dict(model_type="mistral", head_dim=12),
+    "qwen2, plain heads": SMALLER | dict(model_type="qwen2", num_key_value_heads=4),
+    "qwen2, grouped, tied": SMALLER | dict(model_type="qwen2", tie_word_embeddings=True),
+    "qwen2, a window in every layer": SMALLER
+    | dict(model_type="qwen2", use_sliding_window=True, sliding_window=150, max_window_layers=0),
+    "qwen2, a window in one layer": SMALLER
+    | dict(model_type="qwen2", use_sliding_window=True, sliding_window=150, max_window_layers=1),
+    "qwen2, a window in no layer": SMALLER
+    | dict(model_type="qwen2", use_sliding_window=True, sliding_window=20, max_window_layers=2),
+    "qwen3, plain heads": SMALLER | dict(model_type="qwen3", num_key_value_heads=4, head_dim=4),
+    "qwen3, grouped, wide heads": SMALLER | dict(model_type="qwen3", head_dim=12),
+    "qwen3, tied, wide heads": SMALLER
+    | dict(model_type="qwen3", head_dim=12, tie_word_embeddings=True),
+    "qwen3 with biases": SMALLER | dict(model_type="qwen3", head_dim=12, attention_bias=True),
+}
+ALL = STYLES | FAMILIES
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("style", ALL)
 def test_transformers_loads_what_we_save(style, tmp_path):
     transformers = pytest.importorskip("transformers")
-    model = Llama.from_pretrained(GOLDEN / style)
-    model.save_pretrained(tmp_path)
-    theirs, report = transformers.LlamaForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True
+    seeded(ALL[style]).save_pretrained(tmp_path / "theirs")
+    model = Llama.from_pretrained(tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "ours")
+    raw = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert raw["model_type"] == ALL[style].get("model_type", "llama")
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
     )
     assert not any(report[key] for key in ["missing_keys", "unexpected_keys", "mismatched_keys"])
+    assert type(theirs).__name__ == raw["architectures"][0]
     tokens = tokens_for(model.config.vocab_size)
-    with torch.no_grad():
-        assert relative_error(model(tokens), theirs.eval()(tokens).logits) < 1e-4
+    assert relative_error(model(tokens), theirs.eval()(tokens).logits) < 1e-4
+    assert read_config(tmp_path / "ours") == read_config(tmp_path / "theirs")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("style", FAMILIES)
+def test_we_read_what_transformers_saves_cached_and_uncached(style, tmp_path):
+    pytest.importorskip("transformers")
+    theirs = seeded(FAMILIES[style])
+    theirs.save_pretrained(tmp_path)
+    model, tokens = Llama.from_pretrained(tmp_path), tokens_for(96)
+    wanted = theirs(tokens).logits
+    assert relative_error(model(tokens), wanted) < 1e-4
+    assert relative_error(cached_logits(model, tokens), wanted) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("style", FAMILIES)
+def test_bfloat16_rounds_no_more_than_transformers_does(style, tmp_path):
+    """The mean distance of logits in bfloat16 from those in float32, ours and theirs."""
+    pytest.importorskip("transformers")
+    theirs, tokens = seeded(FAMILIES[style]), tokens_for(96)
+    theirs.save_pretrained(tmp_path)
+    exact = theirs(tokens).logits
+    spread = (theirs.bfloat16()(tokens).logits.float() - exact).abs().mean()
+    model = Llama.from_pretrained(tmp_path, torch.bfloat16)
+    for logits in (model(tokens), cached_logits(model, tokens)):
+        assert (logits.float() - exact).abs().mean() < 1.25 * spread
+
+
+# What stands in a config.json, and what it means: absent fields are as transformers fills them in.
+MEANINGS = {
+    "mistral": (dict(model_type="mistral"), dict(sliding_window=4096, num_key_value_heads=8)),
+    "mistral v0.3": (dict(model_type="mistral", sliding_window=None), dict(sliding_window=None)),
+    "qwen2": (dict(model_type="qwen2", sliding_window=64), dict(sliding_window=None)),
+    "qwen2, a window": (
+        dict(model_type="qwen2", sliding_window=64, use_sliding_window=True, max_window_layers=1),
+        dict(sliding_window=64, max_position_embeddings=64),
+    ),
+    "qwen2, layer types": (
+        dict(
+            model_type="qwen2",
+            sliding_window=64,
+            use_sliding_window=True,
+            layer_types=["full_attention"] * 2,
+        ),
+        dict(sliding_window=None, max_position_embeddings=32768),
+    ),
+    "qwen3": (dict(model_type="qwen3"), dict(head_dim=128)),
+    "mistral has no biases": (
+        dict(model_type="mistral", attention_bias=True),
+        dict(attention_bias=False),
+    ),
+    "llama has no window": (dict(model_type="llama", sliding_window=64), dict(sliding_window=None)),
+}
+
+
+@pytest.mark.parametrize("case", MEANINGS)
+def test_what_a_config_leaves_out_is_as_transformers_fills_it_in(case, tmp_path):
+    settings, meant = MEANINGS[case]
+    sizes = dict(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=32 if "qwen" in case else 8,
+    )
+    (tmp_path / "config.json").write_text(json.dumps(sizes | settings))
+    config = vars(read_config(tmp_path))
+    assert {name: config[name] for name in meant} == meant
+
+
+@torch.no_grad()
+def test_no_text_is_longer_than_the_window():
+    model, tokens = small(model_type="mistral", sliding_window=16), torch.randint(50, (2, 17))
+    model(tokens[:, :16])
+    with pytest.raises(UsageError, match="17 tokens: this model's sliding_window is 16"):
+        model(tokens)
+    cache = KVCache(model, 2, 17)
+    model(tokens[:, :16], cache)
+    with pytest.raises(UsageError, match="17 tokens: this model's sliding_window is 16"):
+        model(tokens[:, 16:], cache)
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("shards", ["one", "many"])
 def test_we_load_what_transformers_saves(style, shards, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    theirs = seeded(transformers.LlamaConfig(**STYLES[style] | dict(vocab_size=77)))
-    theirs.save_pretrained(tmp_path, max_shard_size="15KB" if shards == "many" else "5GB")
+    pytest.importorskip("transformers")
+    theirs = seeded(STYLES[style] | dict(vocab_size=77))
+    theirs.save_pretrained(tmp_path, max_shard_size="7KB" if shards == "many" else "5GB")
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "many")
     tokens = tokens_for(77)
     with torch.no_grad():
@@ -218,7 +343,7 @@ def only_pytorch_bin(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-NORM = "model.norm.weight"
+NORM, Q_BIAS = "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"
 SINGLE = {
     "no folder": (lambda folder: shutil.rmtree(folder), "no such folder"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: not there"),
@@ -242,7 +367,10 @@ SINGLE = {
         "Is a directory",
     ),
     "config a list": (write("config.json", "[]"), "not a JSON object"),
-    "another architecture": (edit_config(model_type="mistral"), "'mistral'"),
+    "another architecture": (
+        edit_config(model_type="gpt_neox"),
+        "'gpt_neox'; model.py reads llama, mistral, qwen2, qwen3; with transformers",
+    ),
     "no architecture": (edit_config(model_type="absent"), "model_type is None"),
     "a field missing": (edit_config(hidden_size="absent"), "hidden_size is missing"),
     "negative": (edit_config(hidden_size=-32), "hidden_size must be a positive whole number"),
@@ -259,10 +387,52 @@ SINGLE = {
     "yarn": (edit_config(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "'yarn'"),
     "scaling no object": (edit_config(rope_scaling=4), "rope_scaling"),
     "llama3 without factor": (edit_config(rope_scaling={"rope_type": "llama3"}), "factor"),
-    "bias": (edit_config(attention_bias=True), "attention_bias"),
+    "bias": (edit_config(attention_bias=True), "k_proj.bias is in none of its files"),
+    "bias no switch": (edit_config(attention_bias="yes"), "attention_bias must be true or false"),
     "mlp bias": (edit_config(mlp_bias=True), "mlp_bias"),
     "activation": (edit_config(hidden_act="gelu"), "'gelu'"),
-    "quantised": (edit_config(quantization_config={"bits": 4}), "quantization_config"),
+    "quantised": (edit_config(quantization_config={"bits": 4}), "quantised weights"),
+    "gptq": (edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), "(gptq)"),
+    "awq": (edit_config(quantization_config={"quant_method": "awq"}), "(awq)"),
+    "fp8": (edit_config(quantization_config={"quant_method": "fp8"}), "(fp8)"),
+    "bitsandbytes": (
+        edit_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "quantised weights (bitsandbytes) are not supported; take the checkpoint",
+    ),
+    "qwen2 with a llama's tensors": (
+        edit_config(model_type="qwen2"),
+        "k_proj.bias is in none of its files (6 of 27 missing); do model_type and attention_bias",
+    ),
+    "qwen3 with a llama's tensors": (
+        edit_config(model_type="qwen3"),
+        "k_norm.weight is in none of its files (4 of 25 missing); do model_type",
+    ),
+    "llama with a qwen2's tensors": (
+        edit_tensors(lambda tensors: tensors.update({Q_BIAS: torch.ones(32)})),
+        f"unexpected tensor {Q_BIAS}; do model_type",
+    ),
+    "vision": (
+        edit_config(model_type="qwen2_5_vl", vision_config={"depth": 32}),
+        "vision_config: model_type 'qwen2_5_vl' reads more than texts",
+    ),
+    "encoder": (
+        edit_config(model_type="bert", architectures=["BertForMaskedLM"]),
+        "this is no causal language model",
+    ),
+    "encoder and decoder": (
+        edit_config(model_type="t5", architectures="absent", is_encoder_decoder=True),
+        "this is no causal language model",
+    ),
+    "experts": (edit_config(num_local_experts=8), "num_local_experts 8 is not supported; with tr"),
+    "soft caps": (edit_config(final_logit_softcapping=30.0), "final_logit_softcapping 30.0 is not"),
+    "partial rotary": (
+        edit_config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+        "partial_rotary_factor are not supported; with transformers",
+    ),
+    "window": (
+        edit_config(model_type="mistral", sliding_window="long"),
+        "sliding_window must be a positive whole number",
+    ),
     "truncated": (truncate("model.safetensors", 0.7), "model.safetensors: truncated"),
     "header truncated": (truncate("model.safetensors", 0.001), "model.safetensors: truncated"),
     "empty": (write("model.safetensors", ""), "model.safetensors: truncated"),

@@ -32,6 +32,8 @@ KINDS = {
     "tied": dict(tie_word_embeddings=True),
     "odd": dict(vocab_size=51),
     "odd-tied": dict(vocab_size=51, tie_word_embeddings=True, head_dim=12),
+    "qwen2": dict(model_type="qwen2"),
+    "qwen3-bias": dict(model_type="qwen3", head_dim=12, attention_bias=True),
 }
 
 
@@ -52,11 +54,13 @@ def world_of_one(tmp_path):
 
 
 def test_two_processes_say_what_one_says(tmp_path):
-    """20 prompts, in fp32; a vocabulary that is odd, embeddings that are tied, and two shards."""
+    """20 prompts, in fp32; an odd vocabulary, tied embeddings, two shards; biases and norms on heads."""
     in_two_shards(saved(tmp_path, "odd-tied"))
-    done = together(tmp_path, "-m", "tests.several_decoders", "few", tmp_path / "odd-tied")
+    folders = [tmp_path / "odd-tied", saved(tmp_path, "qwen3-bias")]
+    done = together(tmp_path, "-m", "tests.several_decoders", "few", *folders)
     assert done.returncode == 0, done.stderr
-    assert "same: odd-tied, tied" in done.stdout and done.stdout.count("cascade+: logits") == 1
+    assert "same: odd-tied, tied" in done.stdout and "same: qwen3-bias, untied" in done.stdout
+    assert done.stdout.count("cascade+: logits") == 2
 
 
 @pytest.mark.slow
@@ -64,7 +68,7 @@ def test_two_processes_say_what_one_says_with_every_plug(tmp_path):
     folders = [saved(tmp_path, name) for name in KINDS]
     done = together(tmp_path, "-m", "tests.several_decoders", "tokens", *folders)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("same: ") == 4 and done.stdout.count("probe: logits") == 4
+    assert done.stdout.count("same: ") == done.stdout.count("probe: logits") == len(KINDS)
 
 
 @pytest.mark.slow
