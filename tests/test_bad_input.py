@@ -785,6 +785,24 @@ def index(files: list[str]):
     return act
 
 
+def adapter(name: str, **fields):
+    """A LoRA adapter of the base in a folder, as peft writes it."""
+
+    def act(folder: Path) -> None:
+        (folder / name).mkdir(exist_ok=True)
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base"}
+        (folder / name / "adapter_config.json").write_text(json.dumps(config | fields))
+        prefix = "base_model.model.model.layers.0.self_attn.v_proj"
+        outputs, inputs = load_file(folder / W)["model.layers.0.self_attn.v_proj.weight"].shape
+        parts = {"A": torch.ones(2, inputs), "B": torch.ones(outputs, 2)}
+        save_file(
+            {f"{prefix}.lora_{part}.weight": tensor for part, tensor in parts.items()},
+            folder / name / "adapter_model.safetensors",
+        )
+
+    return act
+
+
 def snapshot(folder: Path) -> None:
     to = folder / "hub/models--org--tiny-model/snapshots/abc"
     to.parent.mkdir(parents=True)
@@ -1023,6 +1041,106 @@ FOLDERS = {
         "a pipe or a device",
     ),
     "an adapter": (rename(W, "base/adapter_model.safetensors"), SAMPLE, 2, "a LoRA adapter"),
+    "an adapter beside the weights": (adapter("base"), SAMPLE, 0, "Greet Mira."),
+    "an adapter beside, of other sizes": (adapter("base", r=3), SAMPLE, 2, "r 3"),
+    "an adapter as a base": (
+        adapter("lora"),
+        [*SAMPLE, "--base", "lora"],
+        0,
+        "lora",
+    ),
+    "an adapter without its base": (
+        adapter("lora", base_model_name_or_path="org/no-such-model"),
+        [*SAMPLE, "--base", "lora"],
+        2,
+        "a LoRA adapter, and its base is no folder here: 'org/no-such-model'",
+    ),
+    "an adapter that is more than LoRA": (
+        adapter("base", alpha_pattern={"q_proj": 2}),
+        TRAIN,
+        2,
+        "merge_and_unload() in peft",
+    ),
+    "rotary settings that disagree": (
+        edit(
+            "base/config.json",
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+            rope_scaling={"rope_type": "linear", "factor": 2.0},
+        ),
+        SAMPLE,
+        2,
+        "rope_scaling and rope_parameters disagree on factor (2.0, None)",
+    ),
+    "rotary settings of other thetas": (
+        edit(
+            "base/config.json",
+            rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0},
+            rope_scaling={"type": "linear", "factor": 2.0},
+        ),
+        TRAIN,
+        2,
+        "rope_scaling and rope_parameters disagree on rope_theta",
+    ),
+    "rotary settings twice": (
+        edit(
+            "base/config.json",
+            rope_theta=500.0,
+            rope_parameters={"rope_type": "linear", "factor": 2.0},
+            rope_scaling={"type": "linear", "factor": 2.0},
+        ),
+        SAMPLE,
+        0,
+        "Greet Mira.",
+    ),
+    "the trunk alone": (
+        tensors(
+            W,
+            lambda key, tensor: (
+                [] if key == "lm_head.weight" else [(key.removeprefix("model."), tensor)]
+            ),
+        ),
+        SAMPLE,
+        2,
+        "the weights of the trunk alone",
+    ),
+    "the trunk alone, its names whole": (
+        tensors(W, lambda key, tensor: [] if key == "lm_head.weight" else [(key, tensor)]),
+        SAMPLE,
+        2,
+        "lm_head.weight is in none of its files",
+    ),
+    "a tied head alone": (
+        several(
+            edit("base/config.json", tie_word_embeddings=True),
+            tensors(
+                W,
+                lambda key, tensor: [] if key == "model.embed_tokens.weight" else [(key, tensor)],
+            ),
+        ),
+        SAMPLE,
+        0,
+        "Greet Mira.",
+    ),
+    "a head alone that is not tied": (
+        tensors(
+            W, lambda key, tensor: [] if key == "model.embed_tokens.weight" else [(key, tensor)]
+        ),
+        SAMPLE,
+        2,
+        "model.embed_tokens.weight is in none of its files",
+    ),
+    "a variant": (
+        rename(W, "base/model.fp16.safetensors"),
+        SAMPLE,
+        2,
+        "model.fp16.safetensors is a variant by its name",
+    ),
+    "a variant in shards": (
+        rename(W, "base/model.fp16-00001-of-00001.safetensors"),
+        TRAIN,
+        2,
+        "is a variant by its name",
+    ),
     "gguf": (rename(W, "base/model.gguf"), SAMPLE, 2, "weights as GGUF"),
     "Meta's": (rename(W, "base/consolidated.00.pth"), TRAIN, 2, "Meta's own pickles"),
     "a hub cache's root": (
@@ -1272,6 +1390,40 @@ OUT = {  # what is done, the command, and what it says
         "is no run of train.py",
     ),
     "a run's folder a file": (write("o.training", b"x"), [*TRAIN, "--out", "o"], 2, "o.training"),
+    "a rate that is too high": (
+        None,
+        [*TRAIN, "--lr", 10, "--out", "o"],
+        0,
+        "on held-out conversations the guided base is worse than the base alone",
+    ),
+    "more steps of a finished run": (
+        lambda f: inside(f, *TRAIN, "--out", "o"),
+        [*TRAIN, "--steps", 2, "--out", "o", "--resume"],
+        2,
+        "o: this run is finished, after 1 steps; to train its network further give --value o and another "
+        "folder, --out NEW",
+    ),
+    "fewer steps of a finished run": (
+        lambda f: inside(f, *TRAIN, "--steps", 2, "--out", "o"),
+        [*TRAIN, "--out", "o", "--resume"],
+        2,
+        "o: this run is finished, after 2 steps",
+    ),
+    "another rate of a finished run": (
+        lambda f: inside(f, *TRAIN, "--out", "o"),
+        [*TRAIN, "--lr", 0.1, "--out", "o", "--resume"],
+        2,
+        "a run with other settings is there: lr was",
+    ),
+    "what a finished run asks for": (
+        lambda f: inside(f, *TRAIN, "--out", "o"),
+        ["train.py", "--base", "base", "--value", "o", *TRAIN[4:], "--steps", 2, "--out", "new"],
+        0,
+        "-> new",
+    ),
+    "help names the forms": (None, ["train.py", "--help"], 0, "data/README.md"),
+    "help of texts": (None, ["vocab_map.py", "--help"], 0, "data/README.md"),
+    "help of a file": (None, ["chat.py", "--help"], 0, "data/README.md"),
     "all held out": (
         None,
         [*TRAIN, "--held-out", 20],
