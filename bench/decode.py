@@ -1,13 +1,13 @@
-"""Table 3: what guidance costs while decoding, beside the base alone and beside transformers; and what speculation gives back.
+"""Table 3: what guidance costs while decoding, beside the base alone and transformers, and what speculation wins back.
 
     python -m bench.decode                           # 128, 512 and 1024 new tokens, one text and eight at a time
     python -m bench.decode --pair SmolLM2-135M SmolLM2-135M --dtype bfloat16    # beside llama.cpp, too, on the model's own GGUF file
     python -m bench.decode --speculate out/seed0     # tiny-s drafts for tiny-l: as trained, and as costly as a big base
 
-Shapes are the true ones of TinyLlama and Llama-2-7B and 13B on a GPU, in bfloat16; on a CPU, with one thread, those of tiny-s
-and tiny-l, and at 128 tokens a pair of 23M and 110M parameters. On a GPU our steps are those of
-`sample.py --compile`. Weights are random. Every contender writes as many tokens as asked for, greedily; transformers guides by a
-second model in a LogitsProcessor, with a cache of its own.
+On a GPU the networks have the shapes of TinyLlama and Llama-2-7B and 13B, in bfloat16, and steps are those of
+`sample.py --compile`. On a CPU, with one thread, they have the shapes of tiny-s and tiny-l, and at 128 tokens also of a
+23M and a 110M network. Weights are random. Every contender writes as many tokens as asked for, greedily. transformers is
+guided by a second model, with a cache of its own, in a LogitsProcessor.
 """
 
 import argparse
@@ -23,12 +23,13 @@ import torch
 
 from bench.measure import (
     Result,
+    bench_parser,
     compare,
     copy_bandwidth,
     describe,
+    device_here,
     progress,
-    ratio,
-    save,
+    results_table,
     share,
     table,
     times,
@@ -44,7 +45,7 @@ from fast.graphs import CompiledGuided
 from ivl import ProxyDelta, ValueModel
 from model import Llama, LlamaConfig
 from run.arguments import few
-from run.cli import ArgumentParser, positive_int, run_cli
+from run.cli import positive_int, run_cli
 from sample import Guided, generate
 
 PROMPT = 32  # tokens before the first new one
@@ -71,9 +72,8 @@ PAIRS = {
 }
 ALONE, VALUE, BOTH, PROXY = "base alone", "value network alone", "value + base", "proxy tuning"
 THEIRS, THEIR_BOTH = "transformers, base alone", "transformers, two models"
-FOUR_BITS = (
-    "llama.cpp, base alone, 4 bits"  # of SmolLM2-135M, the one GGUF file that pip can install
-)
+FOUR_BITS = "llama.cpp, base alone, 4 bits"  # of SmolLM2-135M, whose GGUF file pip can install
+# of which networks: b for the base, v for the value network
 CONTENDERS = {
     ALONE: "b",
     VALUE: "v",
@@ -82,16 +82,16 @@ CONTENDERS = {
     THEIRS: "b",
     THEIR_BOTH: "bv",
     FOUR_BITS: "",
-}  # of base and value network
+}
 
 
 def networks_of(name: str, value: str, base: str) -> list[str]:
     """The shapes of a contender's networks."""
-    return [{"b": base, "v": value}[each] for each in CONTENDERS[name]]
+    return [base if letter == "b" else value for letter in CONTENDERS[name]]
 
 
 def weights_of(config: LlamaConfig) -> int:
-    """How many numbers a step reads: all but the embedding, of which it takes a row, unless that is lm_head, too."""
+    """How many weights a step reads: all but the embedding, unless it is also lm_head; of the embedding only one row."""
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in Llama(config).parameters())
     return count if config.tie_word_embeddings else count - config.vocab_size * config.hidden_size
@@ -112,15 +112,10 @@ def decoding(
         return transformers_decoding(name, value, base, prompts, tokens)
     if name == FOUR_BITS:
         return llama_cpp_decoding(prompts, tokens)
-    llamas = [
-        Llama(SHAPES[shape]).requires_grad_(False) for shape in networks_of(name, value, base)
-    ]
-    plug = None
-    if name == PROXY:
-        plug = ProxyDelta(*llamas[1:])
-    elif name == BOTH:
-        plug = ValueModel(llamas[1])
-    guided = guided_on(llamas[0].device.type)(llamas[0], plug)
+    shapes = [SHAPES[shape] for shape in networks_of(name, value, base)]
+    llama, *others = [Llama(shape).requires_grad_(False) for shape in shapes]
+    plug = {PROXY: ProxyDelta, BOTH: ValueModel}[name](*others) if others else None
+    guided = guided_on(llama.device.type)(llama, plug)
     return lambda: generate(guided, prompts, max_new_tokens=tokens, stop_ids=set()) and None
 
 
@@ -194,34 +189,23 @@ def llama_cpp_decoding(prompts: list[list[int]], tokens: int) -> Callable[[], No
 
 
 def bytes_a_step(config: LlamaConfig, batch: int, tokens: int, width: int) -> float:
-    """What a step must read of a network at the least: its weights once, and the keys and values so far, halfway on."""
-    stored = (
-        2
-        * config.num_hidden_layers
-        * config.num_key_value_heads
-        * config.head_dim
-        * (PROMPT + tokens / 2)
-    )
-    return width * (weights_of(config) + batch * stored)
+    """The least that a step must read of a network: its weights once, and the keys and values of half the tokens."""
+    positions = batch * (PROMPT + tokens / 2)
+    kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return width * (weights_of(config) + positions * kept)
 
 
 def fitting(
     value: str, base: str, device: str, contenders: Iterable[str] = CONTENDERS
 ) -> list[str]:
-    """Those of the contenders that fit into the memory together, the first ones first."""
-    room = (
-        0.85 * torch.cuda.mem_get_info()[1] / 2 if device == "cuda" else float("inf")
-    )  # numbers of two bytes
+    """The contenders that fit into the memory together; the first ones go first."""
+    room = 0.85 * torch.cuda.mem_get_info()[1] / 2 if device == "cuda" else float("inf")
     names = []
-    for name in contenders:
+    for name in contenders:  # room is counted in weights of two bytes
         room -= sum(weights_of(SHAPES[network]) for network in networks_of(name, value, base))
         if room > 0:
             names.append(name)
     return names
-
-
-def usual_dtype(device: str) -> str:
-    return "bfloat16" if device == "cuda" else "float32"
 
 
 def measure(
@@ -235,13 +219,12 @@ def measure(
     dtype: str | None = None,
 ) -> dict[str, Result]:
     """Each contender writes `tokens` tokens in every round; seconds are those of one token of all texts."""
-    dtype = dtype or usual_dtype(device)
-    step = functools.partial(
-        functools.partial, decoding, value=value, base=base, batch=batch, tokens=tokens, dtype=dtype
-    )
-    results = compare({name: step(name=name) for name in contenders}, device, rounds, 1)
+    sizes = dict(value=value, base=base, batch=batch, tokens=tokens)
+    dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
+    steps = {name: functools.partial(decoding, name, dtype=dtype, **sizes) for name in contenders}
+    results = compare(steps, device, rounds, 1)
     for result in results.values():
-        result.seconds = [] if result.failure else [seconds / tokens for seconds in result.seconds]
+        result.seconds = [seconds / tokens for seconds in result.seconds]
     return results
 
 
@@ -251,57 +234,35 @@ def show(
     base: str,
     batch: int,
     tokens: int,
-    dtype: str,
+    width: int,
     bandwidth: float,
 ) -> str:
-    rows = [
-        [
-            "",
-            "tokens/s",
-            "ms a token (range)",
-            "times the base alone",
-            "of a copy's bytes/s",
-            "GB at the peak",
-        ]
-    ]
-    width = getattr(torch, dtype).itemsize
+    """The table of a pair; `width` is the bytes of a weight, `bandwidth` a copy's bytes per second."""
+    heads = ["tokens/s", "ms a token (range)", "times the base alone", "of a copy's bytes/s"]
+    alone = results.get(ALONE, Result()).seconds
     reads = {name: bytes_a_step(SHAPES[name], batch, tokens, width) for name in (value, base)}
-    for name, result in results.items():
-        if result.failure:
-            rows.append([name, result.failure, "", "", "", ""])
-            continue
+
+    def cells(name: str, result: Result) -> list[str]:
         moved = sum(reads[network] for network in networks_of(name, value, base))
-        longer = ""
-        if name != ALONE and ALONE in results and not results[ALONE].failure:
-            longer = ratio(results[ALONE], result)
-        rows.append(
-            [
-                name,
-                f"{batch / result.median:.0f}",
-                times(result),
-                longer,
-                f"{100 * moved / result.median / bandwidth:.0f}%" if moved else "",
-                f"{result.peak / 1e9:.2f}",
-            ]
-        )
-    return f"{table(rows)}\n\n{conclusions(results)}".rstrip()
+        longer = share(result.seconds, alone) if name != ALONE else ""
+        of_copy = f"{moved / result.median / bandwidth:.0%}" if moved else ""
+        peak = f"{result.peak / 1e9:.2f}"
+        return [f"{batch / result.median:.0f}", times(result), longer, of_copy, peak]
+
+    shown = results_table(results, [*heads, "GB at the peak"], cells)
+    return f"{shown}\n\n{conclusions(results)}".rstrip()
 
 
 def conclusions(results: dict[str, Result]) -> str:
-    def taken(name: str) -> list[float]:
-        return [] if name not in results or results[name].failure else results[name].seconds
-
-    lines, together = [], [sum(pair) for pair in zip(taken(ALONE), taken(VALUE))]
-    if together and taken(BOTH):
-        lines.append(
-            f"value + base takes {share(taken(BOTH), together)} of the sum of what the two take alone"
-        )
+    taken = {name: result.seconds for name, result in results.items()}
+    together = [sum(pair) for pair in zip(taken.get(ALONE, []), taken.get(VALUE, []))]
+    lines = []
+    if of_sum := share(taken.get(BOTH, []), together):
+        lines.append(f"- {BOTH} takes {of_sum} of the sum of what the two take alone")
     for ours, theirs in ((ALONE, THEIRS), (BOTH, THEIR_BOTH), (ALONE, FOUR_BITS)):
-        if taken(ours) and taken(theirs):
-            lines.append(
-                f"{theirs}, takes {share(taken(theirs), taken(ours))} times as long as {ours} here"
-            )
-    return "\n".join(f"- {line}" for line in lines)
+        if longer := share(taken.get(theirs, []), taken.get(ours, [])):
+            lines.append(f"- {theirs}, takes {longer} times as long as {ours} here")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -432,59 +393,30 @@ def show_speculation(found: dict) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = bench_parser(__doc__, rounds=3)
     shapes = parser.add_argument_group("Table 3")
     shapes.add_argument(
-        "--tokens",
-        type=positive_int,
-        nargs="+",
-        metavar="N",
-        help="new tokens (default 128 512 1024)",
+        "--tokens", type=positive_int, nargs="+", help="new tokens (default 128 512 1024)"
     )
+    shapes.add_argument("--batch", type=positive_int, nargs="+", help="texts at a time (1 8)")
+    shapes.add_argument("--pair", nargs=2, choices=SHAPES, help="value network and base")
     shapes.add_argument(
-        "--batch", type=positive_int, nargs="+", metavar="B", help="texts at a time (default 1 8)"
+        "--dtype", choices=["float32", "bfloat16"], help="(default bfloat16, on a CPU float32)"
     )
-    shapes.add_argument(
-        "--pair", nargs=2, metavar="SHAPE", help=f"value network and base, of {', '.join(SHAPES)}"
-    )
-    shapes.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        help="(default bfloat16 on a GPU, float32 on a CPU)",
-    )
-    shapes.add_argument(
-        "--only",
-        nargs="+",
-        choices=list(CONTENDERS),
-        metavar="NAME",
-        help=f"of the contenders {'; '.join(CONTENDERS)}",
-    )
+    shapes.add_argument("--only", nargs="+", choices=CONTENDERS, metavar="NAME", help="%(choices)s")
     trained = parser.add_argument_group("speculation")
     trained.add_argument(
-        "--speculate",
-        type=Path,
-        metavar="HOME",
-        help="measure this instead, with the networks in this folder",
+        "--speculate", type=Path, metavar="HOME", help="measure it with the networks in this folder"
     )
     trained.add_argument(
-        "--ahead",
-        type=few,
-        nargs="+",
-        metavar="K",
-        help="tokens to draft at a time (default 1 2 3 4 6 8)",
+        "--ahead", type=few, nargs="+", metavar="K", help="tokens drafted at a time (1 2 3 4 6 8)"
     )
     trained.add_argument(
         "--layers", type=positive_int, metavar="N", help="of the deepened tiny-l (default 28)"
     )
-    parser.add_argument("--rounds", type=positive_int, default=3, help="(default 3)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     args = parser.parse_args()
-    if args.json and not args.json.parent.is_dir():
-        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
-    if args.speculate is None:
-        unused = ("ahead", "layers")
-        reason = "goes with --speculate"
-    else:
+    unused, reason = ("ahead", "layers"), "goes with --speculate"
+    if args.speculate is not None:
         unused = ("tokens", "batch", "pair", "dtype", "only")
         reason = "does not go with --speculate, whose answers come one by one and end by themselves"
     for name in unused:
@@ -507,50 +439,38 @@ def bench_speculation(args: argparse.Namespace, device: str) -> None:
                 f"{folder}: not there; `python train.py` and `python train.py --base tiny-l` make it"
             )
     print(f"{describe(device)}, float32\n")
-    numbers = {"device": describe(device)}
     for what, layers in (
         ("as it was trained", 0),
         (f"deepened to {args.layers} layers", args.layers),
     ):
-        numbers[what] = speculation(args.speculate, layers, args.ahead, args.rounds, device)
+        found = speculation(args.speculate, layers, args.ahead, args.rounds, device)
         print(
             f"tiny-l {what}, guided by the value network of tiny-s; tiny-s drafts\n\n"
-            f"{show_speculation(numbers[what])}\n",
+            f"{show_speculation(found)}\n",
             flush=True,
         )
-        save(args.json, numbers)
 
 
 def bench_table_3(args: argparse.Namespace, device: str) -> None:
-    pairs = [args.pair] if args.pair else PAIRS[device]
-    for name in args.pair or []:
-        if name not in SHAPES:
-            raise UsageError(f"--pair {name}: no such shape; there are {', '.join(SHAPES)}")
     bandwidth = copy_bandwidth(device, threads=1)
-    dtype = args.dtype or usual_dtype(device)
+    dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
+    width = getattr(torch, dtype).itemsize
     print(f"{describe(device)}, {dtype}; a copy moves {bandwidth / 1e9:.4g} GB/s\n")
-    numbers = {"device": describe(device), "copy_bandwidth": bandwidth}
-    for value, base in pairs:
-        wanted = args.only or [
-            name for name in CONTENDERS if name != FOUR_BITS or base == "SmolLM2-135M"
-        ]
+    for value, base in [args.pair] if args.pair else PAIRS[device]:
+        wanted = args.only or list(CONTENDERS)
+        if base != "SmolLM2-135M":
+            wanted = [name for name in wanted if name != FOUR_BITS]
         contenders = fitting(value, base, device, wanted)
-        left_out = [name for name in wanted if name not in contenders]
-        if left_out:
+        if left_out := [name for name in wanted if name not in contenders]:
             print(f"{value} and {base}: no room beside the others for {', '.join(left_out)}\n")
-        for tokens in args.tokens or ([128] if base == "110M" else [128, 512, 1024]):
-            for batch in args.batch:
-                results = measure(
-                    value, base, batch, tokens, device, args.rounds, contenders, dtype
-                )
-                print(
-                    f"A {value} value network on a {base} base: {tokens} new tokens, {batch} at a time\n\n"
-                    f"{show(results, value, base, batch, tokens, dtype, bandwidth)}\n",
-                    flush=True,
-                )
-                about = f"{value} on {base}, {tokens} tokens, batch {batch}"
-                numbers[about] = {name: vars(each) for name, each in results.items()}
-                save(args.json, numbers)
+        lengths = args.tokens or ([128] if base == "110M" else [128, 512, 1024])
+        for tokens, batch in itertools.product(lengths, args.batch):
+            results = measure(value, base, batch, tokens, device, args.rounds, contenders, dtype)
+            print(
+                f"A {value} value network on a {base} base: {tokens} new tokens, {batch} at a time"
+                f"\n\n{show(results, value, base, batch, tokens, width, bandwidth)}\n",
+                flush=True,
+            )
 
 
 def main():
@@ -559,10 +479,9 @@ def main():
         raise UsageError(
             "measures in processes of its own, each with a whole base; start it without torchrun"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     bench = bench_table_3 if args.speculate is None else bench_speculation
-    bench(args, device)
+    bench(args, device_here())
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""How the scripts of bench/ measure: every contender in a process of its own, all of them timed in turn.
+"""How the commands of bench/ measure: every contender in a process of its own, all of them timed in turn.
 
-A process of its own has a peak memory of its own and nothing left over from a rival (but it inherits its parent's, so
-the parent must stay small). Taking turns, each round gives a
-pair of times to compare even where the machine's speed drifts.
+In a process of its own a contender has a peak memory of its own, and nothing is left over from a rival. (It inherits its
+parent's peak, so the parent must stay small.) Since they take turns, a pair of times of one round can be compared, even
+where the machine's speed drifts.
 """
 
 import contextlib
 import functools
-import json
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from data.files import write_text
+from run.cli import ArgumentParser, positive_int
 
 
 @dataclass
@@ -42,36 +42,46 @@ class Result:
 def compare(
     contenders: dict[str, Callable], device: str, rounds: int, calls: int
 ) -> dict[str, Result]:
-    """Measure contenders, functions (of a module, so that they can be pickled) that prepare and return a step to time.
+    """Measure contenders: functions of a module, so that they can be pickled, that return a step to time.
 
     In each round every contender in turn makes `calls` calls, on a GPU after one more that is not counted.
     """
     context = multiprocessing.get_context("spawn")
     results, workers = {name: Result() for name in contenders}, {}
-    for name, build in contenders.items():
+    for name, build in contenders.items():  # they prepare all at the same time
         pipe, far_end = context.Pipe()
         process = context.Process(target=serve, args=(far_end, build, device), daemon=True)
         process.start()
         far_end.close()
         workers[name] = pipe, process
-    for name, result in results.items():  # they prepare all at the same time
-        result.failure, _ = ask(workers[name][0], None)
+
+    def ask(name: str, calls: int | None):
+        """A worker's answer to `calls` (None: only that it is ready); None if it has failed."""
+        if results[name].failure:
+            return None
+        try:
+            if calls is not None:
+                workers[name][0].send(calls)
+            results[name].failure, answer = workers[name][0].recv()
+        except (EOFError, OSError):
+            results[name].failure, answer = "its process was killed, for lack of memory?", None
+        return answer
+
+    for name in contenders:
+        ask(name, None)
     for name, result in results.items():
-        if not result.failure:
-            result.failure, result.first = ask(workers[name][0], 1)
+        result.first = ask(name, 1)
         progress(f"{name}: {result.failure or 'ready'}")
     for number in range(rounds):
         for name, result in results.items():
-            if not result.failure:
-                result.failure, seconds = ask(workers[name][0], calls)
-                result.seconds.append(seconds)
+            result.seconds.append(ask(name, calls))
         progress(f"round {number + 1} of {rounds}")
-    for name, (pipe, process) in workers.items():
-        if not results[name].failure:
-            results[name].failure, answer = ask(pipe, 0)
-            results[name].peak, results[name].growth = answer or (0, 0)
-        pipe.close()
-        process.join()
+    for name, result in results.items():
+        result.peak, result.growth = ask(name, 0) or (0, 0)
+        if result.failure:
+            result.first, result.seconds = 0.0, []
+        workers[name][0].close()
+        workers[name][1].join()
     progress("")
     return results
 
@@ -81,18 +91,13 @@ def progress(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def ask(pipe, calls: int | None) -> tuple[str, object]:
-    """A worker's answer to `calls` (None: its first word), as (why it failed, or "", the answer)."""
-    try:
-        if calls is not None:
-            pipe.send(calls)
-        return pipe.recv()
-    except (EOFError, OSError):
-        return "its process was killed, most likely for lack of memory", None
+def why(error: Exception) -> str:
+    """The first line of what an error says."""
+    return f"failed: {(str(error).strip() or repr(error)).splitlines()[0][:100]}"
 
 
 def serve(pipe, build: Callable, device: str) -> None:
-    """The worker: the first call, then what it is asked for. 0 calls: (peak, growth), and the end."""
+    """The worker: answers (why it failed, or "", and seconds). 0 calls: (peak, growth), and the end."""
     try:
         with torch.device(device):
             torch.manual_seed(0)
@@ -115,7 +120,7 @@ def serve(pipe, build: Callable, device: str) -> None:
         pipe.send(("out of memory", None))
     except Exception as error:  # whatever it is, the others are still to be measured
         traceback.print_exc()
-        pipe.send((f"failed: {(str(error).strip() or repr(error)).splitlines()[0][:100]}", None))
+        pipe.send((why(error), None))
 
 
 def timed(step: Callable[[], None], calls: int, device: str) -> float:
@@ -155,54 +160,62 @@ def copy(size: int, threads: int | None) -> Callable[[], None]:
     return lambda: target.copy_(source)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# What a command asks and prints
+
+
+def bench_parser(doc: str, rounds: int) -> ArgumentParser:
+    parser = ArgumentParser(description=doc.split("\n\n")[0])
+    parser.add_argument("--rounds", type=positive_int, default=rounds, help=f"(default {rounds})")
+    return parser
+
+
+def device_here() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def describe(device: str) -> str:
     """The machine and the versions, for the head of a table."""
     if device == "cpu":
         name = platform.processor() or platform.machine()
         with contextlib.suppress(OSError, StopIteration):
-            name = next(
-                line.split(":", 1)[1].strip()
-                for line in open("/proc/cpuinfo")
-                if line.startswith("model name")
-            )
-        name += f", {torch.get_num_threads()} threads"
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            name = next(line for line in lines if line.startswith("model name"))
+            name = name.partition(":")[2].strip()
+        name += f" ({os.cpu_count()} cores, {torch.get_num_threads()} used)"
     else:
         name = torch.cuda.get_device_name()
     return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def save(path: Path | None, numbers: dict) -> None:
-    """Write the numbers of --json, if it was given: behind each table, so that a run that is cut off leaves what it has."""
-    if path:
-        write_text(path, json.dumps(numbers, indent=2) + "\n")
-
-
 def table(rows: list[list[str]]) -> str:
     """Rows of cells, the first one the heads, as Markdown."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
-        for row in rows
-    ]
-    return "\n".join(
-        [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
-    )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+
+
+def results_table(
+    results: dict[str, Result], heads: list[str], cells: Callable[[str, Result], list[str]]
+) -> str:
+    """A row for each contender: the cells of its result, or why there is none."""
+    rows = [["", *heads]]
+    for name, result in results.items():
+        failed = [result.failure] + [""] * (len(heads) - 1)
+        rows.append([name, *(failed if result.failure else cells(name, result))])
+    return table(rows)
 
 
 def times(result: Result) -> str:
     """Median milliseconds, and the fastest and slowest round."""
-    low, middle, high = [
-        1000 * value for value in (min(result.seconds), result.median, max(result.seconds))
-    ]
-    return f"{middle:.4g} ({low:.4g} to {high:.4g})"
-
-
-def ratio(result: Result, other: Result) -> str:
-    """How many times faster than another: the median over rounds, and the extremes."""
-    return share(other.seconds, result.seconds)
+    low, middle, high = min(result.seconds), result.median, max(result.seconds)
+    return f"{1000 * middle:.4g} ({1000 * low:.4g} to {1000 * high:.4g})"
 
 
 def share(ours: list[float], theirs: list[float]) -> str:
-    """One time over another, round by round: the median and the extremes."""
+    """One time over another, round by round: the median and the extremes; "" where one was not measured."""
     ratios = sorted(a / b for a, b in zip(ours, theirs))
-    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    return (
+        f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" if ratios else ""
+    )

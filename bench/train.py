@@ -1,26 +1,32 @@
-"""A whole step of value training, tokens per second and peak memory: ours of fast/loss.py, against ValueModel.loss.
+"""A whole step of value training, its tokens per second and peak memory: by fast/loss.py ("ours") and by ValueModel.loss.
 
     python -m bench.train
 
-Shapes are the true ones of TinyLlama and Llama-2-7B on a GPU, and small ones on a CPU; weights are random. A step is one
-part of 4096 tokens (on a CPU 1024), every one supervised: the frozen base, the value network forward and back, gradient
-clipping and AdamW. On a GPU bases are bfloat16, the value network computes in it, and its weights are float32.
+On a GPU the networks have the shapes of TinyLlama and Llama-2-7B, on a CPU small ones; weights are random. A step reads
+4096 tokens (on a CPU 1024), all of them supervised: the frozen base, the value network forward and back, gradient clipping
+and AdamW. On a GPU bases are bfloat16, and the value network computes in bfloat16 with float32 weights.
 """
 
-import argparse
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from bench.measure import Result, compare, describe, ratio, save, table, times
-from data.errors import UsageError
+from bench.measure import (
+    Result,
+    bench_parser,
+    compare,
+    describe,
+    device_here,
+    results_table,
+    share,
+    times,
+)
 from fast.loss import value_loss
 from ivl import ValueModel
 from model import Llama, LlamaConfig
-from run.cli import ArgumentParser, positive_int, run_cli
+from run.cli import positive_int, run_cli
 from train import Objective, accumulate_gradient
 
 SHAPES = {  # as in the checkpoints' config.json: V, D, the MLP's width, layers, heads, heads of keys and values
@@ -57,60 +63,29 @@ def training(
 
 
 def show(results: dict[str, Result], tokens: int) -> str:
-    rows = [
-        [
-            "",
-            "tokens/s",
-            "ms (range)",
-            "times faster than plain",
-            "GB at the peak",
-            "of it before the first step",
-        ]
-    ]
-    plain = next(iter(results.values()))
-    for name, result in results.items():
-        if result.failure:
-            rows.append([name, result.failure, "", "", "", ""])
-        else:
-            rows.append(
-                [
-                    name,
-                    f"{tokens / result.median:.0f}",
-                    times(result),
-                    "" if plain.failure else ratio(result, plain),
-                    f"{result.peak / 1e9:.2f}",
-                    f"{(result.peak - result.growth) / 1e9:.2f}",
-                ]
-            )
-    return table(rows)
+    heads = ["tokens/s", "ms (range)", "times faster than plain"]
+    heads += ["GB at the peak", "of it before the first step"]
+
+    def cells(name: str, result: Result) -> list[str]:
+        memory = [f"{size / 1e9:.2f}" for size in (result.peak, result.peak - result.growth)]
+        faster = share(results["plain"].seconds, result.seconds)
+        return [f"{tokens / result.median:.0f}", times(result), faster, *memory]
+
+    return results_table(results, heads, cells)
 
 
 def main():
-    parser = ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--tokens", type=positive_int, help="in a step; None: 4096, on a CPU 1024")
-    parser.add_argument(
-        "--pair", nargs=2, metavar="SHAPE", help=f"value network and base, of {', '.join(SHAPES)}"
-    )
-    parser.add_argument("--rounds", type=positive_int, default=5, help="steps of each, in turn")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser = bench_parser(__doc__, rounds=5)
+    parser.add_argument("--tokens", type=positive_int, help="in a step (default 4096, CPU 1024)")
+    parser.add_argument("--pair", nargs=2, choices=SHAPES, help="value network and base")
     args = parser.parse_args()
-    for name in args.pair or []:
-        if name not in SHAPES:
-            raise UsageError(f"--pair {name}: no such shape; there are {', '.join(SHAPES)}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokens, dtype = (
-        args.tokens or (4096 if device == "cuda" else 1024),
-        "bfloat16" if device == "cuda" else "float32",
-    )
+    device = device_here()
+    tokens, dtype, pairs = 1024, "float32", [("20M", "20M")]
+    if device == "cuda":
+        tokens, dtype = 4096, "bfloat16"
+        pairs = [("TinyLlama", "TinyLlama"), ("TinyLlama", "Llama-2-7B")]
+    tokens = args.tokens or tokens
     print(f"{describe(device)}, {dtype}, {tokens} tokens a step\n")
-    numbers = {"device": describe(device), "tokens": tokens, "pairs": {}}
-    pairs = (
-        [("TinyLlama", "TinyLlama"), ("TinyLlama", "Llama-2-7B")]
-        if device == "cuda"
-        else [("20M", "20M")]
-    )
     for value, base in [args.pair] if args.pair else pairs:
         step = functools.partial(
             functools.partial, training, value=value, base=base, tokens=tokens, dtype=dtype
@@ -122,10 +97,6 @@ def main():
         }
         results = compare(contenders, device, args.rounds, 1)
         print(f"A {value} value network on a {base} base\n\n{show(results, tokens)}\n", flush=True)
-        numbers["pairs"][f"{value} on {base}"] = {
-            name: vars(result) for name, result in results.items()
-        }
-        save(args.json, numbers)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,18 @@
-"""Whether the fast ways of decoding say what the plain one says, on this device: captured and compiled steps, and speculation.
+"""Do captured steps, compiled steps and speculation give the same answers as the plain way of decoding, on this device?
 
     python -m bench.twins
 
-Weights are random, in float32, with which near-ties are rare: an answer counts as another one if it parts from the plain
-answer where the two best logits are at least 1e-4 apart. tests/test_decoding.py asks the same of a CPU, where it replays
-recorded operations; a CUDA graph is for a GPU to try.
+Weights are random, in float32, so that near-ties are rare. An answer counts as differing if it leaves the plain answer at
+a token where the two best logits are at least 1e-4 apart. tests/test_decoding.py tests the same on a CPU with recorded
+operations; CUDA graphs can only be tried on a GPU.
 """
 
 import copy
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from bench.decode import SHAPES, guided_on
-from bench.measure import describe, save, table
+from bench.measure import describe, device_here
 from beyond.speculation import Speculative, gap_at_difference, speculate
 from fast.graphs import CapturedGuided, CompiledGuided
 from ivl import ProxyDelta, ValueModel
@@ -27,7 +25,7 @@ LONGEST_PROMPT = 40
 
 
 def network(shape: str, device: str) -> Llama:
-    """Random weights as large as trained ones: with the first ones of training a network would repeat its last token."""
+    """Random weights as large as trained ones. With a fresh network's weights it would only repeat its last token."""
     with torch.device(device):
         made = Llama(SHAPES[shape]).requires_grad_(False)
     for matrix in made.parameters():
@@ -37,7 +35,7 @@ def network(shape: str, device: str) -> Llama:
 
 
 def perturbed(base: Llama) -> Llama:
-    """A draft that is close to a base, and is not the same."""
+    """A draft network: nearly the base, but not the same."""
     draft = copy.deepcopy(base)
     for matrix in draft.parameters():
         if matrix.dim() > 1:
@@ -51,29 +49,22 @@ def random_prompts(count: int, vocab_size: int) -> list[list[int]]:
     return [torch.randint(3, vocab_size, (length,)).tolist() for length in lengths]
 
 
-def compared(
-    guided: Guided, prompts: list[list[int]], plain: list[list[int]], others: list[list[int]]
-) -> dict:
-    """How many answers are others than the plain ones, and how many of those at a near-tie."""
+def compare(
+    what: str, guided: Guided, prompts: list, plain: list[list[int]], others: list[list[int]]
+) -> None:
+    """Print how many answers differ from the plain ones."""
     gaps = [
         gap_at_difference(guided, prompt, one, other)
         for prompt, one, other in zip(prompts, plain, others)
         if one != other
     ]
     ties = sum(gap < NEAR_TIE for gap in gaps)
-    return {
-        "answers": len(prompts),
-        "tokens": sum(map(len, plain)),
-        "differing": len(gaps) - ties,
-        "near-ties": ties,
-    }
+    of = f"{len(prompts)} answers, {sum(map(len, plain))} tokens"
+    print(f"{what}: {len(gaps) - ties} of {of} differ; {ties} more at a near-tie", flush=True)
 
 
 @torch.inference_mode()
-def compare_all(
-    value: str, base: str, count: int, tokens: int, device: str, found: Callable[[str, dict], None]
-) -> None:
-    """Tell `found` of every comparison as it is made."""
+def compare_all(value: str, base: str, count: int, tokens: int, device: str) -> None:
     big, small = network(base, device), network(value, device)
     prompts = random_prompts(count, SHAPES[base].vocab_size)
     options = dict(max_new_tokens=tokens, stop_ids=set())
@@ -91,65 +82,32 @@ def compare_all(
         for asked in (prompts[:1], prompts):
             expected = generate(plain, asked, **options)
             for how, guided in ways.items():
-                answers = generate(guided, asked, **options)
-                found(
-                    f"{how} steps, {name}, {len(asked)} at a time",
-                    compared(plain, asked, expected, answers),
-                )
+                what = f"{how} steps, {name}, {len(asked)} at a time"
+                compare(what, plain, asked, expected, generate(guided, asked, **options))
     # speculation, by the steps that checkpoints take on this device
     plain = Guided(big, plugs["residual"])
     answers = [generate(plain, [prompt], **options)[0] for prompt in prompts]
     system = Speculative(guided_on(device)(big, plugs["residual"]), perturbed(big), 4)
     drafted = speculate(system, prompts, **options)
-    accepted = sum(system.accepted) / sum(system.tried)
-    found(
-        f"speculation, {accepted:.0%} of the draft accepted",
-        compared(plain, prompts, answers, drafted),
-    )
+    what = f"speculation, {sum(system.accepted) / sum(system.tried):.0%} of the draft accepted"
+    compare(what, plain, prompts, answers, drafted)
 
 
 def main():
+    device = device_here()
+    on_gpu = device == "cuda"
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--pair",
-        nargs=2,
-        choices=list(SHAPES),
-        metavar="SHAPE",
-        help=f"value network and base, of {', '.join(SHAPES)}",
-    )
-    parser.add_argument("--prompts", type=positive_int, default=8, metavar="N", help="(default 8)")
-    parser.add_argument(
-        "--tokens",
-        type=positive_int,
-        metavar="N",
-        help="new tokens of each (default 300, on a CPU 30)",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--pair", nargs=2, choices=SHAPES, help="value network and base")
+    parser.add_argument("--prompts", type=positive_int, default=8, help="(default 8)")
+    parser.add_argument("--tokens", type=positive_int, default=300 if on_gpu else 30)
+    parser.set_defaults(pair=("23M", "110M") if on_gpu else ("tiny-s", "tiny-l"))
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    value, base = args.pair or (("23M", "110M") if device == "cuda" else ("tiny-s", "tiny-l"))
+    value, base = args.pair
     print(f"{describe(device)}, float32, a {value} value network on a {base} base\n")
-    if device == "cpu":
-        print(
-            "captured and compiled steps: not here; both are CUDA graphs, and there is no CUDA device\n"
-        )
-    rows = {}
-
-    def found(name: str, numbers: dict) -> None:
-        rows[name] = numbers
-        save(args.json, rows)
-
+    if not on_gpu:
+        print("captured and compiled steps: not here; they are CUDA graphs, which take a GPU\n")
     torch.manual_seed(0)
-    compare_all(
-        value, base, args.prompts, args.tokens or (300 if device == "cuda" else 30), device, found
-    )
-    heads = ["", "answers", "tokens", "differing", "near-ties"]
-    print(
-        table(
-            [heads]
-            + [[name] + [str(row[head]) for head in heads[1:]] for name, row in rows.items()]
-        )
-    )
+    compare_all(value, base, args.prompts, args.tokens, device)
 
 
 if __name__ == "__main__":

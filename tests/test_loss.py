@@ -342,8 +342,8 @@ def test_gradient_checkpointing_changes_nothing(dtype, loss_of):
 MEMORY = """
 import functools, json, torch, bench.loss
 from bench.measure import compare
-step = functools.partial(functools.partial, bench.loss.from_hidden, bench.loss.eager, N=2048, V=32000, D=256, dtype=torch.float32)
-results = compare({"eager": step(chunked=False), "chunked": step(chunked=True)}, "cpu", rounds=1, calls=1)
+step = functools.partial(functools.partial, bench.loss.from_hidden, N=2048, V=32000, D=256, dtype=torch.float32)
+results = compare({"eager": step(bench.loss.eager), "chunked": step(None)}, "cpu", rounds=1, calls=1)
 print(json.dumps({name: vars(result) for name, result in results.items()}))
 """
 
@@ -359,27 +359,13 @@ def test_chunked_takes_a_quarter_of_the_memory():
 
 
 @pytest.mark.slow
-def test_benches_print_their_tables(tmp_path):
-    output = python(
-        "-m",
-        "bench.loss",
-        "--rows",
-        "30",
-        "--vocab",
-        "100",
-        "--hidden",
-        "8",
-        "--rounds",
-        "1",
-        "--json",
-        tmp_path / "loss.json",
-    )
-    assert (
-        output.count("| eager ") == 2
-        and "value_loss_from_hidden" in output
-        and "failed" not in output
-    )
-    numbers = json.loads((tmp_path / "loss.json").read_text())
-    assert numbers["sizes"][0]["from_hidden"]["value_loss_from_hidden"]["seconds"]
+def test_benches_print_their_tables():
+    small = ["--rows", "30", "--vocab", "100", "--hidden", "8", "--rounds", "1"]
+    output = python("-m", "bench.loss", *small)
+    assert output.count("| eager ") == 2
+    assert "| value_loss_from_hidden " in output and "failed" not in output
+    kernel = python("-m", "bench.loss", "--only", "settings", *small, TRITON_INTERPRET="1")
+    assert kernel.count(" MB at the peak ") == 1 and "| (1024, 4, 4) " in kernel
+    assert "failed" not in kernel
     output = python("-m", "bench.train", "--tokens", "64", "--rounds", "1")
     assert output.count("| ours") == 2 and "failed" not in output

@@ -396,7 +396,7 @@ def test_bad_input_is_told_in_one_line(command, tmp_path, arguments, content, sa
 def test_the_bench_prints_its_tables():
     output = python("-m", "bench.vocab_map", "--rounds", "1")
     assert (
-        output.count("| fast, all at once ") == 2
+        output.count("| fast/alignment.py ") == 2
         and "| --how offsets " in output
         and "failed" not in output
     )
