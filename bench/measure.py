@@ -174,18 +174,21 @@ def device_here() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def describe(device: str) -> str:
-    """The machine and the versions, for the head of a table."""
-    if device == "cpu":
-        name = platform.processor() or platform.machine()
-        with contextlib.suppress(OSError, StopIteration):
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            name = next(line for line in lines if line.startswith("model name"))
-            name = name.partition(":")[2].strip()
-        name += f" ({os.cpu_count()} cores, {torch.get_num_threads()} used)"
-    else:
-        name = torch.cuda.get_device_name()
+def machine(device: str) -> str:
+    """The processor or the GPU, and the versions."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name"))
+        name = name.partition(":")[2].strip()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{name}, {os.cpu_count()} cores"
     return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def describe(device: str) -> str:
+    """For the head of a table."""
+    threads = f", threads: {torch.get_num_threads()}" if device == "cpu" else ""
+    return machine(device) + threads
 
 
 def table(rows: list[list[str]]) -> str:

@@ -4,31 +4,31 @@ python -m paper                     # three seeds, as committed in paper/RESULTS
 python -m paper --seeds 1 --results out/paper
 """
 
+from collections import Counter
 from pathlib import Path
 
 from data.files import write_text
 from data.tiny_world import World
 from paper import appendix_b, fig2, fig3, fig4, norm, table1, table2, table4
 from paper.measure import TIMES
-from paper.networks import Kept, networks_of, with_needs
+from paper.networks import FOREIGN, Kept, networks_of, with_needs
 from paper.report import (
     OURS,
     STAND_INS,
     Results,
     draw,
-    machine,
+    made_on,
     parse_arguments,
     results_of,
     section_text,
     table,
-    today,
     verdict,
 )
 from run.cli import run_cli
 
 SCRIPTS = [fig2, fig3, norm, table1, table2, fig4, table4]  # in the paper's order
 
-METRICS = {  # what each is, and how its stand-in differs
+METRICS = {  # what each is, and how it differs from the paper's columns
     "exact": (
         "the whole answer right, in the form asked for, and ended",
         "answers are short, and checked rather than judged",
@@ -36,11 +36,11 @@ METRICS = {  # what each is, and how its stand-in differs
     "ins": ("the form asked for, six kinds, whatever the answer says", ""),
     "arith": (
         "`exact` on sums that no demonstration shows",
-        "one step of addition, whose answers bases have read, or two, whose answers they have not",
+        "one addition, whose answer bases have read, or two, whose answer they have not",
     ),
     "new exact": (
-        "`exact` on people whose facts only continual pretraining tells",
-        "other bases know some code, but nothing of these people",
+        "`exact` on people of whom only the further text tells",
+        "the paper's other bases know some code; ours know nothing of these people",
     ),
     "2-shot": (
         "two answered questions, then a choice of all 12 to 16 values, by log-likelihood, without a chat",
@@ -57,44 +57,26 @@ METRICS = {  # what each is, and how its stand-in differs
 
 def overview(results: Results) -> str:
     """All verdicts at a glance."""
-    rows, counts = [], {}
+    rows, counts = [["", "", "the paper concludes", "here"]], Counter()
     for script in SCRIPTS:
         for claim in script.CLAIMS:
             if claim.section != OURS:
                 ours = verdict(claim.gap(results))
-                counts[ours] = counts.get(ours, 0) + 1
+                counts[ours] += 1
                 rows.append([script.TITLE.partition(":")[0], claim.section, claim.says, ours])
-    plural = {
-        "holds": "hold",
-        "undecided": "are undecided",
-        "does not hold": "do not hold",
-        "no verdict on one seed": "have no verdict",
-    }
-    tally = ", ".join(
-        f"{counts[name]} {several}" for name, several in plural.items() if name in counts
-    )
-    return (
-        f"{table(['', '', 'the paper concludes', 'here'], rows)}\n\nOf {len(rows)} claims {tally}."
-    )
+    tally = ", ".join(f'"{ours}" {count}' for ours, count in counts.most_common())
+    return f"{table(rows)}\n\nOf {counts.total()} claims: {tally}."
 
 
 def document(results: Results, seeds: int) -> str:
-    made = with_needs(
-        network
-        for script in SCRIPTS
-        for system in script.SYSTEMS
-        for network in networks_of(system)
-    )
-    costs = [
-        Kept(seed).ledger[network]["core_seconds"] for seed in range(seeds) for network in made
-    ]
-    stands_for = {
-        metric: ", ".join(column for column, ours in STAND_INS.items() if ours == metric)
-        for metric in METRICS
-    }
-    metrics = [
-        [stands_for[name] or "-", f"`{name}`", what, but] for name, (what, but) in METRICS.items()
-    ]
+    systems = [system for script in SCRIPTS for system in script.SYSTEMS]
+    made = with_needs(network for system in systems for network in networks_of(system))
+    ledgers = [Kept(seed).ledger for seed in range(seeds)]
+    costs = [ledger[network]["core_seconds"] for ledger in ledgers for network in made]
+    metrics = [["the paper's column", "here", "what it is", "how it differs"]]
+    for name, (what, but) in METRICS.items():
+        columns = [column for column, ours in STAND_INS.items() if ours == name]
+        metrics.append([", ".join(columns) or "-", f"`{name}`", what, but])
     metrics.append(["ToxiGen", "no stand-in", "nothing toxic can be said in this world", ""])
     facts, sums = len(World(0).fact_items("evaluation")), len(World(0).sum_items("evaluation"))
     sections = "\n".join(section_text(script, results, seeds) for script in SCRIPTS)
@@ -102,28 +84,27 @@ def document(results: Results, seeds: int) -> str:
 
 `python -m paper --seeds {seeds}`
 
-Made on {today()}, on {machine()}. {len(costs)} networks were trained,
-one thread each, in {sum(costs) / 60:.0f} core-minutes. Seeds: {", ".join(map(str, range(seeds)))}; a seed changes
-the whole world: names, facts, tokenizer, first weights and the order of the data. Numbers are percentages: mean and
-standard deviation over the seeds, on evaluation people, by whom nothing was chosen. On each seed a system answers {facts} questions
-about facts and {sums} about sums, each in {TIMES} forms (through a vocabulary map in one), so that a single seed's `exact`, `know` and `ins` have a
-sampling error of at most about 2 points and `arith` one of 4 (through a map 3 and 5). `mc`, `fk` and `2-shot` ask once: 3; `new exact` and
-`new 2-shot` ask 80 questions once: 6.
+{made_on()} {len(costs)} networks were trained, one thread each, in {sum(costs) / 60:.0f} core-minutes. Seeds:
+{", ".join(map(str, range(seeds)))}; a seed changes the whole world: names, facts, tokenizer, first weights and the order of the data. Numbers are
+percentages: mean and standard deviation over the seeds, on evaluation people, never used to choose anything. On each seed a system
+answers {facts} questions about facts and {sums} about sums, each in {TIMES} forms (through a vocabulary map in one). A single seed's
+`exact`, `know` and `ins` therefore have a sampling error of at most about 2 points, and `arith` of 4 (through a map 3 and 5). `mc`,
+`fk` and `2-shot` ask once: 3. `new exact` and `new 2-shot` ask 80 questions once: 6.
 
-tiny-s stands for TinyLlama-1.1B, tiny-m for Llama-2-7B, tiny-l for Llama-2-13B or 70B, tiny-m pretrained further for
-CodeLlama-7B, and tiny-b-l and tiny-c-l, with tokenizers of their own, for Llama-3-8B. Bases of all sizes and tokenizers
-have read the same text. What stands for the paper's columns:
+tiny-s stands for TinyLlama-1.1B, tiny-m for Llama-2-7B, tiny-l for Llama-2-13B or 70B, and tiny-m pretrained further for
+CodeLlama-7B. {" and ".join(FOREIGN)} have tokenizers of their own and stand for Llama-3-8B. Bigger bases have read more text. What
+stands for the paper's columns:
 
-{table(["the paper's column", "here", "what it is", "how it differs"], metrics)}
+{table(metrics)}
 
-The rule for verdicts is the same for all claims, and goes by the mean of a claim's gap over the seeds and two standard errors on
-both sides of it: a claim *holds* if all of this interval is above zero, it *does not hold* if all of it is below, and is *undecided* if zero
-lies within. With three seeds such an interval covers 82%: of 40 claims with nothing behind them, three or four would hold by luck.
-Each claim is printed with its gap on each seed, in points.
+One rule gives all verdicts. It takes the mean of a claim's gap over the seeds, and two standard errors on both sides of it. A claim
+*holds* if this whole interval is above zero, *does not hold* if all of it is below, and is *undecided* if zero lies in it.
+With three seeds such an interval covers 82%: of 40 claims with nothing behind them, three or four would hold by luck. Each
+claim is printed with its gap on each seed, in points.
 
 {overview(results)}
 
-Table 3 is about time, not about answers: `python -m paper.table3`, and [bench/RESULTS.md](../bench/RESULTS.md).
+Table 3 is about time, not about answers: `python -m paper.table3` and [bench/RESULTS.md](../bench/RESULTS.md).
 
 {sections}
 {appendix_b.section(seeds)}"""

@@ -4,10 +4,10 @@
     python -m paper.capitals --base out/smollm2-135m                            # seeds 0, 1, 2, on evaluation countries
     python -m paper.capitals --base out/smollm2-135m --seeds 0 --l1 0 0.1 1     # the norm, on one split
 
-A seed is a split into countries demonstrated and asked, and the order of training. What is trained is kept, and what is measured, too.
+A seed decides which countries are demonstrated and which are asked, and the order of training. What is trained and
+measured is kept.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from bench.measure import table
 from data.capitals import Capitals
 from data.chat import default_template
 from data.checkpoint import name_of
@@ -32,48 +33,31 @@ METRICS = ("exact", "know", "ins")
 
 def train(base: Path, seed: int, l1: float) -> Path:
     """The value network of a seed and a lambda, trained unless it is there."""
-    out = (
-        Path("out") / f"seed{seed}" / f"value-residual-{name_of(base)}{f'-l1-{l1:g}' if l1 else ''}"
-    )
+    name = f"value-residual-{name_of(base)}" + (f"-l1-{l1:g}" if l1 else "")
+    out = Path("out") / f"seed{seed}" / name
     if not (out / "train.json").is_file():
-        command = [
-            sys.executable,
-            ROOT / "train.py",
-            "--base",
-            base,
-            "--value",
-            "--data",
-            "capitals",
-            "--seed",
-            seed,
-            "--l1",
-            l1,
-        ]
-        subprocess.run(list(map(str, command)), check=True)
+        flags = f"--value --data capitals --seed {seed} --l1 {l1}".split()
+        subprocess.run([sys.executable, ROOT / "train.py", "--base", base, *flags], check=True)
     return out
 
 
 def measure(
     base: Path, value: Path, seed: int, dtype: str, device: str
 ) -> dict[str, dict[str, float]]:
-    """What base, base + value and the value network alone are worth on a seed's evaluation countries."""
+    """The metrics of base, base + value and the value network alone on a seed's evaluation countries."""
     file = value / "evaluation.json"
     if file.is_file():
         return read_json(file)
     network = ValueModel.from_pretrained(value, getattr(torch, dtype), device)
-    tokenizer, llama = (
-        load_tokenizer(value),
-        Llama.from_pretrained(base, getattr(torch, dtype), device),
-    )
+    llama = Llama.from_pretrained(base, getattr(torch, dtype), device)
+    tokenizer = load_tokenizer(value)
+    template = network.info.get("template", default_template(tokenizer))
+    system = network.info.get("system", "")
     systems = {
         "base": Guided(llama),
         "base + value": Guided(llama, network),
         "value network alone": Guided(network.network),
     }
-    template, system = (
-        network.info.get("template", default_template(tokenizer)),
-        network.info.get("system", ""),
-    )
     found = {
         name: examine(guided, Capitals(seed), tokenizer, template, "evaluation", system)
         for name, guided in systems.items()
@@ -84,43 +68,28 @@ def measure(
 
 def show(title: str, found: list[dict[str, dict[str, float]]]) -> None:
     """A table of means, and ranges where there are several seeds."""
-    print(f"\n| {title} | " + " | ".join(METRICS) + " |\n|---|" + "---|" * len(METRICS))
+    rows = [[title, *METRICS]]
     for system in found[0]:
-        cells = []
+        rows.append([system])
         for metric in METRICS:
             values = [each[system][metric] for each in found]
             spread = f" ({min(values):.2f}–{max(values):.2f})" if len(values) > 1 else ""
-            cells.append(f"{sum(values) / len(values):.2f}{spread}")
-        print(f"| {system} | " + " | ".join(cells) + " |", flush=True)
+            rows[-1].append(f"{sum(values) / len(values):.2f}{spread}")
+    print(f"\n{table(rows)}", flush=True)
 
 
 def main():
-    parser = ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--base",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="a language model, out/smollm2-135m for instance",
-    )
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--base", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--l1",
-        type=non_negative_float,
-        nargs="+",
-        default=[0.0],
-        metavar="LAMBDA",
-        help="weights of the norm (default 0)",
+        "--l1", type=non_negative_float, nargs="+", default=[0.0], help="lambda, the norm's weight"
     )
     args = parser.parse_args()
     device, dtype = pick_device(None, tiny=False)
     for l1 in args.l1:
-        found = [
-            measure(args.base, train(args.base, seed, l1), seed, dtype, device)
-            for seed in args.seeds
-        ]
+        values = {seed: train(args.base, seed, l1) for seed in args.seeds}
+        found = [measure(args.base, value, seed, dtype, device) for seed, value in values.items()]
         show(f"seeds {', '.join(map(str, args.seeds))}, lambda {l1:g}", found)
 
 

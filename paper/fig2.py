@@ -13,7 +13,7 @@ from data.chat import encode_chat
 from data.tiny_world import TEMPLATE, prompt_text, world_of
 from paper.measure import load
 from paper.networks import VALUE, Kept, L, M, S
-from paper.report import Claim, Results, between, metric_table, run
+from paper.report import Claim, Results, bars, between, metric_table, run
 from run.cli import run_cli
 from sample import generate
 
@@ -30,13 +30,10 @@ FULL = {size: f"full-{size}" for size in SIZES}
 SYSTEMS = [*SIZES, *PROBE.values(), *FULL.values(), SCRATCH, BIGGER, VALUED]
 
 
-def smallest(
-    results: Results, metric: str, better: dict[str, str], worse: dict[str, str]
-) -> np.ndarray:
-    """On each seed, the difference at the size where it is smallest."""
-    return np.min(
-        [results(better[size], metric) - results(worse[size], metric) for size in SIZES], axis=0
-    )
+def smallest(better: dict[str, str], worse: dict[str, str], metric: str):
+    """On each seed, the gap at the size where it is smallest."""
+    gaps = [between(better[size], worse[size], metric) for size in SIZES]
+    return lambda results: np.min([gap(results) for gap in gaps], axis=0)
 
 
 ALONE = {size: size for size in SIZES}
@@ -45,21 +42,21 @@ CLAIMS = [
         "Section 3.2",
         "A probe on the logits does not come near full fine-tuning at any size (over 3 points of MT-Bench).",
         "`exact`, full less probe, at the size where it is smallest",
-        lambda results: smallest(results, "exact", FULL, PROBE),
+        smallest(FULL, PROBE, "exact"),
     ),
     Claim(
         "Section 3.2",
         "The probe does pick up the assistant's style.",
         "`ins`, probe less base alone, at the size where it is smallest",
-        lambda results: smallest(results, "ins", PROBE, ALONE),
-        "If at all it is little: a map of one step's logits, without memory, may begin an answer rightly and seldom ends it; and "
-        "some bases, asked plainly, answer and stop by themselves, which is a sixth of `ins` already.",
+        smallest(PROBE, ALONE, "ins"),
+        "The probe sees one step's logits and has no memory: it may begin an answer rightly and seldom ends it. And some bases, "
+        "asked plainly, answer and stop by themselves, which is a sixth of `ins` already.",
     ),
     Claim(
         "Section 3.2, Figure 5",
         "The probe fails to apply what solving a problem takes.",
         "`arith`, full less probe, at the size where it is smallest",
-        lambda results: smallest(results, "arith", FULL, PROBE),
+        smallest(FULL, PROBE, "arith"),
     ),
     Claim(
         "Section 3.2",
@@ -72,12 +69,12 @@ CLAIMS = [
         "It remains well below full fine-tuning.",
         "`exact` on tiny-s, full less fresh tiny-m",
         between(FULL[S], BIGGER, "exact"),
-        "`exact` asks for facts, which a frozen base keeps and full fine-tuning partly overwrites; manner and arithmetic are "
-        "the next two.",
+        "`exact` asks for facts. A frozen base keeps them, full fine-tuning overwrites some. The next two claims ask for form and "
+        "arithmetic.",
     ),
     Claim(
         "Section 3.2",
-        "The same, in the manner of answering.",
+        "The same, in the form of answers.",
         "`ins` on tiny-s, full less fresh tiny-m",
         between(FULL[S], BIGGER, "ins"),
     ),
@@ -115,77 +112,57 @@ def text(results: Results) -> str:
     return f"""![Figure 2]({PICTURE})
 
 The paper only draws the figure. Its authors' public notebooks have the numbers (MT-Bench, at 1.1B, 7B and 13B): probe 1.36, 2.49,
-2.82; full 3.84, 5.93, 6.23. At 1.1B the gap is 2.48, not "more than 3". Their probe trains the base's lm_head, too, so theirs
-is not a frozen base; ours follows the text.
+2.82; full 3.84, 5.93, 6.23. At 1.1B the gap is 2.48, not "more than 3". Their probe also trains the base's lm_head, so their
+base is not frozen; ours follows the text.
 
 {table}
 
 The probe has 256 inner units and 0.79 million weights, four times a tiny-s; the paper does not give its width.
 
-Figure 5, typical failures of the probe (seed 0, on tiny-s, the first ones met; "full" is full fine-tuning of tiny-s):
+Figure 5, typical failures of the probe (seed 0, on tiny-s, the first of each kind; "full" is full fine-tuning of tiny-s):
 
 {failures()}"""
 
 
 def failures() -> str:
-    """The first question of each kind whose answer by the probe is wrong."""
-    kept, shown = Kept(0), []
-    world = world_of(kept.home / S)
-    systems = {
-        name: load(system, kept, "cpu")
-        for name, system in {"probe": PROBE[S], "full": FULL[S]}.items()
-    }
-    plain = [item for item in world.fact_items("evaluation") if not item.instruction]
-    told = [item for item in world.fact_items("evaluation") if item.instruction]
+    """The first question of each kind that the probe answers wrongly."""
+    home, shown = Kept(0).home, []
+    world = world_of(home / S)
+    systems = {"probe": load(PROBE[S], Kept(0), "cpu"), "full": load(FULL[S], Kept(0), "cpu")}
+    facts = world.fact_items("evaluation")
+    plain = [item for item in facts if not item.instruction]
+    told = [item for item in facts if item.instruction]
     for items in [plain, told, world.sum_items("evaluation")]:
-        answers = {}
+        items, answers = items[:40], {}
+        turns = [[("user", prompt_text(item))] for item in items]
         for name, (guided, tokenizer) in systems.items():
-            prompts = [
-                encode_chat(tokenizer, TEMPLATE, [("user", prompt_text(item))])[0]
-                for item in items[:40]
-            ]
+            prompts = [encode_chat(tokenizer, TEMPLATE, turn)[0] for turn in turns]
             said = generate(guided, prompts, max_new_tokens=40, stop_ids={tokenizer.eos_id})
             answers[name] = [tokenizer.decode(ids).strip() for ids in said]
-        wrong = [
-            index for index, item in enumerate(items[:40]) if answers["probe"][index] != item.answer
-        ]
-        for index in wrong[:1]:
-            shown.append(
-                "\n".join(
-                    [
-                        f"    Instruct: {prompt_text(items[index])}",
-                        f"    probe:    {answers['probe'][index]}",
-                        f"    full:     {answers['full'][index]}",
-                        f"    truth:    {items[index].answer}",
-                    ]
-                )
-            )
+        for item, probe, full in zip(items, answers["probe"], answers["full"]):
+            if probe != item.answer:
+                shown.append(f"""    Instruct: {prompt_text(item)}
+    probe:    {probe}
+    full:     {full}
+    truth:    {item.answer}""")
+                break
     return "\n\n".join(shown)
 
 
-def draw(pyplot, results: Results):
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+def draw(axes, results: Results) -> None:
+    lines = {
+        "fresh tiny-m on tiny-s": (BIGGER, "black"),
+        "pre-trained value network on tiny-s": (VALUED, "purple"),
+    }
     for axis, metric in zip(axes, ["exact", "ins"]):
-        for offset, (name, systems) in enumerate(
-            {"base alone": ALONE, "probe": PROBE, "full": FULL}.items()
-        ):
+        kinds = {"base alone": ALONE, "probe": PROBE, "full": FULL}
+        for offset, (name, systems) in enumerate(kinds.items()):
             values = [results(systems[size], metric) for size in SIZES]
-            axis.bar(
-                np.arange(3) + 0.27 * (offset - 1),
-                [each.mean() for each in values],
-                0.25,
-                label=name,
-                yerr=[each.std(ddof=1) if len(each) > 1 else 0 for each in values],
-            )
-        lines = {
-            "fresh tiny-m on tiny-s": (BIGGER, "black"),
-            "pre-trained value network on tiny-s": (VALUED, "purple"),
-        }
+            bars(axis, np.arange(3) + 0.27 * (offset - 1), values, 0.25, label=name)
         for name, (system, colour) in lines.items():
             axis.plot([-0.4, 0.4], [results(system, metric).mean()] * 2, color=colour, label=name)
         axis.set(xticks=range(3), xticklabels=SIZES, title=f"{metric}, evaluation people")
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    return figure
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 
 from paper.networks import VALUE, L, M, S
-from paper.report import Claim, Results, between, between_on, metric_table, run
+from paper.report import Claim, Results, bars, between, between_on, metric_table, run
 from run.cli import run_cli
 
 TITLE = "Figure 3b: connection schemes"
@@ -37,8 +37,8 @@ CLAIMS = [
         "The token's own embedding is an essential input (Cascade against Cascade+).",
         "`exact` on tiny-s, Cascade+ less Cascade",
         between(PLUS[S], CASCADE[S], "exact"),
-        "What the base predicts names the fact already, so questions about facts can do without the token on the base trained "
-        "on; bigger bases and sums cannot, as the next two say.",
+        "The base's prediction already names the fact, so on the base trained on, questions about facts do not need the token. "
+        "Bigger bases and sums do, as the next two claims say.",
     ),
     Claim(
         "Section 5.4",
@@ -51,7 +51,7 @@ CLAIMS = [
         "The same, in arithmetic.",
         "`arith` on tiny-s, Cascade+ less Cascade",
         between(PLUS[S], CASCADE[S], "arith"),
-        "Of the sums neither learns more than a few in 500 steps.",
+        "In 500 steps neither learns more than a few of the sums.",
     ),
     Claim(
         "Section 5.4",
@@ -82,47 +82,31 @@ def text(results: Results) -> str:
         for name, scheme in SCHEMES.items()
     }
     table = metric_table(results, "value network tiny-s, trained on tiny-s", rows, METRICS)
-    strong = metric_table(
-        results,
-        "strong to weak, Residual",
-        {
-            "value network tiny-s on tiny-s": RESIDUAL[S],
-            "value network tiny-m on tiny-s (its own base)": f"{S} + {STRONG}",
-            "the latter transferred to tiny-m": f"{M} + {STRONG}",
-        },
-        METRICS,
-    )
+    rows = {
+        "value network tiny-s on tiny-s": RESIDUAL[S],
+        "value network tiny-m on tiny-s (its own base)": f"{S} + {STRONG}",
+        "the latter transferred to tiny-m": f"{M} + {STRONG}",
+    }
     return f"""![Figure 3b]({PICTURE})
 
 {table}
 
 The paper only draws Figure 3b. Its authors' public notebooks have the numbers (MT-Bench): on 1.1B, where they were trained, Cascade+ 3.89,
-Residual 3.62, Cascade 2.75; transferred to 7B, Residual 4.62, Cascade+ 4.45, Cascade 4.20. `fk` and `2-shot` are not in it: on bigger bases the schemes that read
-the base's logits keep more of what it knows, and pay for it in manner. Section 3.1 names the other direction, a value network bigger than
-its base:
+Residual 3.62, Cascade 2.75; transferred to 7B, Residual 4.62, Cascade+ 4.45, Cascade 4.20. `fk` and `2-shot` are not in it: on bigger
+bases the schemes that read the base's logits keep more of its knowledge and answer less often in the form asked for.
+Section 3.1 names the other direction, a value network bigger than its base:
 
-{strong}"""
+{metric_table(results, "strong to weak, Residual", rows, METRICS)}"""
 
 
-def draw(pyplot, results: Results):
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+def draw(axes, results: Results) -> None:
+    names = [f"{base}\n{how}" for base, how in BASES.items()]
     for axis, metric in zip(axes, ["exact", "ins"]):
         for offset, (name, scheme) in enumerate(SCHEMES.items()):
             values = [results(f"{base} + {scheme}", metric) for base in BASES]
-            axis.bar(
-                np.arange(3) + 0.27 * (offset - 1),
-                [each.mean() for each in values],
-                0.25,
-                label=name,
-                yerr=[each.std(ddof=1) if len(each) > 1 else 0 for each in values],
-            )
-        axis.set(
-            xticks=range(3),
-            xticklabels=[f"{base}\n{how}" for base, how in BASES.items()],
-            title=f"{metric}, evaluation people",
-        )
+            bars(axis, np.arange(3) + 0.27 * (offset - 1), values, 0.25, label=name)
+        axis.set(xticks=range(3), xticklabels=names, title=f"{metric}, evaluation people")
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    return figure
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Section 3.1's other losses: value networks trained by pairs and by a teacher on tiny-s, and plugged into bigger bases.
+"""Section 3.1's other losses: value networks trained on tiny-s by pairs and by a teacher, plugged into bigger bases.
 
     python -m paper.losses                     # three seeds, as committed in paper/LOSSES.md
 
-The paper names these losses and shows no results of them, so the claims are ours. What is trained is kept.
+The paper names these losses and shows no results of them, so the claims are ours. Trained networks are kept.
 """
 
 import sys
@@ -36,13 +36,12 @@ from paper.report import (
     Results,
     between,
     between_on,
-    machine,
+    made_on,
     parse_arguments,
     percent,
     results_of,
     section_text,
     table,
-    today,
 )
 from run.cli import run_cli
 from sample import score
@@ -75,8 +74,8 @@ CLAIMS = [
         "It answers tiny-m's questions at least as well.",
         "`exact` on tiny-m, distilled less demonstrations",
         between(f"{M} + {DISTILLED}", f"{M} + {VALUE}", "exact"),
-        "Within the spread, and not better: the teacher is a fine-tuned tiny-l, which itself has less `exact` than tiny-l guided by "
-        "demonstrations.",
+        "It is within the spread, and not better. The teacher, a fine-tuned tiny-l, itself has less `exact` than tiny-l with the "
+        "value network of demonstrations.",
     ),
     Claim(
         OURS,
@@ -95,14 +94,14 @@ CLAIMS = [
         "Pairs raise instruction following where the norm had lost it.",
         "`ins` on tiny-l, pairs after the norm less the norm alone",
         between(f"{L} + {PAIRS_AFTER_NORM}", f"{L} + {NORM}", "ins"),
-        "`pair` rises, `ins` falls: which of two answers is better is learnt, at the cost of what the norm had left of manner.",
+        "`pair` rises and `ins` falls. The network learns which of two answers is better, and loses some of the form it had.",
     ),
     Claim(
         OURS,
         "After demonstrations without the norm, too.",
         "`ins` on tiny-l, pairs after demonstrations less demonstrations alone",
         between(f"{L} + {PAIRS_AFTER}", f"{L} + {VALUE}", "ins"),
-        "The same: demonstrations left hardly a pair wrong, so there was little to gain.",
+        "After demonstrations nearly all pairs are right already, so there was little to gain.",
     ),
 ]
 
@@ -120,49 +119,32 @@ def measure_more(system: str, kept: Kept) -> dict[str, float]:
     guided.logits(tokens)
     z_delta = torch.zeros_like(guided.z_base) if guided.z_delta is None else guided.z_delta
     _, metrics = distillation_loss(guided.z_base, z_delta, teacher(tokens), labels)
-    return {
-        "kl": metrics["kl"].item(),
-        "pair": pair_accuracy(world, tokenizer, partial(score, guided), "evaluation"),
-    }
-
-
-def nats(values: np.ndarray) -> str:
-    spread = f" ±{values.std(ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{values.mean():.2f}{spread}"
+    pair = pair_accuracy(world, tokenizer, partial(score, guided), "evaluation")
+    return {"kl": metrics["kl"].item(), "pair": pair}
 
 
 def text(results: Results) -> str:
-    tables = []
+    parts = []
     for base in BASES:
-        systems = {"(the base alone)": base} | {
-            name: f"{base} + {value}" for name, value in VALUES.items()
-        }
+        systems = {"(the base alone)": base}
+        systems |= {name: f"{base} + {value}" for name, value in VALUES.items()}
         if base == L:
             systems["(the teacher)"] = TEACHER
-        rows = [
-            [
-                name,
-                *(percent(results(system, metric)) for metric in METRICS),
-                nats(results(system, "kl")),
-            ]
-            for name, system in systems.items()
-        ]
-        tables.append(
-            f"**On {base}**\n\n"
-            + table(
-                ["trained by", *(f"`{metric}`" for metric in METRICS), "nats to the teacher"], rows
-            )
-        )
-    return "\n\n".join(tables)
+        lines = [["trained by", *(f"`{metric}`" for metric in METRICS), "nats to the teacher"]]
+        for name, system in systems.items():
+            nats = results(system, "kl")
+            spread = f" ±{nats.std(ddof=1):.2f}" if len(nats) > 1 else ""
+            cells = [percent(results(system, metric)) for metric in METRICS]
+            lines.append([name, *cells, f"{nats.mean():.2f}{spread}"])
+        parts.append(f"**On {base}**\n\n{table(lines)}")
+    return "\n\n".join(parts)
 
 
 def results_and_more(args) -> Results:
     """What paper/measure.py measures, and measure_more's metrics."""
     usual = results_of([sys.modules[__name__]], args.seeds, args.processes)
-    more = {
-        system: [measure_more(system, Kept(seed)) for seed in range(args.seeds)]
-        for system in SYSTEMS
-    }
+    seeds = [Kept(seed) for seed in range(args.seeds)]
+    more = {system: [measure_more(system, kept) for kept in seeds] for system in SYSTEMS}
 
     def results(system: str, metric: str) -> np.ndarray:
         if metric in ("kl", "pair"):
@@ -175,21 +157,32 @@ def results_and_more(args) -> Results:
 def page(results: Results, seeds: int) -> str:
     return f"""# Other losses, in miniature
 
-Made on {today()}, on {machine()}. Seeds: {", ".join(map(str, range(seeds)))}. Percentages, mean and standard
-deviation over the seeds, on evaluation people, by whom nothing was chosen. The paper names these losses (Section 3.1, its third
-advantage) and shows nothing of them, so the claims are ours; the rule for verdicts is [RESULTS.md](RESULTS.md)'s.
+A value network can be trained by other losses than the cross-entropy (Section 3.1, third advantage). `ivl.py` has two.
 
-All value networks were trained on tiny-s, by the losses in `ivl.py`: {", ".join(VALUES)}. The teacher is tiny-l after full
-fine-tuning. `exact`, `know`, `ins`, `arith` and `fk` are those of RESULTS.md; `pair` is the share of {len(World(0).pair_items("evaluation"))} held-out pairs of which the
-answer in the form asked for is likelier than the same in another form; nats to the teacher are KL(p_teacher || p_post) over the tokens
-of the right answers.
+- `--loss pairwise` learns from pairs: one question with a chosen and a rejected answer. It is DPO's loss; the policy is z_post,
+  the reference is z_base, even where training starts from a value network. `pair` counts the pairs whose chosen answer is likelier.
+- `--loss kl --teacher FOLDER` learns the next-token probabilities of a teacher, any model with the same vocabulary.
 
-{section_text(sys.modules[__name__], results, seeds)}
-On SmolLM2-135M (seed 0's development countries, `python train.py --base out/smollm2-135m --value
-out/seed0/value-residual-smollm2-135m --loss pairwise --data capitals`: 150 pairs, 24 steps, once) base + value goes from `exact` .65, `know` .65,
-`ins` .98 after demonstrations to .49, .59, .83 after pairs: of the pairs nearly all were right from the first step on, so there, too, there was little to
-gain and some manner to lose.
-"""
+```
+python train.py --base --value out/seed0/value-residual-tiny-s --loss pairwise --out out/seed0/pairs
+python train.py --base tiny-l --full
+python train.py --base --value --loss kl --teacher out/seed0/full-tiny-l --out out/seed0/distilled
+```
+
+[data/README.md](../data/README.md) describes files of pairs. The paper gives no settings. Its learning rate (Table 5) is high for pairs of a checkpoint;
+begin with `--loss pairwise --data pairs.jsonl --lr 5e-6 --epochs 1` (not run here).
+
+## How this page was made
+
+{made_on()} Seeds: {", ".join(map(str, range(seeds)))}. Numbers are percentages, mean and standard deviation over the
+seeds, on evaluation people, never used to choose anything. The paper shows no results of these losses, so the claims are
+ours; [RESULTS.md](RESULTS.md) has the rule for verdicts.
+
+All value networks were trained on tiny-s: {", ".join(VALUES)}. The teacher is tiny-l after full fine-tuning. RESULTS.md explains
+`exact`, `know`, `ins`, `arith` and `fk`. `pair` is counted on {len(World(0).pair_items("evaluation"))} held-out pairs: the answer in the form asked for, and the same
+answer in another form. Nats to the teacher are KL(p_teacher || p_post) over the tokens of the right answers.
+
+{section_text(sys.modules[__name__], results, seeds)}"""
 
 
 def main():
@@ -198,9 +191,8 @@ def main():
     results = results_and_more(args)
     args.results.mkdir(parents=True, exist_ok=True)
     write_text(args.results / "LOSSES.md", page(results, args.seeds))
-    print(
-        f"{section_text(sys.modules[__name__], results, args.seeds)}\nsaved {args.results / 'LOSSES.md'}"
-    )
+    print(section_text(sys.modules[__name__], results, args.seeds))
+    print(f"saved {args.results / 'LOSSES.md'}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 python -m paper.measure --seed 0 tiny-l "tiny-l + value-residual-tiny-s" "tiny-l + proxy-tiny-s"
 """
 
+from functools import partial
+
 import torch
 
 from data.errors import UsageError
@@ -18,7 +20,9 @@ from run.plug import guide_mapped
 from sample import Guided, MappedGuided, generate, score
 from vocab_map import build
 
-TIMES = 2  # each question in two forms: asked once, a seed's share has a sampling error of 3 points (through a map, once: slow)
+# Each question is asked in two forms (through a map, which is slow, in one). Asked once, a seed's share has a sampling error of
+# 3 points.
+TIMES = 2
 
 
 def load(system: str, kept: Kept, device: str) -> tuple[Guided, Tokenizer]:
@@ -28,48 +32,44 @@ def load(system: str, kept: Kept, device: str) -> tuple[Guided, Tokenizer]:
     base_network, value = Llama.from_pretrained(folders[0], torch.float32, device), None
     if plug.startswith("proxy-"):
         value = ProxyDelta(
-            *(Llama.from_pretrained(folder, torch.float32, device) for folder in folders[1:])
+            *(Llama.from_pretrained(each, torch.float32, device) for each in folders[1:])
         )
     elif plug:
         value = ValueModel.from_pretrained(folders[1], torch.float32, device)
     tokenizers = [load_tokenizer(folder) for folder in folders]
     if how:  # counted, if at all, in what the value network learnt from
-        vocab_map = build(
-            *tokenizers, how, read_texts(kept.home / "demonstrations.jsonl"), align_all
-        )
+        texts = read_texts(kept.home / "demonstrations.jsonl")
+        vocab_map = build(*tokenizers, how, texts, align_all)
         return guide_mapped(base_network, value, vocab_map, alpha), tokenizers[1]
     tokenizer = min(tokenizers, key=lambda each: each.vocab_size)
     return Guided(base_network, value, alpha, tokenizer.vocab_size), tokenizer
 
 
 def measure(system: str, kept: Kept, device: str) -> dict[str, float]:
-    """data/tiny_world.py's metrics and `2-shot`; `new exact` and `new 2-shot` on people of whom only continual pretraining tells.
+    """data/tiny_world.py's metrics, and `2-shot`; `new exact` and `new 2-shot` on people of whom only the further text tells.
 
-    Through a vocabulary map the tiny world's metrics alone, each question asked once, and the base's passes a token.
+    Through a vocabulary map only the tiny world's metrics, and the base's passes a token.
     """
     guided, tokenizer = load(system, kept, device)
     world = world_of(kept.home / networks_of(system)[0])
-    is_mapped, base_passes = isinstance(guided, MappedGuided), []
+    passes = []
 
     def answer(prompts):
         answers = generate(guided, prompts, max_new_tokens=48, stop_ids={tokenizer.eos_id})
         if is_mapped:
-            base_passes.append(guided.base_tokens_read / guided.value_tokens_asked)
+            passes.append(guided.base_tokens_read / guided.value_tokens_asked)
         return answers
 
-    def likelihood(pairs):
-        return score(guided, pairs)
-
-    metrics = evaluate(
-        world, tokenizer, answer, likelihood, "evaluation", times=1 if is_mapped else TIMES
-    )
+    asked = world, tokenizer, answer, partial(score, guided)
+    is_mapped = isinstance(guided, MappedGuided)
+    metrics = evaluate(*asked, "evaluation", times=1 if is_mapped else TIMES)
     if is_mapped:
-        return metrics | {"base passes": base_passes[0]}
-    new = evaluate(world, tokenizer, answer, likelihood, "new evaluation")
+        return metrics | {"base passes": passes[0]}
+    few = partial(few_shot, world, tokenizer, partial(score, guided))
     return metrics | {
-        "2-shot": few_shot(world, tokenizer, likelihood, "evaluation"),
-        "new exact": new["exact"],
-        "new 2-shot": few_shot(world, tokenizer, likelihood, "new evaluation"),
+        "2-shot": few("evaluation"),
+        "new exact": evaluate(*asked, "new evaluation")["exact"],
+        "new 2-shot": few("new evaluation"),
         "passes": len(guided.llamas),
     }
 
@@ -85,12 +85,10 @@ def main():
         for network in networks_of(system):
             if not kept.made(network):
                 raise UsageError(f"{system}: {kept.home / network} is not there")
-        if (metrics := kept.measured(system)) is None:
-            kept.keep(system, metrics := measure(system, kept, device))
-        print(
-            f"{system}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()),
-            flush=True,
-        )
+        if kept.measured(system) is None:
+            kept.keep(system, measure(system, kept, device))
+        found = [f"{name} {value:.3f}" for name, value in kept.measured(system).items()]
+        print(f"{system}: {', '.join(found)}", flush=True)
 
 
 if __name__ == "__main__":

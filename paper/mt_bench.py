@@ -1,11 +1,10 @@
 """MT-Bench: answers to its two-turn questions, in the form that FastChat's judge reads.
 
     python -m paper.mt_bench --questions question.jsonl --out model_answer/guided.jsonl --base B --value V
-    python -m paper.mt_bench --questions question.jsonl --out model_answer/guided.jsonl --check
     torchrun --nproc_per_node=4 -m paper.mt_bench ...                     # the base divided between four GPUs
 
-question.jsonl is FastChat's (fastchat/llm_judge/data/mt_bench). A model is called what its file is called. A run that
-is stopped goes on with the question it was at when the same command is given again. Judging takes FastChat and a key for
+question.jsonl is FastChat's (fastchat/llm_judge/data/mt_bench). The name of the file is the name of the model. A run that
+was stopped goes on when the same command is given again, with the question it was at. Judging takes FastChat and a key for
 GPT-4; the commands are printed at the end.
 """
 
@@ -89,46 +88,14 @@ def read_answers(path: Path) -> dict[int, dict]:
     return answers
 
 
-def check(questions: dict[int, dict], path: Path) -> None:
-    """UsageError unless FastChat's judgment script would accept the answers: each question answered once, every turn of it."""
-    seen = set()
-    for _, place, record in Records(path):
-        question = questions.get(record.get("question_id")) if isinstance(record, dict) else None
-        if question is None:
-            raise UsageError(f"{path}: {place} answers none of these questions")
-        name = f"{path}: {place}, question {question['question_id']}"
-        if question["question_id"] in seen:
-            raise UsageError(f"{name}: answered twice")
-        seen.add(question["question_id"])
-        if record.get("model_id") != path.stem:
-            raise UsageError(
-                f"{name}: model_id is {record.get('model_id')!r}, and FastChat takes {path.stem!r} from the file's name"
-            )
-        choices = record.get("choices")
-        turns = (
-            choices[0].get("turns")
-            if isinstance(choices, list) and choices and isinstance(choices[0], dict)
-            else None
-        )
-        if not is_texts(turns) or len(turns) != len(question["turns"]):
-            raise UsageError(
-                f"{name}: choices[0].turns are not as many texts as the question has turns, {len(question['turns'])}"
-            )
-    if lacking := sorted(questions.keys() - seen):
-        raise UsageError(
-            f"{path}: {len(lacking)} of {len(questions)} questions have no answer, {lacking[0]} for instance"
-        )
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Answering
 
 
 def answer_turns(speaker: Speaker, question: dict, args) -> tuple[list[str], int]:
-    """The answers to a question's turns, each of which is asked behind those before it; and how many found no room."""
-    temperature = TEMPERATURES.get(question.get("category"), 0.7)
+    """The answers to a question's turns, each asked after those before it; and how many had no room."""
     asking = Namespace(
-        temperature=temperature,
+        temperature=TEMPERATURES.get(question.get("category"), 0.7),
         top_p=1.0,
         seed=args.seed + question["question_id"],
         max_new_tokens=args.max_new_tokens,
@@ -137,26 +104,22 @@ def answer_turns(speaker: Speaker, question: dict, args) -> tuple[list[str], int
     no_room = 0
     for text in question["turns"]:
         said.append(("user", text))
-        if len(encode_turns(speaker, said)) >= longest_of(speaker):
-            no_room += 1
-            said.append(("assistant", ""))
-        else:
-            said.append(("assistant", answer(speaker, said, asking)))
+        has_room = len(encode_turns(speaker, said)) < longest_of(speaker)
+        no_room += not has_room
+        said.append(("assistant", answer(speaker, said, asking) if has_room else ""))
     return [text for role, text in said if role == "assistant"], no_room
 
 
 def answer_all(
     speaker: Speaker, questions: dict[int, dict], args, settings: dict, processes: Alone
 ) -> None:
-    """Answer what has no answer yet; each is written as soon as it is there, of several processes by the first."""
+    """Answer what has no answer yet. The first process writes each answer as soon as it is there."""
     done = read_answers(args.out)
     for record in done.values():
         if record["settings"] != settings:
-            differing = sorted(
-                name for name in settings if record["settings"].get(name) != settings[name]
-            )
+            other = [name for name in settings if record["settings"].get(name) != settings[name]]
             raise UsageError(
-                f"--out {args.out}: question {record['question_id']} was answered with another {', '.join(differing)}; "
+                f"--out {args.out}: question {record['question_id']} was answered with another {', '.join(sorted(other))}; "
                 "choose another name"
             )
     waiting = [question for number, question in questions.items() if number not in done]
@@ -182,9 +145,7 @@ def answer_all(
             flush=True,
         )
     if no_room:
-        print(
-            f"{no_room} turns found no room behind what was said before, and have an empty answer"
-        )
+        print(f"{no_room} turns have an empty answer: with what was said before they are too long")
 
 
 def answer_id(settings: dict, question: dict) -> str:
@@ -218,7 +179,7 @@ def write_answers(questions: dict[int, dict], args, processes: Alone) -> None:
 
 
 def say_how_to_judge(path: Path) -> None:
-    print(f"""{path}: complete, as FastChat reads it. To have it judged, in FastChat's folder fastchat/llm_judge:
+    print(f"""{path}: complete. To have it judged, in FastChat's folder fastchat/llm_judge:
     mkdir -p data/mt_bench/model_answer && cp {path.resolve()} data/mt_bench/model_answer/
     OPENAI_API_KEY=... python gen_judgment.py --model-list {path.stem} --judge-model gpt-4
     python show_result.py --model-list {path.stem}""")
@@ -229,41 +190,17 @@ def say_how_to_judge(path: Path) -> None:
 
 def main():
     parser = ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--questions", type=Path, required=True, metavar="FILE", help="FastChat's question.jsonl"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="the answers, model_answer/NAME.jsonl",
-    )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=positive_int,
-        default=1024,
-        metavar="N",
-        help="of an answer (default 1024, FastChat's)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=non_negative_int,
-        default=0,
-        help="of sampling, in categories that are sampled",
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="only check that the judge would accept --out"
-    )
+    parser.add_argument("--questions", type=Path, required=True, help="FastChat's question.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="model_answer/NAME.jsonl")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=1024, help="of an answer")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="of sampling")
     args = measured_arguments(parser, temperature=0.7)
     questions = read_questions(args.questions)
     with join_decoders(args.device) as processes:
-        if not args.check:
-            write_answers(questions, args, processes)
+        write_answers(questions, args, processes)
         if processes.rank == 0:
-            check(questions, args.out)
             say_how_to_judge(args.out)
 
 

@@ -1,8 +1,7 @@
-"""What paper/ trains and measures, made when it is not there and kept under out/seedN.
+"""What paper/ trains and measures: made when it is not there, and kept under out/seedN.
 
-Every network is trained by a command that anybody can type, in a process of its own with one thread;
-every system, a base alone or with something plugged in, is measured once on the evaluation people. A system has a
-name such as "tiny-l", "tiny-l + value-residual-tiny-s", "tiny-l + value-residual-tiny-s x 0.5" (alpha),
+Every network is trained by a command that anybody can type, in a process of its own with one thread. A system is a base,
+alone or with something plugged in; each is measured once, on the evaluation people. A system has a name such as "tiny-l", "tiny-l + value-residual-tiny-s", "tiny-l + value-residual-tiny-s x 0.5" (alpha),
 "tiny-l + proxy-tiny-s" (proxy tuning) or "tiny-b-l + value-residual-tiny-m via pieces" (a vocabulary map of that kind).
 """
 
@@ -12,8 +11,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import UsageError
@@ -27,7 +26,7 @@ TRAIN, CONTINUE = (str(ROOT / "train.py"),), ("-m", "paper.continued")
 
 @dataclass(frozen=True)
 class Network:
-    """How a folder of this name under out/seedN comes about."""
+    """The command that makes a network's folder under out/seedN."""
 
     flags: str
     needs: tuple[str, ...] = ()  # networks that must be there before
@@ -36,28 +35,19 @@ class Network:
 
 
 VALUE, S, M, L = "value-residual-tiny-s", "tiny-s", "tiny-m", "tiny-l"
-CONTINUED, INFINITY, CURRICULUM = (
-    "tiny-m-continued",
-    "value-infinity-tiny-s",
-    f"{VALUE}-on-tiny-s-tiny-m",
-)
-# lambda; 1.0 is Table 5's, and the "norm" of every table; 0.04 weighs beside a supervised position what the paper's 1.0 does
+CONTINUED, INFINITY = "tiny-m-continued", "value-infinity-tiny-s"
+CURRICULUM = f"{VALUE}-on-tiny-s-tiny-m"
+# lambda. 1.0 is Table 5's, and the "norm" of every table. 0.04 weighs beside a supervised position what 1.0 does in the paper.
 NORMS = [0.04, 0.3, 1.0]
 NORM = f"{VALUE}-l1-1"
 ON_M = "value-residual-tiny-m"
 CURRICULUM_M = f"{ON_M}-on-tiny-s-tiny-m"
-DISTILLED, PAIRS = (
-    "value-distilled-tiny-s",
-    "value-pairs-tiny-s",
-)  # by the losses of paper/losses.py
-PAIRS_AFTER, PAIRS_AFTER_NORM = (
-    "value-pairs-after-demonstrations-tiny-s",
-    "value-pairs-after-norm-tiny-s",
-)
-FOREIGN = [
-    "tiny-b-l",
-    "tiny-c-m",
-]  # bases with other tokenizers; the value network of their own is made on the -m of the family
+# by the losses of paper/losses.py
+DISTILLED, PAIRS = "value-distilled-tiny-s", "value-pairs-tiny-s"
+PAIRS_AFTER = "value-pairs-after-demonstrations-tiny-s"
+PAIRS_AFTER_NORM = "value-pairs-after-norm-tiny-s"
+# bases with other tokenizers; the value network of their own is made on the -m of the family
+FOREIGN = ["tiny-b-l", "tiny-c-m"]
 
 ON_S = "--base tiny-s --value --no-full"
 ON_INFINITY = "--base tiny-s --value --data {home}/infinity.jsonl --steps 1000 --out {home}/"
@@ -145,11 +135,10 @@ def command_of(network: str, home: Path) -> list[str]:
 
 def with_needs(networks: Iterable[str]) -> list[str]:
     """These networks and all that they need, in the order of NETWORKS."""
-    wanted, unseen = set(), list(networks)
-    while unseen:
-        name = unseen.pop()
-        wanted.add(name)
-        unseen += NETWORKS[name].needs
+    wanted = set(networks)
+    for name in reversed(NETWORKS):  # needs stand before what needs them
+        if name in wanted:
+            wanted.update(NETWORKS[name].needs)
     return [name for name in NETWORKS if name in wanted]
 
 
@@ -158,20 +147,17 @@ def with_needs(networks: Iterable[str]) -> list[str]:
 
 
 class Kept:
-    """out/seedN/measured: a file for each system measured, and networks.json with what its command has vouched for.
+    """out/seedN/measured: a file for each system measured, and networks.json with the networks whose command has ended.
 
-    Both know the time of the train.json of their networks, so a network trained anew is measured anew. They know nothing of
-    the code: after a change of it, of the world say, begin in a fresh out/.
+    Both record the time of the train.json of their networks, so a network trained anew is measured anew. Neither knows of
+    the code: after a change of it (of the tiny world, say) begin with a fresh out/.
     """
 
     def __init__(self, seed: int):
         self.seed, self.home = seed, Path("out") / f"seed{seed}"
         self.folder = self.home / "measured"
-        self.ledger = (
-            read_json(self.folder / "networks.json")
-            if (self.folder / "networks.json").is_file()
-            else {}
-        )
+        file = self.folder / "networks.json"
+        self.ledger = read_json(file) if file.is_file() else {}
 
     def made(self, network: str) -> int | None:
         """When a network was finished, in nanoseconds; None if it is not there."""
@@ -212,13 +198,20 @@ class Job:
     """One process: a network to train, or the systems of one base to measure."""
 
     what: str
-    seed: int
+    kept: Kept
     command: list[str]
     seconds: float  # expected, on one core
     needs: list[str]
-    prepare: Callable[[], object] = lambda: None
-    finish: Callable[[float], object] = lambda core_seconds: None
-    log: Path = field(default_factory=Path)
+
+    @property
+    def log(self) -> Path:
+        return self.kept.folder / "logs" / f"{self.what}.log"
+
+    def start(self) -> subprocess.Popen:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        with open(self.log, "w") as log:
+            return subprocess.Popen(self.command, env=environment, stdout=log, stderr=log)
 
 
 def jobs_for(systems: Iterable[str], seed: int) -> list[Job]:
@@ -230,98 +223,63 @@ def jobs_for(systems: Iterable[str], seed: int) -> list[Job]:
     jobs = []
     for name in todo:
         command = [sys.executable, *command_of(name, kept.home), "--seed", str(seed), "--resume"]
-        job = Job(
-            name,
-            seed,
-            command,
-            4 if kept.made(name) else NETWORKS[name].seconds,
-            [need for need in NETWORKS[name].needs if need in todo],
-            finish=lambda core_seconds, name=name: kept.vouch(name, core_seconds),
-        )
+        seconds = 4 if kept.made(name) else NETWORKS[name].seconds
+        needs = [need for need in NETWORKS[name].needs if need in todo]
+        jobs.append(Job(name, kept, command, seconds, needs))
         if name.startswith(INFINITY):
             world = World(seed)
-            job.prepare = lambda: world.write_demonstrations(
-                kept.home / "infinity.jsonl", world.infinity()
-            )
-        jobs.append(job)
-    for base, _ in Counter(
-        parts_of(system)[0] for system in missing
-    ).most_common():  # the longest first
+            world.write_demonstrations(kept.home / "infinity.jsonl", world.infinity())
+    bases = Counter(parts_of(system)[0] for system in missing)
+    for base, count in bases.most_common():  # the longest first
         here = [system for system in missing if parts_of(system)[0] == base]
         needs = {network for system in here for network in networks_of(system) if network in todo}
-        jobs.append(
-            Job(
-                f"measuring {base}",
-                seed,
-                [sys.executable, "-m", "paper.measure", "--seed", str(seed), *here],
-                4 + 3 * len(here),
-                list(needs),
-            )
-        )
-    for job in jobs:
-        job.log = kept.folder / "logs" / f"{job.what}.log"
+        command = [sys.executable, "-m", "paper.measure", "--seed", str(seed), *here]
+        jobs.append(Job(f"measuring {base}", kept, command, 4 + 3 * count, list(needs)))
     return jobs
 
 
 def make(jobs: list[Job], processes: int) -> None:
-    """Run the jobs, so many at a time, each when its needs are there; UsageError with the reason if one fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    waiting, running = list(jobs), {}
-    started, cores, expected, done = time.monotonic(), 0.0, 0.0, 0
+    """Run `processes` jobs at a time, each when its needs are there; UsageError with the reason if one fails."""
+    waiting, running, done = list(jobs), {}, []
+    started, cores = time.monotonic(), 0.0
     try:
         while waiting or running:
-            unmade = {
-                (job.seed, job.what) for job in [*waiting, *(job for job, _ in running.values())]
-            }
+            unmade = {(job.kept.seed, job.what) for job in waiting}
+            unmade |= {(job.kept.seed, job.what) for job, _ in running.values()}
             for job in list(waiting):
-                if len(running) < processes and not any(
-                    (job.seed, need) in unmade for need in job.needs
-                ):
+                if len(running) == processes:
+                    break
+                if not any((job.kept.seed, need) in unmade for need in job.needs):
                     waiting.remove(job)
-                    job.prepare()
-                    job.log.parent.mkdir(parents=True, exist_ok=True)
-                    with open(job.log, "w") as log:
-                        process = subprocess.Popen(
-                            job.command, env=environment, stdout=log, stderr=subprocess.STDOUT
-                        )
+                    process = job.start()
                     running[process.pid] = job, process
             pid, status, usage = os.wait4(-1, 0)
             if pid not in running:
                 continue
             job, process = running.pop(pid)
             process.returncode = os.waitstatus_to_exitcode(status)
-            said = job.log.read_text(errors="replace").strip().splitlines()[-1:] or ["no word"]
-            if process.returncode and "another process is training there" in said[0]:
-                time.sleep(
-                    2
-                )  # left over from a run of ours that was killed, most likely: wait for it
+            name = f"seed {job.kept.seed}, {job.what}"
+            if process.returncode:
+                said = job.log.read_text(errors="replace").strip().splitlines() or ["no word"]
+                if "another process is training there" not in said[-1]:
+                    raise UsageError(f"{name}: {said[-1]} (all of it in {job.log})")
+                time.sleep(2)  # most likely left over from a run that was killed: wait for it
                 waiting.insert(0, job)
                 continue
-            if process.returncode:
-                raise UsageError(f"seed {job.seed}, {job.what}: {said[0]} (all of it in {job.log})")
             spent = usage.ru_utime + usage.ru_stime
-            job.finish(spent)
-            cores, expected, done = cores + spent, expected + job.seconds, done + 1
-            left = [
-                other.seconds for other in [*waiting, *(other for other, _ in running.values())]
-            ]
-            pace = (
-                (time.monotonic() - started) * processes / expected
-            )  # how long a second of ours takes here
-            eta = (
-                max(sum(left) / processes, max(left, default=0)) * pace
-                if done > 2
-                else sum(left) / processes
-            )
-            print(
-                f"[{done}/{len(jobs)}] seed {job.seed}: {job.what}, {spent:.0f} core-seconds; {clock(eta)} left",
-                flush=True,
-            )
+            if job.what in NETWORKS:
+                job.kept.vouch(job.what, spent)
+            done.append(job.seconds)
+            cores += spent
+            left = [job.seconds for job in [*waiting, *(job for job, _ in running.values())]]
+            elapsed = time.monotonic() - started
+            pace = elapsed * processes / sum(done) if len(done) > 2 else 1.0
+            eta = max([sum(left) / processes, *left]) * pace
+            progress = f"[{len(done)}/{len(jobs)}] {name}, {spent:.0f} core-seconds"
+            print(f"{progress}; {clock(eta)} left", flush=True)
     finally:
         for _, process in running.values():
             process.terminate()
     if jobs:
-        print(
-            f"{clock(time.monotonic() - started)} with {processes} processes, {cores / 60:.1f} core-minutes\n",
-            flush=True,
-        )
+        elapsed = clock(time.monotonic() - started)
+        print(f"{elapsed} with {processes} processes, {cores / 60:.1f} core-minutes\n", flush=True)

@@ -52,14 +52,14 @@ SYSTEMS = [
     *(f"{base} + {value}" for base in BASES for value in LAMBDAS.values()),
     *(weighted(base, alpha) for base in BASES for alpha in ALPHAS),
 ]
-CLAIMS = [  # of knowledge, reasoning and manner table1.py has more
+CLAIMS = [  # table1.py has those of knowledge, reasoning and instruction following
     Claim(
         "Section 4.2.1",
         "The norm improves generalisation to other bases.",
         "`exact` on tiny-l, lambda 1 less lambda 0",
         gain(NORM, L, "exact"),
-        "There is little knowledge left to regain on tiny-l, and the norm costs manner. None of the smaller lambdas is better "
-        "there, as the tables show.",
+        "There is little knowledge left to win back on tiny-l, and with the norm fewer answers have the form asked for. None of "
+        "the smaller lambdas is better there, as the tables show.",
     ),
 ]
 
@@ -75,76 +75,63 @@ def supervised_positions() -> float:
 
 def text(results: Results) -> str:
     supervised = supervised_positions()
-    header = ["", *(f"`{metric}` {base}" for metric in METRICS for base in BASES)]
 
-    def row(name, system_on):
-        return [
-            name,
-            *(percent(results(system_on(base), metric)) for metric in METRICS for base in BASES),
-        ]
+    def weights_table(rows: dict[str, list[str]]) -> str:
+        """Rows of a name and the system on each of BASES."""
+        lines = [["", *(f"`{metric}` {base}" for metric in METRICS for base in BASES)]]
+        for name, systems in rows.items():
+            cells = [percent(results(each, metric)) for metric in METRICS for each in systems]
+            lines.append([name, *cells])
+        return table(lines)
 
-    judged = []
-    for l1, value in list(LAMBDAS.items())[1:]:
-        gaps = [conclusion(value)(results) for conclusion in CONCLUSIONS.values()]
-        judged.append(
-            [
-                f"lambda {l1:g}, the paper's {l1 * TINY_LIMIT / supervised:.2g}",
-                *(f"{100 * gap.mean():+.1f}, {verdict(gap)}" for gap in gaps),
-            ]
-        )
-    lambdas = [
-        row(f"lambda {l1:g}", lambda base, value=value: f"{base} + {value}")
-        for l1, value in LAMBDAS.items()
-    ]
-    alphas = [row("alpha 0 (base alone)", lambda base: base)]
-    alphas += [
-        row(f"alpha {alpha:g}", lambda base, alpha=alpha: weighted(base, alpha)) for alpha in ALPHAS
-    ]
+    lambdas = {
+        f"lambda {l1:g}": [f"{base} + {value}" for base in BASES] for l1, value in LAMBDAS.items()
+    }
+    alphas = {"alpha 0 (base alone)": BASES} | {
+        f"alpha {alpha:g}": [weighted(base, alpha) for base in BASES] for alpha in ALPHAS
+    }
+    judged = [["", *CONCLUSIONS]]
+    for l1 in NORMS:
+        gaps = [conclusion(LAMBDAS[l1])(results) for conclusion in CONCLUSIONS.values()]
+        name = f"lambda {l1:g}, the paper's {l1 * TINY_LIMIT / supervised:.2g}"
+        judged.append([name, *(f"{100 * gap.mean():+.1f}, {verdict(gap)}" for gap in gaps)])
     return f"""![lambda and alpha against transfer]({PICTURE})
 
 Table 5's lambda is 1.0, and so is that of every `norm` row in these tables. The norm is a mean over the vocabulary, so
 each logit feels more of it in a small one: lambda 1 over our 1024 logits is 31 times lambda 1 over Llama-2's 32000.
 
-What lambda weighs beside a supervised position depends on what the norm is averaged over, too: in the paper all positions of rows
-padded to the maximum length, here the supervised ones. Of these demonstrations, padded to {TINY_LIMIT} tokens, {supervised:.1f} positions would
-be supervised, so lambda 1 weighs like the paper's {TINY_LIMIT / supervised:.0f}, and the paper's 1 like {supervised / TINY_LIMIT:.2f} here. (`train.py` prints the
-equivalent of every run; `--l1-over all` averages over all positions of a batch, which is nearer to the paper, without its long padding.)
+How much lambda weighs beside a supervised position also depends on what the norm is averaged over: in the paper all positions of rows
+padded to the maximum length, here the supervised ones. Padded to {TINY_LIMIT} tokens, these demonstrations would have {supervised:.1f}
+supervised positions each, so lambda 1 here weighs like the paper's {TINY_LIMIT / supervised:.0f}, and the paper's 1 like {supervised / TINY_LIMIT:.2f} here. (`train.py` prints the
+equivalent for every run. `--l1-over all` averages over all positions of a batch, which is nearer to the paper, without its long padding.)
 
-{table(header, lambdas)}
+{weights_table(lambdas)}
 
-The paper's conclusions about the norm at each of these strengths, the mean gap in points and the verdict. In the first row the norm weighs
-what it weighs in the paper, beside a supervised position:
+The paper's conclusions about the norm at each of these strengths: the mean gap in points, and the verdict. In the first row the norm weighs
+beside a supervised position what it weighs in the paper:
 
-{table(["", *CONCLUSIONS], judged)}
+{table(judged)}
 
 alpha is ours, not the paper's: z_base + alpha * z_delta, with the value network of lambda 0.
 
-{table(header, alphas)}"""
+{weights_table(alphas)}"""
 
 
-def draw(pyplot, results: Results):
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+def draw(axes, results: Results) -> None:
+    def line(axis, places, systems: list[str], metric: str, look: str, label: str = "") -> None:
+        axis.plot(places, [results(each, metric).mean() for each in systems], look, label=label)
+
     for metric, style in [("exact", "-"), ("2-shot", "--"), ("ins", ":")]:
-        for base, colour in zip(BASES, ["tab:blue", "tab:orange", "tab:green"]):
-            axes[0].plot(
-                range(len(LAMBDAS)),
-                [results(f"{base} + {value}", metric).mean() for value in LAMBDAS.values()],
-                style,
-                color=colour,
-                label=f"{base}, {metric}",
-            )
-            axes[1].plot(
-                ALPHAS,
-                [results(weighted(base, alpha), metric).mean() for alpha in ALPHAS],
-                style,
-                color=colour,
-            )
-    axes[0].set(
-        xticks=range(len(LAMBDAS)), xticklabels=[f"{l1:g}" for l1 in LAMBDAS], xlabel="lambda"
-    )
+        for base, colour in zip(BASES, ["C0", "C1", "C2"]):
+            normed = [f"{base} + {value}" for value in LAMBDAS.values()]
+            scaled = [weighted(base, alpha) for alpha in ALPHAS]
+            look = colour + style
+            line(axes[0], range(len(LAMBDAS)), normed, metric, look, f"{base}, {metric}")
+            line(axes[1], ALPHAS, scaled, metric, look)
+    names = [f"{l1:g}" for l1 in LAMBDAS]
+    axes[0].set(xticks=range(len(LAMBDAS)), xticklabels=names, xlabel="lambda")
     axes[1].set(xlabel="alpha")
     axes[0].legend(fontsize=8, loc="center left", bbox_to_anchor=(2.25, 0.5))
-    return figure
 
 
 if __name__ == "__main__":

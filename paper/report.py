@@ -1,17 +1,16 @@
-"""How paper/ speaks: tables, claims, the one rule for verdicts, and what every script of it does when it is run."""
+"""What the scripts of paper/ share: tables, claims, the one rule for verdicts, and what each does when it is run."""
 
 import argparse
 import datetime
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import torch
 
+from bench.measure import device_here, machine, table
 from data.errors import UsageError
 from data.files import replacing
 from paper.networks import Kept, jobs_for, make
@@ -23,18 +22,20 @@ OURS = "not in the paper"
 
 @dataclass(frozen=True)
 class Claim:
-    """A conclusion of the paper, and the difference that would have to be above 0 for it to show here."""
+    """A conclusion of the paper, and the gap that has to be above 0 for it to show here."""
 
     section: str  # where the paper says so; OURS if it does not
     says: str
-    measured: str  # the difference in words
+    measured: str  # the gap in words
     gap: Callable[[Results], np.ndarray]  # (seeds,)
-    note: str = ""  # what is to be said when it does not show
+    note: str = ""  # printed where it does not show
 
 
-def between(better: str, worse: str, metric: str) -> Callable[[Results], np.ndarray]:
-    """The gap of one system to another in a metric."""
-    return lambda results: results(better, metric) - results(worse, metric)
+def between(
+    better: str, worse: str, metric: str, plus: float = 0.0
+) -> Callable[[Results], np.ndarray]:
+    """The gap of one system to another in a metric; `plus` is how much worse still counts as a match."""
+    return lambda results: results(better, metric) - results(worse, metric) + plus
 
 
 def between_on(
@@ -62,9 +63,9 @@ STAND_INS = {
 
 
 def verdict(gaps: np.ndarray) -> str:
-    """The rule, by the interval of two standard errors on both sides of the mean over seeds. One seed has none.
+    """The rule: the mean over seeds, and two standard errors on both sides of it, is an interval. One seed has none.
 
-    "holds": all of the interval is above zero. "does not hold": all of it is below. "undecided": zero lies within.
+    "holds": all of the interval is above zero. "does not hold": all of it is below. "undecided": zero lies in it.
     """
     if len(gaps) < 2:
         return "no verdict on one seed"
@@ -80,25 +81,12 @@ def percent(values: np.ndarray) -> str:
     return f"{100 * values.mean():.1f}{spread}"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table that can also be read as it is."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
-        for line in lines
-    )
-
-
 def metric_table(results: Results, label: str, rows: dict[str, str], metrics: list[str]) -> str:
     """Rows of label -> system, with a column for each metric."""
-    return table(
-        [label, *(f"`{metric}`" for metric in metrics)],
-        [
-            [name, *(percent(results(system, metric)) for metric in metrics)]
-            for name, system in rows.items()
-        ],
-    )
+    lines = [[label, *(f"`{metric}`" for metric in metrics)]]
+    for name, system in rows.items():
+        lines.append([name, *(percent(results(system, metric)) for metric in metrics)])
+    return table(lines)
 
 
 def claims_text(claims: list[Claim], results: Results) -> str:
@@ -116,24 +104,23 @@ def claims_text(claims: list[Claim], results: Results) -> str:
 
 
 def section_text(script: ModuleType, results: Results, seeds: int) -> str:
-    name = (
-        script.__name__.rpartition(".")[2]
-        if script.__name__ != "__main__"
-        else Path(script.__file__).stem
-    )
-    head = (
-        "What we claim"
-        if all(claim.section == OURS for claim in script.CLAIMS)
-        else "What the paper concludes"
-    )
+    ours = all(claim.section == OURS for claim in script.CLAIMS)
+    head = "What we claim" if ours else "What the paper concludes"
     return (
-        f"## {script.TITLE}\n\n`python -m paper.{name} --seeds {seeds}`\n\n{script.text(results).strip()}\n\n"
+        f"## {script.TITLE}\n\n`python -m paper.{Path(script.__file__).stem} --seeds {seeds}`\n\n"
+        f"{script.text(results).strip()}\n\n"
         f"{head}, and whether it shows here:\n\n{claims_text(script.CLAIMS, results)}\n"
     )
 
 
+def bars(axis, places: list[float], values: list[np.ndarray], width: float, **style) -> None:
+    """Bars of means over seeds, with their standard deviations."""
+    spread = [each.std(ddof=1) if len(each) > 1 else 0 for each in values]
+    axis.bar(places, [each.mean() for each in values], width, yerr=spread, **style)
+
+
 def draw(script: ModuleType, results: Results, folder: Path) -> None:
-    """A script's picture, where matplotlib is installed."""
+    """A script's picture, if it has one and matplotlib is installed."""
     if not hasattr(script, "draw"):
         return
     try:
@@ -143,12 +130,12 @@ def draw(script: ModuleType, results: Results, folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure = script.draw(pyplot, results)
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    script.draw(axes, results)
     folder.mkdir(parents=True, exist_ok=True)
+    options = dict(format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
     with replacing(folder / script.PICTURE) as temporary:
-        figure.savefig(
-            temporary, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None}
-        )
+        figure.savefig(temporary, **options)
     pyplot.close(figure)
     print(f"saved {folder / script.PICTURE}")
 
@@ -166,13 +153,7 @@ def results_of(scripts: list[ModuleType], seeds: int, processes: int) -> Results
 
 def parse_arguments(description: str, results: Path) -> argparse.Namespace:
     parser = ArgumentParser(description=description)
-    parser.add_argument(
-        "--seeds",
-        type=number(int, 0, "whole number from 1 to 100", 101),
-        default=3,
-        metavar="N",
-        help="worlds 0 to N-1 (default 3)",
-    )
+    add_seeds(parser)
     parser.add_argument(
         "--processes",
         type=positive_int,
@@ -193,6 +174,13 @@ def parse_arguments(description: str, results: Path) -> argparse.Namespace:
     return args
 
 
+def add_seeds(parser: argparse.ArgumentParser) -> None:
+    seeds = number(int, 0, "whole number from 1 to 100", 101)
+    parser.add_argument(
+        "--seeds", type=seeds, default=3, metavar="N", help="worlds 0 to N-1 (default 3)"
+    )
+
+
 def run(script: ModuleType) -> None:
     """What one script does: make what it needs, print its section, save its picture."""
     args = parse_arguments(script.__doc__.split("\n\n")[0], Path("out"))
@@ -201,19 +189,6 @@ def run(script: ModuleType) -> None:
     draw(script, results, args.results)
 
 
-def machine() -> str:
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [
-            line.partition(":")[2].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        processor = f"{os.cpu_count()} cores of {names[0]}" if names else processor
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
-    return f"{device}, torch {torch.__version__}, Python {platform.python_version()}"
-
-
-def today() -> str:
-    return datetime.date.today().isoformat()
+def made_on() -> str:
+    """For the head of a page."""
+    return f"Made on {datetime.date.today()}, on {machine(device_here())}."

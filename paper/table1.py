@@ -61,7 +61,7 @@ PAPER = {
         "7B norm": (5.54, 31.2, 16.8, 40.6, 33.2, 25.1, 47.8, 54.1, 49.7, 37.4, 68.3),
     },
 }
-PAPER_70B = {  # Llama-2-70B, for which nothing stands here; paper/evaluate.py has use for it
+PAPER_70B = {  # Llama-2-70B, for which nothing stands here; paper/evaluate.py prints it
     "Full": (7.08, 46.6, 35.6, 0, 36.6, 41.9, 62.9, 67.8, 69.3, 48.4, 80.5),
     "1.1B": (4.92, 16.6, 12.4, 42.1, 27.9, 20.4, 52.6, 60.5, 68.4, 31.6, 77.3),
     "1.1B norm": (5.37, 16.8, 24.9, 70, 37.8, 28.6, 62.8, 66.7, 67.9, 37.1, 82.9),
@@ -95,12 +95,9 @@ COMPARABLE = 0.05  # how much worse may still be called a match
 NEARLY_ALL = 0.75  # how much of full fine-tuning is a large portion; in the paper it is .78 on 7B and .76 on 13B
 
 
-def on(base: str, row: str, metric: str):
-    return lambda results: results(system(base, row), metric)
-
-
-def difference(first, second, plus: float = 0.0):
-    return lambda results: first(results) - second(results) + plus
+def gap(better: tuple[str, str], worse: tuple[str, str], metric: str, plus: float = 0.0):
+    """Between two rows, each a base and what stands in its block."""
+    return between(system(*better), system(*worse), metric, plus)
 
 
 CLAIMS = [
@@ -110,7 +107,8 @@ CLAIMS = [
             f"A small value network gives a bigger base a large portion of what full fine-tuning does ({name}).",
             f"`exact` on {base}, value network tiny-s less {NEARLY_ALL} times full",
             lambda results, base=base: (
-                on(base, "1.1B", "exact")(results) - NEARLY_ALL * on(base, "Full", "exact")(results)
+                results(system(base, "1.1B"), "exact")
+                - NEARLY_ALL * results(system(base, "Full"), "exact")
             ),
         )
         for base, name in [(M, "7B"), (L, "13B")]
@@ -119,13 +117,13 @@ CLAIMS = [
         "Section 5.4",
         "A 7B value network on 13B matches full fine-tuning of 13B.",
         f"`exact` on tiny-l, value network tiny-m less full, plus {100 * COMPARABLE:g}",
-        difference(on(L, "7B", "exact"), on(L, "Full", "exact"), COMPARABLE),
+        gap((L, "7B"), (L, "Full"), "exact", COMPARABLE),
     ),
     Claim(
         "Section 5.4",
         "The bigger the value network, the better.",
         "`exact` on tiny-l, value network tiny-m less tiny-s",
-        difference(on(L, "7B", "exact"), on(L, "1.1B", "exact")),
+        gap((L, "7B"), (L, "1.1B"), "exact"),
         "There is little left for a bigger one to gain.",
     ),
     Claim(
@@ -138,14 +136,14 @@ CLAIMS = [
         "Section 5.4",
         "It keeps its strength in what it was pretrained further for.",
         "`new exact` with value network tiny-s, tiny-m-continued less tiny-m",
-        difference(on(CONTINUED, "1.1B", "new exact"), on(M, "1.1B", "new exact")),
+        gap((CONTINUED, "1.1B"), (M, "1.1B"), "new exact"),
     ),
     *(
         Claim(
             "Section 5.4",
             f"Training on a larger set of direct supervision transfers its gains ({name}).",
             f"`arith` on {base}, infinity less plain",
-            difference(on(base, "1.1B infinity", "arith"), on(base, "1.1B", "arith")),
+            gap((base, "1.1B infinity"), (base, "1.1B"), "arith"),
         )
         for base, name in [(M, "7B"), (L, "13B")]
     ),
@@ -153,13 +151,13 @@ CLAIMS = [
         "Section 5.4",
         "So trained, it also beats full fine-tuning on the general set.",
         "`arith` on tiny-l, infinity less full",
-        difference(on(L, "1.1B infinity", "arith"), on(L, "Full", "arith")),
+        gap((L, "1.1B infinity"), (L, "Full"), "arith"),
     ),
     Claim(
         "Section 5.4, Table 1",
         "And it is worse in open-ended answers (MT-Bench 4.74 to 4.45).",
         "`exact` on tiny-l, plain less infinity",
-        difference(on(L, "1.1B", "exact"), on(L, "1.1B infinity", "exact")),
+        gap((L, "1.1B"), (L, "1.1B infinity"), "exact"),
     ),
     Claim(
         "Section 5.4",
@@ -172,7 +170,7 @@ CLAIMS = [
         "The norm keeps more reasoning there.",
         "`arith` on tiny-l, norm less plain",
         gain(NORM, L, "arith"),
-        "Under lambda 1 sums take longer to learn than the 500 steps that both have here.",
+        "With lambda 1, learning sums takes more than the 500 steps that both have here.",
     ),
     Claim(
         "Section 5.4",
@@ -185,13 +183,13 @@ CLAIMS = [
         "The norm's gain grows with the distance between value network and base.",
         "gain in `2-shot` by the norm, on tiny-l less on tiny-s",
         farther(NORM),
-        "The norm brings every base back to what it knows alone, and tiny-s had lost more of that: a smaller base has more to win.",
+        "With the norm every base keeps what it knows alone. Without it tiny-s had lost more, so it has more to win back.",
     ),
     Claim(
         OURS,
         "With the norm, the larger set does transfer its gain.",
         "`arith` on tiny-l, infinity norm less norm",
-        difference(on(L, "1.1B infinity norm", "arith"), on(L, "1.1B norm", "arith")),
+        gap((L, "1.1B infinity norm"), (L, "1.1B norm"), "arith"),
     ),
     Claim(
         OURS,
@@ -203,72 +201,45 @@ CLAIMS = [
         OURS,
         "It kept the old people.",
         f"`2-shot`, tiny-m-continued less tiny-m, both alone, plus {100 * COMPARABLE:g}",
-        difference(
-            lambda results: results(CONTINUED, "2-shot"),
-            lambda results: results(M, "2-shot"),
-            COMPARABLE,
-        ),
+        between(CONTINUED, M, "2-shot", COMPARABLE),
         "A third of the further text is about them.",
     ),
 ]
 
 
-INTRODUCTION = """Each of the paper's columns stands left of ours; where there are several, their mean. "1.1B" is a
-tiny-s trained as a value network on tiny-s, "7B" a tiny-m on tiny-m; "norm" is with lambda 1; "infinity" was trained on
-18000 demonstrations, 70% of them arithmetic, in 1000 steps (1.8 passes), all others on 6000 with 20%, in 500 (2.7 passes): what it
-gains is of more data and of more steps. Half of the arithmetic adds two numbers, as pretraining text
-does, half three, of which no base has read an answer; sums of three are drawn from 872 for "infinity", from 200 for all others.
-`arith` asks 36 sums of two and 64 of three, none of them demonstrated. tiny-l stands for 13B; there is no fourth size
-for 70B. "alone" is the base with nothing plugged in; that row and "infinity norm" are not in the paper. On
-bases that never read of the new people, `new exact` is luck.
+INTRODUCTION = """The paper's number stands left of ours; where a column has several, their mean. "alone" is the base with nothing
+plugged in. "1.1B" is a tiny-s trained as a value network on tiny-s, "7B" a tiny-m on tiny-m. "norm" is with lambda 1.
+"infinity" was trained on 18000 demonstrations, 70% of them arithmetic, in 1000 steps (1.8 passes); all others on 6000, 20% of them
+arithmetic, in 500 steps (2.7 passes). So its gain comes from more data and from more steps. tiny-l stands for 13B; no fourth
+size stands for 70B. The rows "alone" and "infinity norm" are not in the paper.
+
+Half of the arithmetic adds two numbers, as pretraining text does. The other half adds three, whose answers no base has
+read: 872 sums of three for "infinity", 200 for all others. `arith` asks 36 sums of two and 64 of three, none of them demonstrated.
+On bases that never read of the new people, `new exact` is luck.
 
 """
 
 
 def text(results: Results) -> str:
-    header = [
-        "",
-        *(name for column, (_, metric) in COLUMNS.items() for name in (column, f"`{metric}`")),
-    ]
-    parts = []
+    header = [""]
+    for column, (_, metric) in COLUMNS.items():
+        header += [column, f"`{metric}`"]
+    parts = [INTRODUCTION]
     for title, base in BLOCKS.items():
-        rows = [
-            [
-                "alone",
-                *(
-                    cell
-                    for _, metric in COLUMNS.values()
-                    for cell in ("", percent(results(base, metric)))
-                ),
-            ]
-        ]
-        for row in [*PAPER[base], *NOT_IN_THE_PAPER.get(base, [])]:
+        lines = [header]
+        for row in ["alone", *PAPER[base], *NOT_IN_THE_PAPER.get(base, [])]:
+            measured = base if row == "alone" else system(base, row)
             cells = [row]
             for indices, metric in COLUMNS.values():
-                theirs = (
-                    [PAPER[base][row][index] for index in indices] if row in PAPER[base] else []
-                )
-                cells += [
-                    f"{np.mean(theirs):.3g}" if theirs else "",
-                    percent(results(system(base, row), metric)),
-                ]
-            rows.append(cells)
-        parts.append(f"**{title}**\n\n{table(header, rows)}")
-    knowledge = metric_table(
-        results,
-        "alone",
-        {"before, tiny-m": M, "after, tiny-m-continued": CONTINUED},
-        ["2-shot", "new 2-shot"],
-    )
-    return (
-        INTRODUCTION
-        + "\n\n".join(parts)
-        + f"""
+                theirs = [PAPER[base][row][index] for index in indices if row in PAPER[base]]
+                cells.append(f"{np.mean(theirs):.3g}" if theirs else "")
+                cells.append(percent(results(measured, metric)))
+            lines.append(cells)
+        parts.append(f"**{title}**\n\n{table(lines)}\n\n")
+    knowledge = {"before, tiny-m": M, "after, tiny-m-continued": CONTINUED}
+    return f"""{"".join(parts)}**Pretraining further**: old people, and new ones, of whom only the further text tells (in 2-shot questions guessing gives about 7)
 
-**Pretraining further**: old people, and new ones whom only it names (in 2-shot questions guessing gives about 7)
-
-{knowledge}"""
-    )
+{metric_table(results, "alone", knowledge, ["2-shot", "new 2-shot"])}"""
 
 
 if __name__ == "__main__":

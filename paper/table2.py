@@ -1,4 +1,4 @@
-"""Table 2 (Section 6): plain, with the norm, and taught on two bases in turn, on a base that no stage has seen.
+"""Table 2 (Section 6): a value network plain, with the norm, and trained on two bases in turn, on a third base.
 
 python -m paper.table2
 """
@@ -36,14 +36,14 @@ CLAIMS = [
         "A curriculum over several bases mitigates overfitting to the small one, as a regulariser does.",
         "`2-shot` on tiny-l, curriculum less plain",
         between(CURRICULAR, PLAIN, "2-shot"),
-        "Half of the steps are on a tiny-m that is only twice as big; the paper's last stage is a 13B on the way to 70B.",
+        "Half of the steps are on a tiny-m that is only twice as big; the paper's last stage is a 13B, on the way to 70B.",
     ),
     Claim(
         "Section 6",
         "The same, in open-ended answers (MT-Bench 4.92 to 5.14).",
         "`exact` on tiny-l, curriculum less plain",
         between(CURRICULAR, PLAIN, "exact"),
-        "The curriculum's other base, tiny-m, is hardly another one: it has read the same text.",
+        "The curriculum's other base, tiny-m, is much like the first: it has read the same kind of text.",
     ),
     Claim(
         "Section 6",
@@ -55,25 +55,19 @@ CLAIMS = [
 
 
 def text(results: Results) -> str:
-    rows = []
+    lines = [["", *(f"paper: {name}" for name in ROWS), "ours", *ROWS]]
     for column, theirs in PAPER.items():
-        metric = (
-            STAND_INS[column] if STAND_INS[column] != "new exact" else ""
-        )  # tiny-l never read of the new people
+        metric = STAND_INS[column]
+        if metric == "new exact":  # tiny-l never read of the new people
+            metric = ""
         ours = [percent(results(system, metric)) if metric else "-" for system in SYSTEMS]
-        rows.append(
-            [
-                column,
-                *(f"{value:g}" for value in theirs),
-                f"`{metric}`" if metric else "no stand-in",
-                *ours,
-            ]
-        )
-    return f"""The paper's curriculum went from 1.1B over 7B to 13B, on the way to 70B; ours goes from tiny-s to tiny-m, and is
-plugged into tiny-l. As in the paper, the number of steps is the same in all three. `2-shot` stands for four columns, and
-is printed beside each.
+        paper = [f"{value:g}" for value in theirs]
+        lines.append([column, *paper, f"`{metric}`" if metric else "no stand-in", *ours])
+    return f"""The paper's curriculum went from 1.1B over 7B to 13B, on the way to 70B. Ours goes from tiny-s to tiny-m, and is
+plugged into tiny-l. As in the paper, all three take the same number of steps. `2-shot` stands for four columns, and is
+printed beside each.
 
-{table(["", *(f"paper: {name}" for name in ROWS), "ours", *ROWS], rows)}"""
+{table(lines)}"""
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from paper.report import OURS, STAND_INS, Claim, Results, between, percent, run,
 from run.cli import run_cli
 
 TITLE = "Table 4: comparison with proxy tuning"
-VALUED, PROXY = ({base: f"{base} + {plug}" for base in (M, L)} for plug in (VALUE, f"proxy-{S}"))
+VALUED = {base: f"{base} + {VALUE}" for base in (M, L)}
+PROXY = {base: f"{base} + proxy-{S}" for base in (M, L)}
 SYSTEMS = [*VALUED.values(), *PROXY.values()]
 PAPER = {
     "MT-Bench": (4.62, 4.65),
@@ -20,19 +21,20 @@ PAPER = {
     "TruthfulQA": (31.1, 33.4),
     "Winogrande": (66.2, 66.7),
 }
-COMPARABLE = 0.05  # how much worse may still be called comparable: two standard errors of a difference, over three seeds, of questions asked once
+# How much worse still counts as comparable: two standard errors of a difference over three seeds, of questions asked once.
+COMPARABLE = 0.05
 CLAIMS = [
     Claim(
         "Appendix D",
         "A value network is comparable to proxy tuning.",
         f"`exact` on tiny-m, ours less proxy tuning, plus {100 * COMPARABLE:g}",
-        lambda results: results(VALUED[M], "exact") - results(PROXY[M], "exact") + COMPARABLE,
+        between(VALUED[M], PROXY[M], "exact", COMPARABLE),
     ),
     Claim(
         "Appendix D",
         "The same, in few-shot questions.",
         f"`2-shot` on tiny-m, ours less proxy tuning, plus {100 * COMPARABLE:g}",
-        lambda results: results(VALUED[M], "2-shot") - results(PROXY[M], "2-shot") + COMPARABLE,
+        between(VALUED[M], PROXY[M], "2-shot", COMPARABLE),
     ),
     Claim(
         OURS,
@@ -50,33 +52,19 @@ CLAIMS = [
 
 
 def text(results: Results) -> str:
-    systems = {
-        f"{base} + {plug}": by_base[base]
-        for base in (M, L)
-        for plug, by_base in [("value", VALUED), ("proxy", PROXY)]
-    }
-    rows = [
-        [
-            column,
-            *(f"{value:g}" for value in theirs),
-            f"`{STAND_INS[column]}`",
-            *(percent(results(system, STAND_INS[column])) for system in systems.values()),
-        ]
-        for column, theirs in PAPER.items()
-    ]
-    rows.append(
-        [
-            "forward passes a token",
-            "2",
-            "3",
-            "",
-            *(f"{results(system, 'passes')[0]:.0f}" for system in systems.values()),
-        ]
-    )
-    return (
-        table(["", "paper: 7B+1.1B", "paper: 7B+1.1B+1.1B", "ours", *systems], rows)
-        + "\n\nThe expert is tiny-s after full fine-tuning, the anti-expert tiny-s before it."
-    )
+    systems = {}
+    for base in (M, L):
+        systems |= {f"{base} + value": VALUED[base], f"{base} + proxy": PROXY[base]}
+    lines = [["", "paper: 7B+1.1B", "paper: 7B+1.1B+1.1B", "ours", *systems]]
+    for column, theirs in PAPER.items():
+        metric = STAND_INS[column]
+        ours = [percent(results(system, metric)) for system in systems.values()]
+        lines.append([column, *(f"{value:g}" for value in theirs), f"`{metric}`", *ours])
+    passes = [f"{results(system, 'passes')[0]:.0f}" for system in systems.values()]
+    lines.append(["forward passes a token", "2", "3", "", *passes])
+    return f"""{table(lines)}
+
+The expert is tiny-s after full fine-tuning, the anti-expert tiny-s before it."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""paper/mt_bench.py: answers in FastChat's form, question by question, and what the judge would refuse."""
+"""paper/mt_bench.py: answers in FastChat's form, question by question."""
 
 import json
 import shutil
@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import UsageError
-from paper.mt_bench import TEMPERATURES, check, read_questions
+from paper.mt_bench import TEMPERATURES
 from tests.helpers import ENVIRONMENT, ROOT, inside, together
 
 NAMES = ["Mira", "Fufa", "Pefu", "Boli", "Gana"]
@@ -64,8 +63,6 @@ def test_every_question_is_answered_once_in_fastchats_form(asked, tmp_path):
         assert record["model_id"] == "tiny-s" and len(record["choices"][0]["turns"]) == 2
     assert [record["question_id"] for record in answers(tmp_path)] == list(range(81, 91))
     assert not (tmp_path / "tiny-s.jsonl.lock").exists()
-    status, output, errors = inside(tmp_path, *asked[:5], "--check")
-    assert status == 0 and "complete, as FastChat reads it" in output, errors
     judge = pytest.importorskip("fastchat.llm_judge.common", reason="fschat is not installed")
     (tmp_path / "answers").mkdir()
     (tmp_path / "tiny-s.jsonl").rename(tmp_path / "answers/tiny-s.jsonl")
@@ -147,51 +144,8 @@ def test_a_turn_without_room_has_an_empty_answer_and_is_counted(asked, tmp_path)
     question = {"question_id": 1, "category": "math", "turns": ["Greet Mira.", "word " * 300]}
     (tmp_path / "question.jsonl").write_text(json.dumps(question) + "\n")
     status, output, errors = inside(tmp_path, *asked)
-    assert status == 0 and "1 turns found no room" in output, errors
+    assert status == 0 and "1 turns have an empty answer" in output, errors
     assert texts(tmp_path)[1][1] == ""
-
-
-BROKEN = {  # what a line of ten is changed to, and what is said
-    "twice": (lambda record: record | {"question_id": 82}, "answered twice"),
-    "of another question": (
-        lambda record: record | {"question_id": 7},
-        "answers none of these questions",
-    ),
-    "of another model": (
-        lambda record: record | {"model_id": "x"},
-        "FastChat takes 'tiny-s' from the file's name",
-    ),
-    "a turn short": (
-        lambda record: record | {"choices": [{"index": 0, "turns": ["a"]}]},
-        "as many texts as the question has turns, 2",
-    ),
-    "no choices": (
-        lambda record: record | {"choices": []},
-        "as many texts as the question has turns, 2",
-    ),
-    "none": (lambda record: None, "1 of 10 questions have no answer, 81 for instance"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_the_check_refuses(case, asked, tmp_path):
-    change, words = BROKEN[case]
-    questions = read_questions(tmp_path / "question.jsonl")
-    records = [
-        {
-            "question_id": number,
-            "model_id": "tiny-s",
-            "choices": [{"index": 0, "turns": ["a", "b"]}],
-        }
-        for number in questions
-    ]
-    path = tmp_path / "tiny-s.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    check(questions, path)
-    changed = [change(records[0]), *records[1:]]
-    path.write_text("".join(json.dumps(record) + "\n" for record in changed if record))
-    with pytest.raises(UsageError, match=words):
-        check(questions, path)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import random
 import re
 import sys
 import time
@@ -13,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.measure import table
 from data.errors import UsageError
 from data.tiny_world import World
-from data.tokenizer import load_tokenizer
 from paper import (
     appendix_b,
     continued,
@@ -41,7 +40,7 @@ from paper.networks import (
     parts_of,
     with_needs,
 )
-from paper.report import STAND_INS, between, percent, table, verdict
+from paper.report import STAND_INS, between, percent, verdict
 from run import jobs
 from run.cli import run_cli
 from tests.helpers import PAPER, inside
@@ -68,7 +67,7 @@ def test_the_rule(gaps, expected):
 
 def test_cells_and_tables():
     assert percent(np.array([0.5])) == "50.0" and percent(np.array([0.4, 0.5, 0.6])) == "50.0 ±10.0"
-    lines = table(["a", "bcd"], [["1", "2"], ["33", "4"]]).splitlines()
+    lines = table([["a", "bcd"], ["1", "2"], ["33", "4"]]).splitlines()
     assert lines == ["| a  | bcd |", "| -- | --- |", "| 1  | 2   |", "| 33 | 4   |"]
 
 
@@ -127,38 +126,28 @@ def test_every_command_trains_the_network_that_it_is_kept_as(name, tmp_path, mon
 # ---- made and kept
 
 
-def job(what: str, script: str, needs: tuple = (), folder: Path = Path()) -> Job:
-    return Job(
-        what, 0, [sys.executable, "-c", script], 1.0, list(needs), log=folder / f"{what}.log"
-    )
+def job(what: str, script: str, needs: tuple = ()) -> Job:
+    return Job(what, Kept(0), [sys.executable, "-c", script], 1.0, list(needs))
 
 
 def test_jobs_wait_for_their_needs_and_a_held_folder_is_waited_for(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    append = f"open(r'{tmp_path}/order', 'a').write('%s ')"
+    monkeypatch.chdir(tmp_path)
+    append = "open('order', 'a').write('%s ')"
     held = (
-        f"import pathlib, sys; flag = pathlib.Path(r'{tmp_path}/flag'); first = not flag.exists(); flag.touch()\n"
+        "import pathlib, sys; flag = pathlib.Path('flag'); first = not flag.exists(); flag.touch()\n"
         "if first: sys.exit('x.training: another process is training there')\n" + append % "b"
     )
-    make(
-        [
-            job("c", append % "c", ["b"], tmp_path),
-            job("b", held, ["a"], tmp_path),
-            job("a", append % "a", (), tmp_path),
-        ],
-        2,
-    )
+    make([job("c", append % "c", ["b"]), job("b", held, ["a"]), job("a", append % "a")], 2)
     assert (tmp_path / "order").read_text().split() == ["a", "b", "c"]
     said = capsys.readouterr().out
-    assert "[3/3] seed 0: c" in said and "left" in said and "core-minutes" in said
+    assert "[3/3] seed 0, c" in said and "left" in said and "core-minutes" in said
 
 
-def test_a_job_that_fails_is_told_with_its_last_word(tmp_path):
+def test_a_job_that_fails_is_told_with_its_last_word(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"seed 0, a: no such thing \(all of it in .*a.log\)"):
-        make(
-            [job("a", "import sys; print('long story'); sys.exit('no such thing')", (), tmp_path)],
-            2,
-        )
+        make([job("a", "import sys; print('long story'); sys.exit('no such thing')")], 2)
 
 
 def test_what_changed_is_measured_anew(tmp_path, monkeypatch):
@@ -393,48 +382,29 @@ def test_the_committed_results_are_whole(name, scripts):
     )
 
 
-def test_overlaps_of_tokenizers_given_as_files(tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_overlaps_are_those_of_vocab_map(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["appendix_b", "--seeds", "1"])
+    run_cli(appendix_b.main)
+    output = capsys.readouterr().out
+    row = [line for line in output.splitlines() if line.startswith("| tiny-b / tiny ")][0]
     world = World(0)
-    (tmp_path / "b").write_bytes(world.train_byte_pairs(40))
-    (tmp_path / "s").write_bytes(world.train_tokenizer())
-    texts = [document for document, _ in zip(world.documents(random.Random(0)), range(12))]
-    (tmp_path / "texts.txt").write_text("\n\n".join(texts))
-    command = [
-        "appendix_b",
-        "--base-tokenizer",
-        tmp_path / "b",
-        "--value-tokenizer",
-        tmp_path / "s",
-        "--texts",
-        tmp_path / "texts.txt",
+    texts = [
+        "\n".join(turn["value"] for turn in record["conversations"])
+        for record in world.demonstrations()
     ]
-    for lines, status in ((5, 0), (7, 2)):
-        monkeypatch.setattr(sys, "argv", [*map(str, command), "--lines", str(lines)])
-        try:
-            run_cli(appendix_b.main)
-        except SystemExit as ended:
-            assert (
-                ended.code == status == 2
-                and "12 texts, which is not twice 7" in capsys.readouterr().err
-            )
-        else:
-            header, _, forward, backward = capsys.readouterr().out.splitlines()
-    assert (
-        [cell.strip() for cell in header.split("|")[2:-1]] == appendix_b.ROWS
-        and "| b / s " in forward
-        and "| s / b " in backward
-    )
-    pieces = build(load_tokenizer(tmp_path / "s"), load_tokenizer(tmp_path / "b")).pieces
-    found = overlap(
-        texts[5:10], load_tokenizer(tmp_path / "s"), load_tokenizer(tmp_path / "b"), pieces
-    )
-    assert backward.split("|")[-2].split(", ")[1].strip() == f"{100 * found:.1f}"
+    base, value = world.tokenizer_for("tiny-b-m"), world.tokenizer_for("tiny-m")
+    found = overlap(texts[len(texts) // 2 :], base, value, build(base, value).pieces)
+    assert row.split("|")[-2].split(", ")[1].strip() == f"{100 * found:.1f}"
 
 
 def test_claims_are_gaps_over_seeds():
     known = {"a": np.array([0.5, 0.7]), "b": np.array([0.4, 0.9])}
     gap = between("a", "b", "exact")(lambda system, metric: known[system])
     np.testing.assert_allclose(gap, [0.1, -0.2])
+    np.testing.assert_allclose(
+        between("a", "b", "exact", 0.05)(lambda system, metric: known[system]), [0.15, -0.15]
+    )
     assert set(STAND_INS.values()) - {""} <= set(METRICS)
 
 
