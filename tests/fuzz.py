@@ -32,7 +32,7 @@ from data.tiny_world import World
 from data.tokenizer import describe_tokenizer, load_tokenizer
 from ivl import ValueModel
 from run.cli import run_cli
-from tests.helpers import byte_pairs, in_two_shards, inside, small, stop_at
+from tests.helpers import byte_pairs, in_two_shards, small, stop_at, worked
 
 LONGEST = 20  # seconds that a command may take
 MAINS = {
@@ -41,47 +41,16 @@ MAINS = {
     "vocab_map.py": vocab_map.main,
     "chat.py": chat.main,
 }
-TRAIN = [
-    "train.py",
-    "--base",
-    "base",
-    "--value",
-    "--data",
-    "chats.jsonl",
-    "--steps",
-    "6",
-    "--batch-size",
-    "2",
-    "--max-length",
-    "64",
-    "--out",
-    "run",
-]
-SAMPLE = ["sample.py", "--value", "value", "--prompt", "Greet Mira.", "--max-new-tokens", "2"]
-EXPERT = [
-    "sample.py",
-    "--expert",
-    "expert",
-    "--base",
-    "base",
-    "--prompt",
-    "Hi",
-    "--max-new-tokens",
-    "2",
-]
-MAP = [
-    "vocab_map.py",
-    "--base-tokenizer",
-    "base",
-    "--value-tokenizer",
-    "bytes",
-    "--how",
-    "paper",
-    "--texts",
-    "texts.txt",
-    "--out",
-    "new.map",
-]
+TRAIN = (
+    "train.py --base base --value --data chats.jsonl --steps 6 --batch-size 2 "
+    "--max-length 64 --out run"
+).split()
+SAMPLE = [*"sample.py --value value --prompt".split(), "Greet Mira.", "--max-new-tokens", "2"]
+EXPERT = "sample.py --expert expert --base base --prompt Hi --max-new-tokens 2".split()
+MAP = (
+    "vocab_map.py --base-tokenizer base --value-tokenizer bytes --how paper "
+    "--texts texts.txt --out new.map"
+).split()
 FAMILIES = {  # a file, and commands that read it
     "base/config.json": [TRAIN, SAMPLE],
     "base/generation_config.json": [SAMPLE],
@@ -94,11 +63,9 @@ FAMILIES = {  # a file, and commands that read it
     "value/model.safetensors": [SAMPLE, [*SAMPLE, "--explain"]],
     "value/tokenizer.model": [SAMPLE],
     "probe/ivl.json": [["sample.py", "--value", "probe", *SAMPLE[3:]]],
-    "chats.jsonl": [TRAIN, ["chat.py", "chats.jsonl", "--tokenizer", "base"]],
-    "chats.json": [["chat.py", "chats.json", "--tokenizer", "bytes"]],
-    "chats.jsonl.gz": [
-        ["chat.py", "chats.jsonl.gz", "--tokenizer", "base", "--template", "llama-2"]
-    ],
+    "chats.jsonl": [TRAIN, "chat.py chats.jsonl --tokenizer base".split()],
+    "chats.json": ["chat.py chats.json --tokenizer bytes".split()],
+    "chats.jsonl.gz": ["chat.py chats.jsonl.gz --tokenizer base --template llama-2".split()],
     "texts.txt": [MAP],
     "texts.jsonl": [[*MAP[:-3], "texts.jsonl", "--eval", "texts.jsonl", *MAP[-2:]]],
     "map.safetensors": [[*SAMPLE, "--vocab-map", "map.safetensors"]],
@@ -182,9 +149,9 @@ def build(folder: Path) -> None:
     )
     for command in (
         [*MAP[:-1], "map.safetensors", "--value-tokenizer", "base"],
-        ["train.py", *TRAIN[1:-1], "probe", "--scheme", "probe", "--probe-width", "4"],
+        ["train.py", *TRAIN[1:-1], *"probe --scheme probe --probe-width 4".split()],
     ):
-        assert inside(folder, *command)[0] == 0
+        worked(folder, *command)
     stop_at(folder, 5, *TRAIN[:-1], "stopped", "--save-every", "4")
 
 
@@ -318,7 +285,7 @@ VALUES += ["", " ", "x" * 300, "x" * 5000, "\udcff", "a\nb"]
 
 def damage_flags(rng: random.Random) -> list[str]:
     command = list(
-        rng.choice([TRAIN, SAMPLE, EXPERT, MAP, ["chat.py", "chats.jsonl", "--tokenizer", "base"]])
+        rng.choice([TRAIN, SAMPLE, EXPERT, MAP, "chat.py chats.jsonl --tokenizer base".split()])
     )
     if rng.random() < 0.5:
         command[rng.randrange(1, len(command))] = rng.choice(VALUES)

@@ -1,18 +1,23 @@
 """What several test files use: running the scripts, and small tokenizers, networks and guided systems."""
 
+import atexit
 import base64
 import contextlib
+import functools
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data.tiny_world import World
 from data.tokenizer import BYTE_OF, JsonTokenizer, TiktokenTokenizer
 from ivl import Probe, ProxyDelta, ValueModel
 from model import Llama, LlamaConfig
@@ -36,18 +41,62 @@ needs_real = pytest.mark.skipif(
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def run(folder: Path, *arguments, input: str | None = None) -> subprocess.CompletedProcess:
-    """Run `python SCRIPT ...` in a folder of its own."""
-    script, *rest = map(str, arguments)
-    return subprocess.run(
-        [sys.executable, ROOT / script, *rest],
-        cwd=folder,
+def words(first="", *rest) -> list[str]:
+    """The words of a command; its first string may hold several, as "train.py --steps 3" does."""
+    begun = first.split() if isinstance(first, str) else [str(first)]
+    return begun + list(map(str, rest))
+
+
+@functools.cache
+def forks() -> subprocess.Popen:
+    """The process of tests/forks.py that belongs to this one, and ends with it."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tests/forks.py"],
         env=ENVIRONMENT,
-        input=input,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=900,
     )
+    atexit.register(process.communicate)
+    return process
+
+
+def run(folder: Path, *command, input="", ranks=1, **environment) -> subprocess.CompletedProcess:
+    """Run `python COMMAND...` in a folder, forked from a process that has imported torch already.
+
+    A script of ours is named from the root of the repository. With `ranks`, as so many processes as
+    torchrun would start. What has to be a new Python (signals, limits, TRITON_INTERPRET) is started
+    by the test itself.
+    """
+    command = words(*command)
+    if command[0].endswith(".py"):
+        command[0] = str(ROOT / command[0])
+    environments = [ENVIRONMENT | environment]
+    if ranks > 1:
+        environments = [environments[0] | rank for rank in meeting(ranks)]
+    with tempfile.TemporaryDirectory() as scratch:
+        streams = [Path(scratch) / name for name in ("stdin", "stdout", "stderr")]
+        for file in streams:
+            file.write_text(input if file.name == "stdin" else "", encoding="utf-8")
+        order = {
+            "command": command,
+            "folder": str(folder),
+            "streams": list(map(str, streams)),
+            "environments": environments,
+        }
+        print(json.dumps(order), file=forks().stdin, flush=True)
+        status = int(forks().stdout.readline())
+        said = [file.read_text(encoding="utf-8") for file in streams[1:]]
+    return subprocess.CompletedProcess(command, status, *said)
+
+
+def meeting(ranks: int) -> list[dict[str, str]]:
+    """What torchrun tells its processes by their environment, for each of them."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def succeed(*arguments, **options) -> str:
@@ -56,8 +105,8 @@ def succeed(*arguments, **options) -> str:
     return done.stdout
 
 
-def inside(folder: Path, script: str, *arguments, input: str = "") -> tuple[int, str, str]:
-    """Status, output and errors of a script run in this process, since importing torch is most of what it does."""
+def inside(folder: Path, *command, input: str = "") -> tuple[int, str, str]:
+    """Status, output and errors of a script of ours that is run in this process."""
     import sample
     import train
     import vocab_map
@@ -68,7 +117,7 @@ def inside(folder: Path, script: str, *arguments, input: str = "") -> tuple[int,
     before, argv, stdin = os.getcwd(), sys.argv, sys.stdin
     output, errors, status = io.StringIO(), io.StringIO(), 0
     os.chdir(folder)
-    sys.argv, sys.stdin = [script, *map(str, arguments)], io.StringIO(input)
+    sys.argv, sys.stdin = words(*command), io.StringIO(input)
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
             run_cli(
@@ -85,7 +134,7 @@ def inside(folder: Path, script: str, *arguments, input: str = "") -> tuple[int,
                     "capitals.py": capitals.main,
                     "mt_bench.py": mt_bench.main,
                     "evaluate.py": evaluate.main,
-                }[script]
+                }[sys.argv[0]]
             )
     except SystemExit as ended:
         status = ended.code
@@ -95,41 +144,42 @@ def inside(folder: Path, script: str, *arguments, input: str = "") -> tuple[int,
     return status, output.getvalue(), errors.getvalue()
 
 
-def refused(folder: Path, script: str, *arguments) -> str:
+def worked(*arguments, **options) -> str:
+    """The output of a script of ours that is run in this process; it must succeed."""
+    status, output, errors = inside(*arguments, **options)
+    assert status == 0, errors
+    return output
+
+
+def refused(folder: Path, *command) -> str:
     """The one line that a user's mistake gets, with status 2; a traceback, or anything more, fails the test."""
-    status, _, errors = inside(folder, script, *arguments)
+    status, _, errors = inside(folder, *command)
+    script = words(*command)[0]
     assert status == 2 and errors.count("\n") == 1 and errors.startswith(f"{script}: "), errors
     return errors.strip()
 
 
-def python(*arguments, timeout: int = 600, **environment) -> str:
-    """Output of `python ...` in the repository's folder; it must succeed."""
+def python(*command, **environment) -> str:
+    """Output of `python COMMAND...` in the root of the repository; it must succeed."""
+    return succeed(ROOT, *command, **environment)
+
+
+def interpreted(*command) -> str:
+    """The same of a new Python whose Triton interprets kernels: that is fixed when it is imported."""
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [sys.executable, *words(*command)],
         cwd=ROOT,
+        env=ENVIRONMENT | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=timeout,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-def together(folder: Path, *arguments, input: str | None = None) -> subprocess.CompletedProcess:
-    """Run `python ...` in two processes."""
-    return subprocess.run(
-        [sys.executable, *TORCHRUN, *map(str, arguments)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        input=input,
-        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
-    )
+def together(folder: Path, *command, **options) -> subprocess.CompletedProcess:
+    """Run `python COMMAND...` in two processes."""
+    return run(folder, *command, ranks=2, PYTHONPATH=str(ROOT), **options)
 
 
 # ---- what the fixture `home` has trained
@@ -139,11 +189,17 @@ VALUE = Path("out/seed0/value-residual-tiny-s")
 
 
 def ask(home: Path, *arguments, **options) -> str:
-    status, output, errors = inside(
-        home, "sample.py", "--value", VALUE, "--max-new-tokens", "12", *arguments, **options
+    command = f"sample.py --value {VALUE} --max-new-tokens 12"
+    return worked(home, command, *words(*arguments), **options)
+
+
+def shorten_the_exam(patch) -> None:
+    """The tiny world's examination with fewer questions."""
+    facts, sums = World.fact_items, World.sum_items
+    patch.setattr(
+        World, "fact_items", lambda world, split, count=None, times=1: facts(world, split, 12)
     )
-    assert status == 0, errors
-    return output
+    patch.setattr(World, "sum_items", lambda world, split, times=1: sums(world, split)[:4])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

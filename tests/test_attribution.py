@@ -11,7 +11,7 @@ import pytest
 from beyond.attribution import BROWSERS, WIDTH, Attribution, page, screenshot
 from data.errors import UsageError
 from data.tokenizer import load_tokenizer
-from tests.helpers import VALUE, inside
+from tests.helpers import VALUE, refused, words, worked
 
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 needs_browser = pytest.mark.skipif(
@@ -50,11 +50,8 @@ def test_a_page_of_512_tokens_is_under_a_megabyte(tokenizer):
 
 def make_page(home, *arguments) -> str:
     """Run the command, and return what it said."""
-    status, said, errors = inside(
-        home, "attribution.py", "--value", VALUE, "--max-new-tokens", "12", *arguments
-    )
-    assert status == 0, errors
-    return said
+    command = f"attribution.py --value {VALUE} --max-new-tokens 12"
+    return worked(home, command, *words(*arguments))
 
 
 def test_the_command_writes_a_page_for_each_kind_of_instruction(home):
@@ -81,8 +78,7 @@ def test_bad_input_to_the_page_is_one_line(home):
         (["--height", "0"], "positive whole number"),
         (["--value", "none"], "none: no such folder"),
     ]:
-        status, _, errors = inside(home, "attribution.py", *arguments)
-        assert status == 2 and errors.count("\n") == 1 and message in errors, errors
+        assert message in refused(home, "attribution.py", *arguments)
 
 
 def test_a_missing_browser_is_told(tmp_path, monkeypatch):
@@ -112,12 +108,10 @@ def test_a_browser_shows_it_at_1280_pixels(home, tmp_path, tokenizer):
     )
     command = [
         BROWSER,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path}/profile",
-        f"--window-size={WIDTH},900",
-        "--dump-dom",
+        *(
+            f"--headless --no-sandbox --disable-gpu --user-data-dir={tmp_path}/profile "
+            f"--window-size={WIDTH},900 --dump-dom"
+        ).split(),
         file.as_uri(),
     ]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
@@ -128,5 +122,5 @@ def test_a_browser_shows_it_at_1280_pixels(home, tmp_path, tokenizer):
     screenshot(file, tmp_path / "page.png", 700)
     header = (tmp_path / "page.png").read_bytes()[:24]
     assert header[1:4] == b"PNG" and struct.unpack(">II", header[16:]) == (WIDTH, 700)
-    said = make_page(home, "--screenshot", tmp_path / "made.png", "--prompt", "Greet Mira.")
+    said = make_page(home, f"--screenshot {tmp_path}/made.png --prompt", "Greet Mira.")
     assert "made.png" in said and (tmp_path / "made.png").stat().st_size > 10_000

@@ -16,63 +16,23 @@ from safetensors.torch import load_file, save_file
 
 from data.tokenizer import describe_tokenizer, load_tokenizer
 from ivl import ValueModel
-from tests.helpers import inside, small
+from tests.helpers import inside, small, worked
 
-CHAT = ["chat.py", "FILE", "--tokenizer", "base"]
-TRAIN = [
-    "train.py",
-    "--base",
-    "base",
-    "--value",
-    "--data",
-    "chats.jsonl",
-    "--steps",
-    1,
-    "--batch-size",
-    2,
-    "--max-length",
-    64,
-]
+CHAT = "chat.py FILE --tokenizer base".split()
+TRAIN = (
+    "train.py --base base --value --data chats.jsonl --steps 1 --batch-size 2 --max-length 64"
+).split()
 SAMPLE = [
-    "sample.py",
-    "--value",
-    "value",
-    "--prompt",
+    *"sample.py --value value --prompt".split(),
     "Greet Mira.",
-    "--max-new-tokens",
-    2,
-    "--dtype",
-    "float32",
+    *"--max-new-tokens 2 --dtype float32".split(),
 ]
-PLAIN = [
-    "sample.py",
-    "--value",
-    "value",
-    "--base",
-    "base",
-    "--scheme",
-    "residual",
-    "--template",
-    "llama-2",
-    "--prompt",
-    "Hi",
-    "--max-new-tokens",
-    2,
-    "--dtype",
-    "float32",
-]
-PAGE = [
-    "attribution.py",
-    "--value",
-    "value",
-    "--prompt",
-    "Hi",
-    "--max-new-tokens",
-    2,
-    "--out",
-    "p.html",
-]
-MAP = ["vocab_map.py", "--base-tokenizer", "base", "--value-tokenizer", "base", "--out", "new.map"]
+PLAIN = (
+    "sample.py --value value --base base --scheme residual --template llama-2 "
+    "--prompt Hi --max-new-tokens 2 --dtype float32"
+).split()
+PAGE = "attribution.py --value value --prompt Hi --max-new-tokens 2 --out p.html".split()
+MAP = "vocab_map.py --base-tokenizer base --value-tokenizer base --out new.map".split()
 
 
 @pytest.fixture(scope="session")
@@ -98,10 +58,7 @@ def house(home, tmp_path_factory) -> Path:
         shutil.copy(tokenizer, folder / name)
     (folder / "chats.jsonl").write_bytes(lines([record(number) for number in range(20)]))
     (folder / "texts.txt").write_text("the hell\nthey live in\n\n\nhello  world\n")
-    status, _, errors = inside(
-        folder, *MAP[:-1], "map.safetensors", "--how", "dtw", "--texts", "texts.txt"
-    )
-    assert status == 0, errors
+    worked(folder, *MAP[:-1], *"map.safetensors --how dtw --texts texts.txt".split())
     return folder
 
 
@@ -168,6 +125,13 @@ DATA = {  # a data file's name and content, the status of data.chat, and what it
     ),
     "utf-16 cut": ("d.jsonl", TWO.decode().encode("utf-16")[:-1], 2, "not UTF-16"),
     "latin-1": ("d.jsonl", '{"messages": "é"}'.encode("latin-1"), 2, "line 1 is not UTF-8"),
+    "an array in latin-1": ("d.json", b'["\xff"]', 2, "not UTF-8"),
+    "a number as text": (
+        "d.jsonl",
+        lines([{"messages": [{"role": "user", "content": 3}]}]),
+        2,
+        "1 with a turn that is no text",
+    ),
     "git-lfs": ("d.jsonl", LFS, 2, "`git lfs pull`"),
     "parquet": ("d.parquet", b"PAR1\x15\x04", 2, "parquet"),
     "arrow": ("d.arrow", b"ARROW1\0\0", 2, "an Arrow file"),
@@ -1253,23 +1217,13 @@ FOLDERS = {
     ),
     "an expert of another chat": (
         edit("value/tokenizer_config.json", chat_template="<|im_start|>user"),
-        [
-            "sample.py",
-            "--expert",
-            "value2",
-            "--anti-expert",
-            "base",
-            "--prompt",
-            "Hi",
-            "--max-new-tokens",
-            2,
-        ],
+        "sample.py --expert value2 --anti-expert base --prompt Hi --max-new-tokens 2".split(),
         0,
         "its own chat_template looks like chatml, and it is asked in llama-2",
     ),
     "no ivl.json": (
         None,
-        ["sample.py", "--value", "value2", "--base", "base", "--prompt", "Hi"],
+        "sample.py --value value2 --base base --prompt Hi".split(),
         2,
         "no ivl.json, so this is no value network",
     ),
@@ -1370,7 +1324,7 @@ OUT = {  # what is done, the command, and what it says
     "page new": (None, [*PAGE, "--out", "p.html"], 0, "saved p.html"),
     "a picture somebody's": (
         None,
-        [*PAGE, "--out", "p.html", "--screenshot", "texts.txt"],
+        [*PAGE, *"--out p.html --screenshot texts.txt".split()],
         2,
         "exists, and is no picture",
     ),
@@ -1435,7 +1389,7 @@ OUT = {  # what is done, the command, and what it says
     "held out, a tenth": (None, TRAIN, 0, "(18 to train on, 2 held out)"),
     "held out of the world": (
         None,
-        ["train.py", "--value", "--held-out", 3],
+        "train.py --value --held-out 3".split(),
         2,
         "--held-out goes with --data",
     ),
@@ -1450,7 +1404,7 @@ OUT = {  # what is done, the command, and what it says
     "out not UTF-8": (None, [*TRAIN, "--out", "\udcff"], 2, "--out is not UTF-8"),
     "texts a pipe": (
         pipe("t.txt"),
-        [*MAP, "--how", "dtw", "--texts", "t.txt"],
+        [*MAP, *"--how dtw --texts t.txt".split()],
         2,
         "a pipe or a device",
     ),
@@ -1458,13 +1412,13 @@ OUT = {  # what is done, the command, and what it says
     "texts in lfs": (write("t.txt", LFS), [*MAP, "--eval", "t.txt"], 2, "`git lfs pull`"),
     "texts in gzip": (
         write("t.txt.gz", gzip.compress(b"hello\n\nworld")),
-        [*MAP, "--how", "dtw", "--texts", "t.txt.gz"],
+        [*MAP, *"--how dtw --texts t.txt.gz".split()],
         0,
         "2 of 2 texts",
     ),
     "texts in an array": (
         write("t.json", b'[{"text": "hello"}, {"text": ""}]'),
-        [*MAP, "--how", "dtw", "--texts", "t.json"],
+        [*MAP, *"--how dtw --texts t.json".split()],
         0,
         "1 texts; dropped 1: no text",
     ),
@@ -1476,19 +1430,19 @@ OUT = {  # what is done, the command, and what it says
     ),
     "conversations as texts": (
         None,
-        [*MAP, "--how", "offsets", "--texts", "chats.jsonl"],
+        [*MAP, *"--how offsets --texts chats.jsonl".split()],
         0,
         "20 of 20 texts",
     ),
     "a probe of everything": (
         None,
-        [*TRAIN, "--scheme", "probe", "--probe-width", 4_000_000_000],
+        [*TRAIN, *"--scheme probe --probe-width 4000000000".split()],
         2,
         "out of memory",
     ),
     "a long prompt": (
         None,
-        ["sample.py", "--value", "value", "--prompt", "a" * 300_000],
+        [*"sample.py --value value --prompt".split(), "a" * 300_000],
         2,
         "tokens long, and the checkpoint ends at 128",
     ),

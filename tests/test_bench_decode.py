@@ -175,25 +175,19 @@ def test_on_a_gpu_steps_are_captured():
 
 @pytest.mark.slow
 def test_benches_print_their_tables(tmp_path, three_seeds):
-    few = ["--tokens", "8", "--rounds", "1"]
-    output = python("-m", "bench.decode", "--pair", "tiny-s", "tiny-l", *few)
+    few = "--tokens 8 --rounds 1".split()
+    output = python("-m bench.decode --pair tiny-s tiny-l", *few)
     assert (
         output.count("| value + base ") == 2 and "failed" not in output and "of the sum" in output
     )
     output = python(
-        "-m",
-        "bench.decode",
-        "--speculate",
+        "-m bench.decode --speculate",
         three_seeds / "out/seed0",
-        "--rounds",
-        "1",
-        "--ahead",
-        "4",
-        "6",
+        *"--rounds 1 --ahead 4 6".split(),
     )
     undeepened, deepened = output.split("deepened to")
     assert (
         all(re.search("it (pays|does not pay)", part) for part in (undeepened, deepened))
         and "0 of 96 differ" in output
     )
-    assert "our 23M + 110M" in python("-m", "paper.table3", "--rounds", "1", timeout=1500)
+    assert "our 23M + 110M" in python("-m paper.table3 --rounds 1")

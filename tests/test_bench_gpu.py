@@ -160,7 +160,7 @@ def test_a_report_names_no_folder_of_this_machine():
 
 def test_a_rehearsal_of_one_step(tmp_path):
     out = tmp_path / "rehearsal.md"
-    output = python("-m", "bench.gpu", "--only", "twins", "--out", out, CUDA_VISIBLE_DEVICES="")
+    output = python(f"-m bench.gpu --only twins --out {out}", CUDA_VISIBLE_DEVICES="")
     text = out.read_text()
     assert text.startswith(REHEARSAL) and "twins: done" in output
     assert "they are CUDA graphs, which take a GPU" in text and "\nspeculation, " in text
@@ -170,7 +170,7 @@ def test_a_rehearsal_of_one_step(tmp_path):
 @pytest.mark.slow
 def test_the_whole_rehearsal(tmp_path):
     out = tmp_path / "rehearsal.md"
-    python("-m", "bench.gpu", "--out", out, CUDA_VISIBLE_DEVICES="")
+    python(f"-m bench.gpu --out {out}", CUDA_VISIBLE_DEVICES="")
     text = out.read_text()
     steps = [step.name for step in steps_for(rehearsal=True)]
     assert [name for name in steps if f"## {name}: done" in text] == steps and "failed" not in text

@@ -771,52 +771,6 @@ def test_long_conversations_keep_whole_exchanges(tmp_path, sentence_piece):
     )
 
 
-BAD = {
-    "empty": (b"", "an empty file"),
-    "blank": (b"\n \n", "nothing but white space"),
-    "no records": (b"[]", "no usable conversation"),
-    "no json": (b"hello\n", "line 1 is not JSON"),
-    "second line": (json.dumps(RECORDS["plain"][0]).encode() + b"\n{\n", "line 2 is not JSON"),
-    "array cut": (b'[{"conversations": []}', "not JSON"),
-    "no utf-8": (
-        b'{"conversations": [{"from": "human", "value": "\xff"}]}\n',
-        "line 1 is not UTF-8",
-    ),
-    "array no utf-8": (b'["\xff"]', "not UTF-8"),
-    "wrong keys": (b'{"text": "hello"}\n', "neither 'conversations' nor 'messages'"),
-    "a number": (b"3\n", "line 1 has no object in it"),
-    "an array of numbers": (b"[1, 2]", "record 1"),
-    "turns no list": (b'{"messages": "hello"}\n', "'messages' that is no list"),
-    "turn without text": (b'{"messages": [{"role": "user"}]}\n', "1 with a turn without text"),
-    "text a number": (
-        b'{"messages": [{"role": "user", "content": 3}]}\n',
-        "a turn that is no text",
-    ),
-    "text null": (
-        b'{"conversations": [{"from": "human", "value": null}]}\n',
-        "a turn without text",
-    ),
-    "no assistant": (
-        b'{"messages": [{"role": "user", "content": "q"}]}\n',
-        "no usable conversation",
-    ),
-    "deep": (b"[" * 100_000, "not JSON"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_a_bad_file_is_refused_with_the_reason(case, tmp_path, sentence_piece):
-    content, message = BAD[case]
-    (tmp_path / "data.jsonl").write_bytes(content)
-    with pytest.raises(UsageError) as caught:
-        ChatDataset(tmp_path / "data.jsonl", sentence_piece, "llama-2", 64)
-    assert (
-        message in str(caught.value)
-        and "data.jsonl" in str(caught.value)
-        and "\n" not in str(caught.value)
-    )
-
-
 def test_an_absent_file_and_a_folder_are_named(tmp_path, sentence_piece):
     for path, message in [(tmp_path / "none.json", "No such file"), (tmp_path, "Is a directory")]:
         with pytest.raises(UsageError, match=message):

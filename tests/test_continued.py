@@ -12,9 +12,9 @@ from data.tiny_world import TINY_SIZES, World
 from data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from model import Llama
 from paper.continued import MarkedTokenizer, continued_documents, widen
-from tests.helpers import VALUE, ask, byte_pairs, inside, refused, small, weights
+from tests.helpers import VALUE, ask, byte_pairs, refused, small, weights, worked
 
-SHORT = ["--steps", 3, "--batch-size", 4]
+SHORT = "--steps 3 --batch-size 4".split()
 CONTINUED = "out/seed0/tiny-s-continued"
 
 
@@ -56,10 +56,8 @@ def continued_home(home, tmp_path_factory):
     """What `home` has, and its tiny-s pretrained a little further."""
     folder = tmp_path_factory.mktemp("continued")
     shutil.copytree(home / "out", folder / "out")
-    status, output, errors = inside(folder, "continued.py", "--base", "tiny-s", *SHORT)
-    assert (
-        status == 0 and "pretraining tiny-s-continued" in output and f"saved {CONTINUED}" in output
-    ), errors
+    output = worked(folder, "continued.py --base tiny-s", *SHORT)
+    assert "pretraining tiny-s-continued" in output and f"saved {CONTINUED}" in output
     return folder
 
 
@@ -70,10 +68,9 @@ def test_a_base_pretrained_further_has_a_bigger_vocabulary_and_takes_the_same_va
     assert (
         Llama.from_pretrained(folder).config.vocab_size == load_tokenizer(folder).vocab_size == 1040
     )
-    assert "tiny-s-continued" in ask(continued_home, "--base", CONTINUED, "--prompt", "Greet Mira.")
-    assert "exact" in ask(continued_home, "--base", CONTINUED)
-    status, _, errors = inside(continued_home, "train.py", "--base", CONTINUED, "--full", *SHORT)
-    assert status == 0, errors
+    assert "tiny-s-continued" in ask(continued_home, f"--base {CONTINUED} --prompt", "Greet Mira.")
+    assert "exact" in ask(continued_home, f"--base {CONTINUED}")
+    worked(continued_home, f"train.py --base {CONTINUED} --full", *SHORT)
     assert (continued_home / "out/seed0/full-tiny-s-continued/train.json").is_file()
 
 
@@ -91,22 +88,10 @@ def test_a_base_that_is_not_there_is_pretrained_first_and_what_is_finished_is_le
     tmp_path, monkeypatch
 ):
     monkeypatch.setitem(TINY_SIZES, "tiny-s", ((64, 1, 4, 2, 64), 4096, 5e-3))
-    status, output, errors = inside(
-        tmp_path, "continued.py", "--base", "tiny-s", "--seed", 3, *SHORT
-    )
-    assert (
-        status == 0
-        and "pretraining tiny-s," in output
-        and "saved out/seed3/tiny-s-continued" in output
-    ), errors
-    status, output, _ = inside(
-        tmp_path, "continued.py", "--base", "tiny-s", "--seed", 3, "--resume", *SHORT
-    )
-    assert (
-        status == 0
-        and "out/seed3/tiny-s-continued: finished already" in output
-        and "step" not in output
-    )
+    output = worked(tmp_path, "continued.py --base tiny-s --seed 3", *SHORT)
+    assert "pretraining tiny-s," in output and "saved out/seed3/tiny-s-continued" in output
+    output = worked(tmp_path, "continued.py --base tiny-s --seed 3 --resume", *SHORT)
+    assert "out/seed3/tiny-s-continued: finished already" in output and "step" not in output
 
 
 def test_what_cannot_be_continued(continued_home, checkpoint, tmp_path):
@@ -119,7 +104,7 @@ def test_what_cannot_be_continued(continued_home, checkpoint, tmp_path):
         "its tokenizer is byte-level": ["--base", tmp_path],
         "no such tiny model": ["--base", "tiny-x"],
         "a run is there already, finished": ["--base", "tiny-s", *SHORT],
-        "with other settings": ["--base", "tiny-s", "--resume"],
+        "this run is finished, after 3 steps": ["--base", "tiny-s", "--resume"],
         "positive whole number": ["--steps", 0],
     }.items():
         assert message in refused(continued_home, "continued.py", *arguments)

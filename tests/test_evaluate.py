@@ -24,7 +24,7 @@ from model import Llama
 from paper import evaluate, guided_lm
 from paper.evaluate import GuidedLM
 from sample import Guided
-from tests.helpers import SHARED, byte_pairs, inside, refused, small
+from tests.helpers import SHARED, byte_pairs, inside, refused, small, worked
 from tests.make_golden import GOLDEN
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -429,18 +429,9 @@ def scores(folder: Path) -> dict:
 def test_a_run_that_was_stopped_goes_on_from_the_harness_s_cache(
     base, tasks, tmp_path, monkeypatch
 ):
-    command = [
-        "evaluate.py",
-        "--base",
-        base,
-        "--tasks",
-        "choices",
-        "answers",
-        "--include-path",
-        tasks,
-    ]
-    status, output, errors = inside(tmp_path, *command, "--output", "whole")
-    assert status == 0 and "|choices|" in output.replace(" ", ""), errors
+    command = f"evaluate.py --base {base} --tasks choices answers --include-path {tasks}".split()
+    output = worked(tmp_path, *command, "--output", "whole")
+    assert "|choices|" in output.replace(" ", "")
     assert len(list((tmp_path / "whole").glob("*/samples_*.jsonl"))) == 2
     monkeypatch.setattr(guided_lm, "room_for_batches", lambda device: 1e6)  # several batches
     asked, score = [], guided_lm.score
@@ -459,20 +450,13 @@ def test_a_run_that_was_stopped_goes_on_from_the_harness_s_cache(
         "score",
         lambda guided, pairs, size: asked.extend(pairs) or score(guided, pairs, size),
     )
-    status, _, errors = inside(
-        tmp_path, *command, "--use-cache", "cache/answers", "--output", "parts"
-    )
-    assert status == 0 and 0 < done < 90 and len(asked) == 90 - done, errors
+    worked(tmp_path, *command, "--use-cache", "cache/answers", "--output", "parts")
+    assert 0 < done < 90 and len(asked) == 90 - done
     assert scores(tmp_path / "parts") == scores(tmp_path / "whole")
-    assert (
-        inside(
-            tmp_path, *command, "--use-cache", "cache/answers", "--alpha", "0.5", "--limit", "2"
-        )[0]
-        == 0
-    )
+    worked(tmp_path, *command, *"--use-cache cache/answers --alpha 0.5 --limit 2".split())
     assert len(asked) == 90 - done + 6  # another system's answers are not taken
     assert "name what is measured" in refused(
-        tmp_path, "evaluate.py", "--tasks", "choices", "--include-path", tasks
+        tmp_path, f"evaluate.py --tasks choices --include-path {tasks}"
     )
     assert "no such task" in refused(tmp_path, *command[:3], "--tasks", "nonsense")
 
@@ -481,28 +465,25 @@ def test_a_run_that_was_stopped_goes_on_from_the_harness_s_cache(
 def test_what_guides_goes_through_the_command(home, base, tasks, tmp_path):
     """A value network, which at alpha 0 is the base alone; one through a vocabulary map; and proxy tuning of an untuned expert by itself."""
     tiny, value = home / "out/seed0/tiny-s", home / "out/seed0/value-residual-tiny-s"
-    asked = ["--tasks", "choices", "answers", "--include-path", tasks, "--limit", 12, "--output"]
+    asked = f"--tasks choices answers --include-path {tasks} --limit 12 --output".split()
     for name, flags in {
         "alone": ["--base", tiny],
-        "zero": ["--base", tiny, "--value", value, "--alpha", 0],
+        "zero": f"--base {tiny} --value {value} --alpha 0".split(),
         "guided": ["--value", value],
-        "mapped": ["--base", base, "--value", value],
-        "proxy": ["--base", tiny, "--expert", tiny, "--anti-expert", tiny, "--template", "llama-2"],
+        "mapped": f"--base {base} --value {value}".split(),
+        "proxy": f"--base {tiny} --expert {tiny} --anti-expert {tiny} --template llama-2".split(),
     }.items():
-        status, output, errors = inside(tmp_path, "evaluate.py", *flags, *asked, name)
-        assert status == 0 and ("made a vocabulary map" in output) == (name == "mapped"), errors
-    status, _, errors = inside(
+        output = worked(tmp_path, "evaluate.py", *flags, *asked, name)
+        assert ("made a vocabulary map" in output) == (name == "mapped")
+    worked(
         tmp_path,
-        "evaluate.py",
-        "--value",
-        value,
+        f"evaluate.py --value {value}",
         *asked,
         "chat",
         "--num-fewshot",
         0,
         "--apply-chat-template",
     )
-    assert status == 0, errors
     for name, in_chat in (("chat", True), ("guided", False)):
         samples = [file.read_text() for file in (tmp_path / name).glob("*/samples_*.jsonl")]
         assert len(samples) == 2 and all(("[INST]" in text) == in_chat for text in samples)
@@ -542,9 +523,9 @@ def test_a_suite_is_printed_beside_the_paper_s_rows(base, tasks, tmp_path, monke
         "apply_chat_template",
         lambda lm, history, **more: seen.append(history) or chat(lm, history, **more),
     )
-    command = ["evaluate.py", "--base", base, "--include-path", tasks, "--limit", 2, "--suite"]
-    status, output, errors = inside(tmp_path, *command, "zero-shot")
-    assert status == 0 and "MBPP, HumanEval: left out" in output, errors
+    command = f"evaluate.py --base {base} --include-path {tasks} --limit 2 --suite".split()
+    output = worked(tmp_path, *command, "zero-shot")
+    assert "MBPP, HumanEval: left out" in output
     assert [len(history) for history in seen] == [1] * 4  # questions in a chat, without examples
     rows = rows_of(output)
     assert rows["GSM8K"][:2] == ["gsm8k", "0, chat"] and rows["GSM8K"][3:9] == [
@@ -557,8 +538,8 @@ def test_a_suite_is_printed_beside_the_paper_s_rows(base, tasks, tmp_path, monke
     ]
     assert "NOT the paper's" in rows["ToxiGen"][-1]
     del seen[:]
-    status, output, errors = inside(tmp_path, *command, "few-shot")
-    assert status == 0 and not seen, errors
+    output = worked(tmp_path, *command, "few-shot")
+    assert not seen
     rows = rows_of(output)
     assert [rows[column.name][1] for column in evaluate.FEW_SHOT] == ["25", "10", "5", "0", "5"]
     assert rows["ARC"][3] == "62.9" and rows["Winogrande"][3:9] == [
@@ -587,7 +568,7 @@ def rows_of(output: str) -> dict[str, list[str]]:
 
 
 def test_refusals_are_one_line(base, tasks, tmp_path, monkeypatch):
-    command = ["evaluate.py", "--base", base, "--include-path", tasks]
+    command = f"evaluate.py --base {base} --include-path {tasks}".split()
     assert "--suite or --tasks" in refused(tmp_path, *command)
     assert "no such folder" in refused(
         tmp_path, *command[:3], "--include-path", "absent", "--tasks", "choices"
@@ -676,7 +657,7 @@ def test_smollm2_has_the_scores_and_answers_of_the_hf_backend(tmp_path):
         pytest.skip("GSM8K is not beside the repository")
     from lm_eval.models.huggingface import HFLM
 
-    assert inside(tmp_path, "smollm2.py", tmp_path / "smollm2")[0] == 0
+    worked(tmp_path, f"smollm2.py {tmp_path}/smollm2")
     (tmp_path / "choices").mkdir()
     (tmp_path / "answers").mkdir()
     (tmp_path / "choices/rows.jsonl").write_text(
@@ -686,22 +667,11 @@ def test_smollm2_has_the_scores_and_answers_of_the_hf_backend(tmp_path):
     with open(SHARED / "gsm8k-train.jsonl", encoding="utf-8") as file:
         (tmp_path / "answers/rows.jsonl").write_text("".join(next(file) for _ in range(50)))
     write_tasks(tmp_path / "answers", {"gsm": GSM8K}, "Question: {{question}}\\nAnswer:")
-    status, output, errors = inside(
+    worked(
         tmp_path,
-        "evaluate.py",
-        "--base",
-        "smollm2",
-        "--dtype",
-        "float32",
-        "--tasks",
-        "capitals",
-        "gsm",
-        "--include-path",
-        tmp_path,
-        "--output",
-        "ours",
+        "evaluate.py --base smollm2 --dtype float32 --tasks capitals gsm "
+        f"--include-path {tmp_path} --output ours",
     )
-    assert status == 0, errors
     theirs = lm_eval.simple_evaluate(
         HFLM(pretrained=str(tmp_path / "smollm2"), dtype="float32", device="cpu"),
         tasks=["capitals", "gsm"],

@@ -14,7 +14,7 @@ from data.chat import encode_chat
 from data.tiny_world import CHOICES, World, evaluate, prompt_text
 from run import show
 from tests.exercises import EXERCISES, edited
-from tests.helpers import ENVIRONMENT, ROOT, inside
+from tests.helpers import ENVIRONMENT, ROOT, run, succeed, worked
 
 SCRIPTS = ["ivl", "model", "sample", "train", "vocab_map"]
 # What a file of each kind may import at its top; main(), which is a script's last function, may import run/.
@@ -110,18 +110,6 @@ def copy_of_the_house(folder: Path, *left_out: str) -> Path:
     return shutil.copytree(ROOT, folder / "house", ignore=ignore)
 
 
-def python(house: Path, *arguments: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=house,
-        env=ENVIRONMENT | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def said(output: str) -> str:
     """What a run printed, less its speed, and which twin it took."""
     output = re.sub(r"  [\d.]+k tokens/s.*|\d+ core-seconds|, \d+ s left|made in .*", "", output)
@@ -163,14 +151,7 @@ for flag in sys.argv[1:]:
 TRAIN = [
     "-c",
     QUICKLY,
-    "train.py",
-    "--base",
-    "--value",
-    "--no-full",
-    "--steps",
-    "20",
-    "--batch-size",
-    "8",
+    *"train.py --base --value --no-full --steps 20 --batch-size 8".split(),
 ]
 
 
@@ -181,28 +162,16 @@ def test_without_fast_and_beyond_everything_that_the_paper_says_remains(home, tm
         house = copy_of_the_house(tmp_path / name, *left_out)
         assert (house / "fast").exists() == (house / "beyond").exists() == (not left_out)
         shutil.copytree(home / "out", house / "out", ignore=shutil.ignore_patterns("value-*"))
-        results[name] = said(python(house, *TRAIN, *flags)) + said(
-            python(house, "-c", QUICKLY, "sample.py", *flags)
+        results[name] = said(succeed(house, *TRAIN, *flags)) + said(
+            succeed(house, "-c", QUICKLY, "sample.py", *flags)
         )
         if left_out:
-            done = subprocess.run(
-                [sys.executable, "-c", ALL_REFUSED, "--explain", "--speculate=2", "--web"],
-                cwd=house,
-                env=ENVIRONMENT,
-                capture_output=True,
-                text=True,
-            )
+            done = run(house, "-c", ALL_REFUSED, "--explain", "--speculate=2", "--web")
             refusals = done.stderr.splitlines()
             assert done.returncode == 0 and len(refusals) == 3
             for refusal, lack in zip(refusals, ("is not", "is not", "are not both")):
                 assert f"which {lack} there" in refusal
-            done = subprocess.run(
-                [sys.executable, *TRAIN, "--fast", "--out", "x"],
-                cwd=house,
-                env=ENVIRONMENT,
-                capture_output=True,
-                text=True,
-            )
+            done = run(house, *TRAIN, "--fast", "--out", "x")
             assert done.returncode == 2 and "there is no folder fast/" in done.stderr
     assert results["with"] == results["without"] and "base+value" in results["with"]
 
@@ -260,23 +229,24 @@ def test_every_function_that_the_readme_names_is_called_by_the_command_it_names(
     house = copy_of_the_house(tmp_path)
     shutil.copytree(home / "out", house / "out")
     arguments = command.removeprefix("python ").split()
-    few = ["--steps", "2", "--batch-size", "2"]
+    few = "--steps 2 --batch-size 2".split()
     for name, flags in (
         ("tiny-l", "--base tiny-l"),
         ("tiny-b-m", "--base tiny-b-m"),
         ("full-tiny-s", "--full"),
     ):
         if name in command:
-            python(house, "-c", CALLED, "train.py", *flags.split(), *few)
+            succeed(house, "-c", CALLED, "train.py", *flags.split(), *few)
     if "--vocab-map" in arguments:
         makes = next(other for other in COMMANDS if "vocab_map.py" in other)
-        python(house, *makes.removeprefix("python ").split())
+        script, *flags = makes.removeprefix("python ").split()
+        succeed(house, house / script, *flags)
     if arguments[0] == "train.py":
         trains_value = len(arguments) == 1 or "--value" in arguments
         arguments += few + ["--out", "out/mine"] + (["--no-full"] if trains_value else [])
     elif arguments[0] == "sample.py" and "--speculate" not in arguments:
         arguments += ["--max-new-tokens", "4"]
-    output = python(house, "-c", CALLED, *arguments)
+    output = succeed(house, "-c", CALLED, *arguments)
     called = {tuple(line.split()[1:]) for line in output.splitlines() if line.startswith("called ")}
     for file, name, other in table_of_the_readme():
         if other == command:
@@ -302,12 +272,12 @@ print(*[z[0, -1, 7].item() for z in (whole, parts)])
 def test_an_edit_of_a_layer_changes_cached_and_uncached_logits_alike(home, tmp_path):
     house = copy_of_the_house(tmp_path)
     shutil.copytree(home / "out", house / "out")
-    before = [float(number) for number in python(house, "-c", EDITED).split()]
+    before = [float(number) for number in succeed(house, "-c", EDITED).split()]
     source = (house / "model.py").read_text()
     gate = "activation(self.gate_proj(x))"
     assert source.count(gate) == 1
     (house / "model.py").write_text(source.replace(gate, f"torch.tanh({gate})"))
-    after = [float(number) for number in python(house, "-c", EDITED).split()]
+    after = [float(number) for number in succeed(house, "-c", EDITED).split()]
     assert before[0] == pytest.approx(before[1], abs=1e-4) and after[0] == pytest.approx(
         after[1], abs=1e-4
     )
@@ -321,40 +291,26 @@ def test_the_main_job_needs_nothing_that_only_unix_has(home, tmp_path):
     """fcntl and resource are hidden, as on Windows: train and sample."""
     house = copy_of_the_house(tmp_path)
     shutil.copytree(home / "out", house / "out", ignore=shutil.ignore_patterns("value-*"))
-    (house / "sitecustomize.py").write_text(
-        "import sys\nsys.modules['fcntl'] = sys.modules['resource'] = None\n"
-    )
-    assert "base+value" in python(house, *TRAIN, PYTHONPATH=str(house))
-    assert "tiny-s + value" in python(
-        house, "sample.py", "--prompt", "Hello", PYTHONPATH=str(house)
+    hidden = "import sys\nsys.modules['fcntl'] = sys.modules['resource'] = None\n"
+    assert "base+value" in succeed(house, "-c", hidden + TRAIN[1], *TRAIN[2:])
+    assert "tiny-s + value" in succeed(
+        house, "-c", hidden + QUICKLY, "sample.py", "--prompt", "Hello"
     )
 
 
 def test_every_main_ends_in_one_line(home, tmp_path):
     """Also those of data/: a mistake, and a reader who leaves."""
     for arguments, message in (
-        (["data/tiny_world.py", "--infinity", "/dev/full/x"], ""),
-        (["data/chat.py", "absent", "--tokenizer", "absent"], "absent"),
+        (["data.tiny_world", "--infinity", "/dev/full/x"], ""),
+        ("data.chat absent --tokenizer absent".split(), "absent"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", arguments[0][:-3].replace("/", "."), *arguments[1:]],
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-        )
+        done = run(ROOT, "-m", *arguments)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, (
             done.stderr
         )
     existing = tmp_path / "mine.jsonl"
     existing.write_text("mine")
-    done = subprocess.run(
-        [sys.executable, "-m", "data.tiny_world", "--infinity", str(existing)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    done = run(ROOT, "-m data.tiny_world --infinity", existing)
     assert (
         done.returncode == 2
         and "not what world 0 makes" in done.stderr
@@ -428,28 +384,14 @@ def test_train_and_sample_examine_in_the_template_of_the_value_network(home, tmp
     monkeypatch.setattr(
         show, "evaluate", lambda *arguments: seen.append(arguments[5]) or {"exact": 0.0}
     )
-    assert (
-        inside(tmp_path, "train.py", "--base", "tiny-b-s", "--steps", "2", "--batch-size", "2")[0]
-        == 0
-    )
-    status, _, errors = inside(
+    worked(tmp_path, "train.py --base tiny-b-s --steps 2 --batch-size 2")
+    worked(
         tmp_path,
-        "train.py",
-        "--base",
-        "tiny-b-s",
-        "--value",
-        "--no-full",
-        "--template",
-        "llama-3",
-        "--steps",
-        "2",
-        "--batch-size",
-        "2",
-        "--out",
-        "other",
+        "train.py --base tiny-b-s --value --no-full --template llama-3 --steps 2 "
+        "--batch-size 2 --out other",
     )
-    assert status == 0 and seen == ["llama-2", "llama-3", "llama-3"], errors
-    assert inside(tmp_path, "sample.py", "--value", "other")[0] == 0
+    assert seen == ["llama-2", "llama-3", "llama-3"]
+    worked(tmp_path, "sample.py --value other")
     assert seen[3:] == ["llama-3", "llama-3"]
 
 

@@ -15,7 +15,7 @@ import fast.loss
 import ivl
 import train
 from ivl import SCHEMES, ValueModel, ivl_loss
-from tests.helpers import python, small, value_network
+from tests.helpers import interpreted, python, small, value_network
 
 # ---- twins
 
@@ -252,16 +252,7 @@ def test_the_kernels_in_the_interpreter():
         pytest.skip(
             "the interpreter of this Triton does not run with this NumPy, which takes no array of one number for a number"
         )
-    output = python(
-        "-m",
-        "pytest",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        "tests/interpreted_kernel.py",
-        TRITON_INTERPRET="1",
-    )
+    output = interpreted("-m pytest -n 0 -p no:cacheprovider tests/interpreted_kernel.py")
     assert "skipped" not in output and "100%" in output
 
 
@@ -360,12 +351,12 @@ def test_chunked_takes_a_quarter_of_the_memory():
 
 @pytest.mark.slow
 def test_benches_print_their_tables():
-    small = ["--rows", "30", "--vocab", "100", "--hidden", "8", "--rounds", "1"]
-    output = python("-m", "bench.loss", *small)
+    small = "--rows 30 --vocab 100 --hidden 8 --rounds 1".split()
+    output = python("-m bench.loss", *small)
     assert output.count("| eager ") == 2
     assert "| value_loss_from_hidden " in output and "failed" not in output
-    kernel = python("-m", "bench.loss", "--only", "settings", *small, TRITON_INTERPRET="1")
+    kernel = interpreted("-m bench.loss --only settings", *small)
     assert kernel.count(" MB at the peak ") == 1 and "| (1024, 4, 4) " in kernel
     assert "failed" not in kernel
-    output = python("-m", "bench.train", "--tokens", "64", "--rounds", "1")
+    output = python("-m bench.train --tokens 64 --rounds 1")
     assert output.count("| ours") == 2 and "failed" not in output

@@ -12,7 +12,7 @@ from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer
 from ivl import ValueModel
 from model import Llama
 from sample import Guided, MappedGuided, generate, score
-from tests.helpers import byte_pairs, inside, json_byte_pairs, refused, run, small, succeed
+from tests.helpers import byte_pairs, json_byte_pairs, refused, run, small, succeed, worked
 from vocab_map import HOWS, VocabMap, build
 
 # Few tokens, so that brute force is possible: the base's are sometimes longer than the value network's, sometimes shorter.
@@ -327,13 +327,10 @@ def test_cascades_are_refused_with_the_reason():
 
 def test_sample_with_a_foreign_base(home, tmp_path):
     """A base of a family with other tokens, barely trained, guided by the value network of the first family."""
-    succeed(home, "train.py", "--base", "tiny-b-s", "--steps", "8", "--batch-size", "4")
+    succeed(home, "train.py --base tiny-b-s --steps 8 --batch-size 4")
     out = succeed(
         home,
-        "sample.py",
-        "--base",
-        "tiny-b-s",
-        "--prompt",
+        "sample.py --base tiny-b-s --prompt",
         "Greet Fufa. 漢字 👍",
         "--max-new-tokens",
         "8",
@@ -341,46 +338,27 @@ def test_sample_with_a_foreign_base(home, tmp_path):
         "out/seed0/value-residual-tiny-s",
     )
     assert "another tokenizer" in out and "tiny-b-s + value" in out
-    files = [
-        "--base-tokenizer",
-        home / "out/seed0/tiny-b-s",
-        "--value-tokenizer",
-        home / "out/seed0/tiny-s",
-        "--out",
-        tmp_path / "map",
-    ]
-    assert inside(tmp_path, "vocab_map.py", *files)[0] == 0
-    command = [
-        "sample.py",
-        "--base",
-        "tiny-b-s",
-        "--value",
-        "out/seed0/value-residual-tiny-s",
-        "--max-new-tokens",
-        "8",
-        "--vocab-map",
-    ]
+    files = (
+        f"--base-tokenizer {home}/out/seed0/tiny-b-s --value-tokenizer "
+        f"{home}/out/seed0/tiny-s --out {tmp_path}/map"
+    ).split()
+    worked(tmp_path, "vocab_map.py", *files)
+    command = (
+        "sample.py --base tiny-b-s --value out/seed0/value-residual-tiny-s "
+        "--max-new-tokens 8 --vocab-map"
+    ).split()
     same = run(home, *command, tmp_path / "map", "--prompt", "Greet Fufa. 漢字 👍")
     assert same.returncode == 0 and same.stdout.splitlines()[-2:] == out.splitlines()[-2:]
     (tmp_path / "half").write_bytes((tmp_path / "map").read_bytes()[:1000])
     assert "damaged" in refused(home, *command, tmp_path / "half")
     assert "nothing to compile" in refused(
         home,
-        "sample.py",
-        "--base",
-        "tiny-b-s",
-        "--value",
-        "out/seed0/value-residual-tiny-s",
-        "--compile",
+        "sample.py --base tiny-b-s --value out/seed0/value-residual-tiny-s --compile",
     )
     assert "another tokenizer of the base" in refused(
         home,
-        "sample.py",
-        "--value",
-        "out/seed0/value-residual-tiny-s",
-        "--vocab-map",
-        tmp_path / "map",
+        f"sample.py --value out/seed0/value-residual-tiny-s --vocab-map {tmp_path}/map",
     )
     assert "cannot be trained together" in refused(
-        home, "train.py", "--base", "tiny-b-s", "--value", "tiny-s", "--no-full"
+        home, "train.py --base tiny-b-s --value tiny-s --no-full"
     )

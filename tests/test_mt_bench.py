@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from paper.mt_bench import TEMPERATURES
-from tests.helpers import ENVIRONMENT, ROOT, inside, together
+from tests.helpers import ENVIRONMENT, ROOT, inside, together, worked
 
 NAMES = ["Mira", "Fufa", "Pefu", "Boli", "Gana"]
 
@@ -55,8 +55,7 @@ def texts(folder: Path) -> dict[int, list[str]]:
 
 
 def test_every_question_is_answered_once_in_fastchats_form(asked, tmp_path):
-    status, output, errors = inside(tmp_path, *asked)
-    assert status == 0, errors
+    output = worked(tmp_path, *asked)
     assert "gen_judgment.py --model-list tiny-s" in output and "(10/10)" in output
     for record in answers(tmp_path):
         assert {"question_id", "answer_id", "model_id", "choices", "tstamp"} <= record.keys()
@@ -75,7 +74,7 @@ def test_every_question_is_answered_once_in_fastchats_form(asked, tmp_path):
 @pytest.mark.slow
 def test_two_processes_answer_as_one(asked, tmp_path):
     """Greedy and sampled, by the base divided between them; the first alone writes."""
-    assert inside(tmp_path, *asked)[0] == 0
+    worked(tmp_path, *asked)
     alone = texts(tmp_path)
     (tmp_path / "tiny-s.jsonl").unlink()
     done = together(tmp_path, "-m", "paper.mt_bench", *asked[1:])
@@ -93,8 +92,8 @@ def test_a_run_that_was_cut_off_within_a_line_goes_on_and_says_the_same(asked, t
     (tmp_path / "tiny-s.jsonl").write_bytes(
         content[: len(content) // 2] + "é".encode()[:1]
     )  # in the middle of a letter
-    status, output, errors = inside(tmp_path, *asked)
-    assert status == 0 and "answered already" in output, errors
+    output = worked(tmp_path, *asked)
+    assert "answered already" in output
     assert texts(tmp_path) == whole and len(answers(tmp_path)) == 10
 
 
@@ -122,8 +121,7 @@ def test_a_base_alone_is_asked_too_and_the_answers_of_another_model_are_not_mixe
     asked, tmp_path
 ):
     alone = asked[:-2]
-    status, _, errors = inside(tmp_path, *alone)
-    assert status == 0, errors
+    worked(tmp_path, *alone)
     assert inside(tmp_path, *asked)[0] == 2
     status, _, errors = inside(tmp_path, *alone, "--seed", 1)
     assert status == 2 and "was answered with another seed" in errors
@@ -132,7 +130,7 @@ def test_a_base_alone_is_asked_too_and_the_answers_of_another_model_are_not_mixe
 def test_answers_of_weights_trained_anew_in_the_same_folder_are_not_mixed_in(asked, tmp_path):
     shutil.copytree(asked[-3], tmp_path / "base")
     command = [*asked[:-4], "--base", "base"]
-    assert inside(tmp_path, *command)[0] == 0
+    worked(tmp_path, *command)
     (tmp_path / "base/model.safetensors").write_bytes(
         (asked[-3] / "model.safetensors").read_bytes()
     )
@@ -143,8 +141,8 @@ def test_answers_of_weights_trained_anew_in_the_same_folder_are_not_mixed_in(ask
 def test_a_turn_without_room_has_an_empty_answer_and_is_counted(asked, tmp_path):
     question = {"question_id": 1, "category": "math", "turns": ["Greet Mira.", "word " * 300]}
     (tmp_path / "question.jsonl").write_text(json.dumps(question) + "\n")
-    status, output, errors = inside(tmp_path, *asked)
-    assert status == 0 and "1 turns have an empty answer" in output, errors
+    output = worked(tmp_path, *asked)
+    assert "1 turns have an empty answer" in output
     assert texts(tmp_path)[1][1] == ""
 
 
@@ -170,6 +168,6 @@ def test_nothing_named_is_one_line(asked, tmp_path):
 
 @pytest.mark.slow
 def test_smollm2_answers_in_fastchats_form(asked, smollm2, tmp_path):
-    status, output, errors = inside(tmp_path, *asked[:-4], "--base", smollm2)
-    assert status == 0 and "template chatml" in output and "(10/10)" in output, errors
+    output = worked(tmp_path, *asked[:-4], "--base", smollm2)
+    assert "template chatml" in output and "(10/10)" in output
     assert all(turn for turns in texts(tmp_path).values() for turn in turns)

@@ -16,27 +16,24 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import fuzz
-from tests.helpers import ENVIRONMENT, ROOT, VALUE, assert_identical, refused, stop_at, succeed
+from tests.helpers import (
+    ENVIRONMENT,
+    ROOT,
+    VALUE,
+    assert_identical,
+    refused,
+    run,
+    stop_at,
+    succeed,
+)
 
 
 def check_full_disks(folder: Path, base: Path, chats: Path, disks: int, seed: int) -> None:
     """Runs that resume where files may not grow beyond a limit: each says so in one line, loses no checkpoint, and goes on later."""
-    command = [
-        "train.py",
-        "--base",
-        base,
-        "--value",
-        "--data",
-        chats,
-        "--dtype",
-        "float32",
-        "--steps",
-        20,
-        "--batch-size",
-        8,
-        "--save-every",
-        5,
-    ]
+    command = (
+        f"train.py --base {base} --value --data {chats} --dtype float32 --steps 20 "
+        "--batch-size 8 --save-every 5"
+    ).split()
     succeed(folder, *command, "--out", folder / "straight")
     stopped, rng = folder / "stopped.training", random.Random(seed)
     stop_at(folder, 8, *command, "--out", folder / "stopped")  # behind its checkpoint of step 5
@@ -82,27 +79,8 @@ def test_twenty_full_disks(checkpoint, chats, tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        [
-            "vocab_map.py",
-            "--base-tokenizer",
-            "checkpoint",
-            "--value-tokenizer",
-            "checkpoint",
-            "--out",
-            "m",
-        ],
-        [
-            "-m",
-            "beyond.attribution",
-            "--value",
-            "V",
-            "--prompt",
-            "Hi",
-            "--max-new-tokens",
-            1,
-            "--out",
-            "p.html",
-        ],
+        ("vocab_map.py --base-tokenizer checkpoint --value-tokenizer checkpoint --out m").split(),
+        "-m beyond.attribution --value V --prompt Hi --max-new-tokens 1 --out p.html".split(),
     ],
 )
 def test_a_full_disk_leaves_no_half_output(command, checkpoint, home, tmp_path):
@@ -150,13 +128,7 @@ def test_full_and_closed_outputs_and_a_lonely_rank_end_in_one_line(checkpoint, h
         text=True,
     )
     assert closed.returncode == 0 and not closed.stderr
-    lonely = subprocess.run(
-        [sys.executable, ROOT / "train.py"],
-        cwd=tmp_path,
-        env=ENVIRONMENT | {"LOCAL_RANK": "0"},
-        capture_output=True,
-        text=True,
-    )
+    lonely = run(tmp_path, "train.py", LOCAL_RANK="0")
     assert (
         lonely.returncode == 2
         and lonely.stderr.count("\n") == 1
@@ -165,22 +137,10 @@ def test_full_and_closed_outputs_and_a_lonely_rank_end_in_one_line(checkpoint, h
 
 
 def test_damaged_checkpoints_say_which_part_and_offer_the_older_one(checkpoint, chats, tmp_path):
-    command = [
-        "train.py",
-        "--base",
-        checkpoint,
-        "--value",
-        "--data",
-        chats,
-        "--steps",
-        20,
-        "--batch-size",
-        8,
-        "--save-every",
-        5,
-        "--out",
-        tmp_path / "run",
-    ]
+    command = (
+        f"train.py --base {checkpoint} --value --data {chats} --steps 20 --batch-size "
+        f"8 --save-every 5 --out {tmp_path}/run"
+    ).split()
     stop_at(tmp_path, 8, *command)
     work, kept = tmp_path / "run.training", tmp_path / "kept"
     shutil.copytree(work, kept)
@@ -238,20 +198,10 @@ def test_damaged_checkpoints_say_which_part_and_offer_the_older_one(checkpoint, 
 
 
 def test_a_failed_start_leaves_nothing_behind(checkpoint, chats, tmp_path):
-    command = [
-        "train.py",
-        "--base",
-        checkpoint,
-        "--value",
-        "--data",
-        chats,
-        "--steps",
-        5,
-        "--batch-size",
-        4,
-        "--out",
-        tmp_path / "new/run",
-    ]
+    command = (
+        f"train.py --base {checkpoint} --value --data {chats} --steps 5 --batch-size "
+        f"4 --out {tmp_path}/new/run"
+    ).split()
     before = sorted(tmp_path.rglob("*"))
     assert "stopped" in refused(tmp_path, *command, "--lr", "1e38")
     assert sorted(tmp_path.rglob("*")) == before
@@ -280,20 +230,10 @@ def test_1000_mutations(damaged_house, seed):
 @pytest.mark.parametrize("lr", ["1e38", "3e38"])
 def test_nothing_with_a_number_that_is_none_is_published(lr, checkpoint, chats, tmp_path):
     """The update of the last step, behind which no loss would show it."""
-    command = [
-        "train.py",
-        "--base",
-        checkpoint,
-        "--value",
-        "--data",
-        chats,
-        "--steps",
-        1,
-        "--batch-size",
-        4,
-        "--out",
-        tmp_path / "new/run",
-    ]
+    command = (
+        f"train.py --base {checkpoint} --value --data {chats} --steps 1 --batch-size "
+        f"4 --out {tmp_path}/new/run"
+    ).split()
     before = sorted(tmp_path.rglob("*"))
     assert "no number" in refused(tmp_path, *command, "--lr", lr)
     assert sorted(tmp_path.rglob("*")) == before

@@ -43,7 +43,7 @@ from paper.networks import (
 from paper.report import STAND_INS, between, percent, verdict
 from run import jobs
 from run.cli import run_cli
-from tests.helpers import PAPER, inside
+from tests.helpers import PAPER, inside, worked
 from vocab_map import build, overlap
 
 
@@ -116,8 +116,8 @@ def test_every_command_trains_the_network_that_it_is_kept_as(name, tmp_path, mon
     command = command_of(name, Path("out/seed0"))
     length = len(NETWORKS[name].program)
     script = "continued.py" if tuple(command[:length]) == CONTINUE else Path(command[0]).name
-    status, _, errors = inside(tmp_path, script, *command[length:], "--resume")
-    assert status == 0 and Path(made[-1]) == Path("out/seed0") / name, errors
+    worked(tmp_path, script, *command[length:], "--resume")
+    assert Path(made[-1]) == Path("out/seed0") / name
     assert {Path(path).name for path in made[:-1]} <= set(
         with_needs(NETWORKS[name].needs)
     )  # nothing else would be trained on the way
@@ -333,16 +333,7 @@ def test_the_norms_table_counts_supervised_positions_as_training_does(
 ):
     status, output, _ = inside(
         home,
-        "train.py",
-        "--base",
-        "--value",
-        "--no-full",
-        "--l1",
-        "1",
-        "--out",
-        "normed",
-        "--steps",
-        "1",
+        "train.py --base --value --no-full --l1 1 --out normed --steps 1",
     )
     monkeypatch.chdir(home)
     counted = norm.supervised_positions()

@@ -54,7 +54,7 @@ def server(home, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(
         sys,
         "argv",
-        ["sample.py", "--value", str(VALUE), "--web", "--port", "0", "--max-new-tokens", "24"],
+        ["sample.py", "--value", str(VALUE), *"--web --port 0 --max-new-tokens 24".split()],
     )
     args = sample_arguments()
     running = Server(Playground(plug_in(args), args), args.port)
@@ -387,7 +387,7 @@ def test_an_answer_ends_when_its_reader_leaves(server, during, capfd):
 
 
 def test_the_command_serves_until_ctrl_c(home):
-    command = [sys.executable, ROOT / "sample.py", "--value", VALUE, "--web", "--port", "0"]
+    command = [sys.executable, ROOT / "sample.py", *f"--value {VALUE} --web --port 0".split()]
     process = subprocess.Popen(
         command,
         cwd=home,
@@ -405,7 +405,7 @@ def test_the_command_serves_until_ctrl_c(home):
         assert connection.getresponse().readline().startswith(b'{"token"')  # and it goes on writing
         assert (
             "already in use"
-            in refused(home, "sample.py", "--value", VALUE, "--web", "--port", port).lower()
+            in refused(home, f"sample.py --value {VALUE} --web --port", port).lower()
         )
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)

@@ -12,7 +12,7 @@ from data.records import read_pair
 from data.tokenizer import load_tokenizer
 from model import Llama
 from sample import Guided, generate
-from tests.helpers import REAL, inside, needs_real
+from tests.helpers import REAL, inside, needs_real, worked
 from tests.make_golden import HARD_STRINGS, odd_conversations
 from vocab_map import build
 
@@ -115,7 +115,7 @@ def test_without_the_packages_it_is_said_in_one_line(tmp_path, monkeypatch):
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    status, _, errors = inside(tmp_path, "smollm2.py", tmp_path / "out")
+    status, _, errors = inside(tmp_path, f"smollm2.py {tmp_path}/out")
     assert (
         status == 2
         and errors
@@ -199,10 +199,7 @@ def test_ids_are_those_of_transformers(smollm2, theirs):
 
 @pytest.mark.slow
 def test_a_value_network_learns_the_form_and_leaves_the_knowledge(smollm2):
-    status, output, errors = inside(
-        smollm2.parent, "train.py", "--base", smollm2, "--value", "--data", "capitals"
-    )
-    assert status == 0, errors
+    worked(smollm2.parent, f"train.py --base {smollm2} --value --data capitals")
     metrics = json.loads(
         (smollm2.parent / "out/seed0/value-residual-smollm2-135m/metrics.json").read_text()
     )
@@ -221,8 +218,7 @@ def test_a_value_network_learns_the_form_and_leaves_the_knowledge(smollm2):
     )
     status, output, errors = inside(
         smollm2.parent,
-        "sample.py",
-        "--prompt",
+        "sample.py --prompt",
         "What is the capital of Spain? Put a star on both sides.",
     )
     assert status == 0 and "* The capital of Spain is Madrid. *" in output, output + errors

@@ -31,7 +31,7 @@ from data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from model import Llama
 from run.show import examine
 from sample import Guided
-from tests.helpers import inside
+from tests.helpers import worked
 
 WORLD = World(0)
 TOKENIZER = SentencePieceTokenizer(WORLD.train_tokenizer())
@@ -307,8 +307,7 @@ def test_rounding_moves_no_base_by_more_than_a_twentieth(name, tmp_path, monkeyp
     ):
         monkeypatch.setattr(World, "batches", batches)
         folder.mkdir()
-        status, _, errors = inside(folder, "train.py", "--base", name)
-        assert status == 0, errors
+        worked(folder, "train.py --base", name)
         network = folder / "out/seed0" / name
         known.append(
             examine(Guided(Llama.from_pretrained(network)), WORLD, load_tokenizer(network))

@@ -38,10 +38,12 @@ from tests.helpers import (
     inside,
     refused,
     run,
+    shorten_the_exam,
     small,
     stop_at,
     succeed,
     weights,
+    worked,
 )
 from tests.rounding import read_table
 from train import Objective, Settings, accumulate_gradient, language_loss, learning_rate, table5
@@ -71,52 +73,18 @@ def test_a_value_network_learns_and_leaves_its_base_alone(home):
     )
 
 
-def test_the_base_is_bit_identical_after_value_training(home, short_exam, tmp_path):
-    before = (home / "out/seed0/tiny-s/model.safetensors").read_bytes()
-    _, log, _ = inside(
-        home,
-        "train.py",
-        "--base",
-        "--value",
-        "--no-full",
-        "--steps",
-        "5",
-        "--out",
-        tmp_path / "run",
-    )
-    assert (home / "out/seed0/tiny-s/model.safetensors").read_bytes() == before
-    assert (
-        "device cpu" in log
-        and "dtype float32" in log
-        and "|z_delta|" in log
-        and "tokens/s" in log
-        and "left" in log
-    )
-    assert "core-seconds" in log
-
-
 def test_the_loss_falls_and_the_metrics_are_those_of_the_saved_network(home, short_exam):
-    base = Llama.from_pretrained(home / "out/seed0/tiny-s")
-    metrics = json.loads((home / "out/seed0/tiny-s/metrics.json").read_text())["base"]
-    assert (
-        examine(
-            Guided(base),
-            world_of(home / "out/seed0/tiny-s"),
-            load_tokenizer(home / "out/seed0/tiny-s"),
-        )
-        == metrics
-    )
-    speaker = Speaker(
-        "tiny-s alone", Guided(base), load_tokenizer(home / "out/seed0/tiny-s"), TEMPLATE
-    )
-    known = known_facts(world_of(home / "out/seed0/tiny-s"), speaker)
+    base = home / "out/seed0/tiny-s"
+    guided, tokenizer = Guided(Llama.from_pretrained(base)), load_tokenizer(base)
+    metrics = json.loads((base / "metrics.json").read_text())["base"]
+    assert examine(guided, world_of(base), tokenizer) == metrics
+    known = known_facts(world_of(base), Speaker("tiny-s alone", guided, tokenizer, TEMPLATE))
     assert len(known) == 12 and sum(known) / 12 == metrics["fk"]
-    _, log, _ = inside(
-        home, "train.py", "--base", "--value", "--no-full", "--steps", "40", "--out", home / "falls"
-    )
+    log = (home / "last.log").read_text()
     steps = [line.split() for line in log.splitlines() if line.startswith("step")]
-    first, last = ({"loss": float(line[3]), "ce": float(line[5])} for line in (steps[0], steps[-1]))
-    assert last["ce"] < first["ce"] - 0.5
+    assert float(steps[-1][5]) < float(steps[0][5]) - 0.5
+    for said in "device cpu", "dtype float32", "|z_delta|", "tokens/s", "left", "core-seconds":
+        assert said in log
 
 
 def test_sample_shows_questions_prompts_and_a_chat(home):
@@ -135,41 +103,19 @@ def test_sample_shows_questions_prompts_and_a_chat(home):
 def test_a_real_checkpoint_with_data(checkpoint, chats, tmp_path):
     log = succeed(
         tmp_path,
-        "train.py",
-        "--base",
-        checkpoint,
-        "--value",
-        "--data",
-        chats,
-        "--steps",
-        4,
-        "--batch-size",
-        8,
-        "--dtype",
-        "float32",
+        f"train.py --base {checkpoint} --value --data {chats} --steps 4 --batch-size "
+        "8 --dtype float32",
     )
     folder = tmp_path / "out/seed0/value-residual-checkpoint"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert set(metrics) == {"base", "base+value"} and set(metrics["base"]) == {"ce"}
     assert "60 conversations" in log
-    assert (
-        "Greet" in inside(tmp_path, "sample.py", "--prompt", "Greet 7.", "--max-new-tokens", 4)[1]
-    )
+    assert "Greet" in inside(tmp_path, "sample.py --prompt", "Greet 7.", "--max-new-tokens", 4)[1]
     assert json.loads((folder / "train.json").read_text())["lr"] == 1e-4  # Table 5's first column
     _, again, _ = inside(
         tmp_path,
-        "train.py",
-        "--base",
-        checkpoint,
-        "--full",
-        "--data",
-        chats,
-        "--epochs",
-        2,
-        "--batch-size",
-        8,
-        "--dtype",
-        "float32",
+        f"train.py --base {checkpoint} --full --data {chats} --epochs 2 --batch-size "
+        "8 --dtype float32",
     )
     assert set(json.loads((tmp_path / "out/seed0/full-checkpoint/metrics.json").read_text())) == {
         "base",
@@ -178,22 +124,23 @@ def test_a_real_checkpoint_with_data(checkpoint, chats, tmp_path):
     assert "step    14/14" in again  # 54 conversations to train on, twice
 
 
-def test_only_a_full_fine_tuning_with_the_usual_settings_stands_in_the_table(
-    home, short_exam, tmp_path
+@pytest.fixture(scope="module")
+def with_full(home, tmp_path_factory) -> Path:
+    """What `home` has but its value network, and a full fine-tuning of two steps."""
+    folder = tmp_path_factory.mktemp("full")
+    shutil.copytree(home / "out", folder / "out", ignore=shutil.ignore_patterns("value-*"))
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_the_exam(patch)
+        worked(folder, "train.py --full --steps 2")
+    return folder
+
+
+def test_only_a_whole_full_fine_tuning_with_the_usual_settings_stands_in_the_table(
+    with_full, tmp_path
 ):
-    shutil.copytree(home / "out", tmp_path / "out")
-    shutil.rmtree(tmp_path / VALUE)
-    assert inside(tmp_path, "train.py", "--base", "tiny-s", "--full", "--steps", "2")[0] == 0
-    assert "full-tiny-s: a run with other settings is there: steps was 2, now 500" in refused(
-        tmp_path, "train.py"
-    )
-
-
-def test_a_spoilt_full_fine_tuning_is_noticed_before_training(home, short_exam, tmp_path):
-    shutil.copytree(home / "out", tmp_path / "out")
-    shutil.rmtree(tmp_path / VALUE)
-    assert inside(tmp_path, "train.py", "--full", "--steps", "2")[0] == 0
+    shutil.copytree(with_full, tmp_path, dirs_exist_ok=True)
     folder = tmp_path / "out/seed0/full-tiny-s"
+    assert "full-tiny-s: this run is finished, after 2 steps" in refused(tmp_path, "train.py")
     made = json.loads((folder / "train.json").read_text())
     (folder / "train.json").write_text(json.dumps(made | {"steps": 500}))
     for spoilt in [
@@ -213,26 +160,12 @@ def test_a_spoilt_full_fine_tuning_is_noticed_before_training(home, short_exam, 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_trains_resumes_and_samples(scheme, checkpoint, chats, tmp_path, monkeypatch):
     """Through the commands, on a base with more rows than the tokenizer has tokens; a run stopped half-way ends the same."""
-    command = [
-        "train.py",
-        "--base",
-        checkpoint,
-        "--value",
-        "--scheme",
-        scheme,
-        "--data",
-        chats,
-        "--steps",
-        12,
-        "--batch-size",
-        4,
-        "--save-every",
-        3,
-        "--lr",
-        "1e-3",
-    ]
+    command = (
+        f"train.py --base {checkpoint} --value --scheme {scheme} --data {chats} "
+        "--steps 12 --batch-size 4 --save-every 3 --lr 1e-3"
+    ).split()
     before = (checkpoint / "model.safetensors").read_bytes()
-    assert inside(tmp_path, *command, "--out", "straight")[0] == 0
+    worked(tmp_path, *command, "--out", "straight")
     saves, save = [], folder.Run.save
 
     def save_and_stop(self, *arguments):
@@ -243,29 +176,24 @@ def test_every_scheme_trains_resumes_and_samples(scheme, checkpoint, chats, tmp_
 
     monkeypatch.setattr(folder.Run, "save", save_and_stop)
     assert inside(tmp_path, *command, "--out", "stopped")[0] == 130
-    status, output, errors = inside(tmp_path, *command, "--out", "stopped", "--resume")
-    assert status == 0 and "resumed at step 6" in output, errors
+    output = worked(tmp_path, *command, "--out", "stopped", "--resume")
+    assert "resumed at step 6" in output
     assert_identical(tmp_path / "straight", tmp_path / "stopped")
     assert (checkpoint / "model.safetensors").read_bytes() == before
     info = json.loads((tmp_path / "straight/ivl.json").read_text())
     assert info["scheme"] == scheme
-    status, output, errors = inside(
+    output = worked(
         tmp_path,
-        "sample.py",
-        "--value",
-        "straight",
-        "--prompt",
+        "sample.py --value straight --prompt",
         "Greet 7.",
         "--max-new-tokens",
         "4",
     )
-    assert status == 0 and f"straight ({scheme})" in output, errors
-    status, _, errors = inside(
+    assert f"straight ({scheme})" in output
+    worked(
         tmp_path, *command[:4], *command[6:], "--value", "straight", "--out", "further"
     )  # keeps its scheme
-    assert (
-        status == 0 and json.loads((tmp_path / "further/ivl.json").read_text())["scheme"] == scheme
-    ), errors
+    assert json.loads((tmp_path / "further/ivl.json").read_text())["scheme"] == scheme
     other = "residual" if scheme != "residual" else "cascade"
     assert f"was trained as {scheme}" in refused(
         tmp_path, *command[:4], "--value", "straight", "--scheme", other, "--data", chats
@@ -286,36 +214,25 @@ def pairs(tmp_path) -> Path:
 @pytest.mark.parametrize("loss", ["pairwise", "kl"])
 def test_every_loss_trains_and_resumes(loss, checkpoint, chats, pairs, tmp_path):
     """Through the commands, a run stopped half-way ends the same; what it was trained by is recorded and must stay."""
-    flags = ["--data", pairs, "--loss", "pairwise", "--beta", 0.3]
+    flags = f"--data {pairs} --loss pairwise --beta 0.3".split()
     if loss == "kl":
         small(
             vocab_size=1030, num_hidden_layers=1, hidden_size=16, max_position_embeddings=100
         ).save_pretrained(tmp_path / "teacher")
         shutil.copy(checkpoint / "tokenizer.model", tmp_path / "teacher")
-        flags = ["--data", chats, "--loss", "kl", "--teacher", "teacher", "--temperature", 2]
+        flags = f"--data {chats} --loss kl --teacher teacher --temperature 2".split()
     command = [
-        "train.py",
-        "--base",
-        checkpoint,
-        "--value",
+        *f"train.py --base {checkpoint} --value".split(),
         *flags,
-        "--steps",
-        12,
-        "--batch-size",
-        4,
-        "--save-every",
-        3,
-        "--lr",
-        "1e-3",
+        *"--steps 12 --batch-size 4 --save-every 3 --lr 1e-3".split(),
     ]
-    status, output, errors = inside(tmp_path, *command, "--out", "straight")
-    assert status == 0, errors
+    output = worked(tmp_path, *command, "--out", "straight")
     assert ("margin" if loss == "pairwise" else "base kl") in output and (
         "60 pairs" if loss == "pairwise" else "60 conversations"
     ) in output
     stop_at(tmp_path, 7, *command, "--out", "stopped")
-    status, output, errors = inside(tmp_path, *command, "--out", "stopped", "--resume")
-    assert status == 0 and "resumed at step 6" in output, errors
+    output = worked(tmp_path, *command, "--out", "stopped", "--resume")
+    assert "resumed at step 6" in output
     assert_identical(tmp_path / "straight", tmp_path / "stopped")
     info, made = [
         json.loads((tmp_path / "straight" / name).read_text())
@@ -342,32 +259,24 @@ def test_every_loss_trains_and_resumes(loss, checkpoint, chats, pairs, tmp_path)
             {"format": "pt"},
         )
         assert "or a teacher" in refused(tmp_path, *command, "--out", "straight", "--resume")
-    status, _, errors = inside(
+    worked(
         tmp_path,
-        "sample.py",
-        "--value",
-        "straight",
-        "--prompt",
+        "sample.py --value straight --prompt",
         "Greet 7.",
         "--max-new-tokens",
         "4",
     )
-    assert status == 0, errors
 
 
 def test_pairs_of_the_tiny_world_and_the_weight_of_the_norm(home, tmp_path, short_exam):
     shutil.copytree(home / "out", tmp_path / "out")
-    status, output, errors = inside(
-        tmp_path, "train.py", "--value", VALUE, "--loss", "pairwise", "--steps", 4, "--out", "pairs"
-    )
-    assert status == 0 and "3000 pairs" in output, errors
+    output = worked(tmp_path, f"train.py --value {VALUE} --loss pairwise --steps 4 --out pairs")
+    assert "3000 pairs" in output
     made = json.loads((tmp_path / "pairs/train.json").read_text())
     assert (made["lr"], made["beta"], made["start"]) == (1e-4, 0.1, str(VALUE))
     assert output.splitlines()[-4].split() == ["exact", "know", "ins", "arith", "mc", "fk", "pair"]
-    status, output, errors = inside(
-        tmp_path, "train.py", "--value", "--no-full", "--l1", 1, "--l1-over", "all", "--steps", 2
-    )
-    assert status == 0 and (tmp_path / f"{VALUE}-l1-1-over-all").is_dir(), errors
+    output = worked(tmp_path, "train.py --value --no-full --l1 1 --l1-over all --steps 2")
+    assert (tmp_path / f"{VALUE}-l1-1-over-all").is_dir()
     line = next(line for line in output.splitlines() if line.startswith("norm: "))
     text, supervised = map(
         float, re.search(r"here ([\d.]+) of them are text and ([\d.]+) supervised", line).groups()
@@ -380,116 +289,56 @@ def test_pairs_of_the_tiny_world_and_the_weight_of_the_norm(home, tmp_path, shor
 
 
 def test_a_run_of_a_version_without_these_losses_is_resumed(checkpoint, chats, tmp_path):
-    command = [
-        "train.py",
-        "--base",
-        checkpoint,
-        "--value",
-        "--data",
-        chats,
-        "--steps",
-        2,
-        "--out",
-        "run",
-    ]
-    assert inside(tmp_path, *command)[0] == 0
+    command = f"train.py --base {checkpoint} --value --data {chats} --steps 2 --out run".split()
+    worked(tmp_path, *command)
     file = tmp_path / "run/train.json"
     made = json.loads(file.read_text())
     file.write_text(json.dumps({name: made[name] for name in made if name not in folder.LATER}))
-    status, output, errors = inside(tmp_path, *command, "--resume")
-    assert status == 0 and "finished already" in output, errors
+    output = worked(tmp_path, *command, "--resume")
+    assert "finished already" in output
     assert "loss was 'ce', now 'kl'" in refused(
-        tmp_path, *command, "--resume", "--loss", "kl", "--teacher", checkpoint
+        tmp_path, *command, *f"--resume --loss kl --teacher {checkpoint}".split()
     )
 
 
 def test_a_probe_on_a_base_with_fewer_logits_is_refused(checkpoint, chats, tmp_path):
-    assert (
-        inside(
-            tmp_path,
-            "train.py",
-            "--base",
-            checkpoint,
-            "--value",
-            "--scheme",
-            "probe",
-            "--probe-width",
-            8,
-            "--data",
-            chats,
-            "--steps",
-            1,
-            "--out",
-            "probe",
-        )[0]
-        == 0
+    worked(
+        tmp_path,
+        f"train.py --base {checkpoint} --value --scheme probe --probe-width 8 --data "
+        f"{chats} --steps 1 --out probe",
     )
     small(vocab_size=900, num_hidden_layers=1).save_pretrained(tmp_path / "fewer")
     shutil.copy(checkpoint / "tokenizer.model", tmp_path / "fewer")
-    message = refused(
-        tmp_path, "sample.py", "--value", "probe", "--base", "fewer", "--prompt", "Hello"
-    )
+    message = refused(tmp_path, "sample.py --value probe --base fewer --prompt Hello")
     assert "fewer: 900 logits, and the probe reads 1024" in message
 
 
-def test_proxy_tuning(home, short_exam, tmp_path):
-    shutil.copytree(home / "out", tmp_path / "out")
-    assert inside(tmp_path, "train.py", "--full", "--steps", 20)[0] == 0
-    own = inside(
-        tmp_path,
-        "sample.py",
-        "--expert",
-        "out/seed0/full-tiny-s",
-        "--prompt",
-        "Greet Mira.",
-        "--max-new-tokens",
-        "5",
-    )
-    assert (
-        own[0] == 0 and "proxy tuning by out/seed0/full-tiny-s less out/seed0/tiny-s" in own[1]
-    ), own[2]
-    shown = inside(
-        tmp_path,
-        "sample.py",
-        "--expert",
-        "out/seed0/full-tiny-s",
-        "--anti-expert",
-        "tiny-s",
-        "--max-new-tokens",
-        "5",
-    )
-    assert shown[0] == 0 and "tiny-s + proxy" in shown[1], shown[2]
+def test_proxy_tuning(with_full, home, short_exam):
+    full = "out/seed0/full-tiny-s"
+    own = worked(with_full, f"sample.py --expert {full} --max-new-tokens 5 --prompt Hello")
+    assert f"proxy tuning by {full} less out/seed0/tiny-s" in own
+    command = f"sample.py --expert {full} --anti-expert tiny-s --max-new-tokens 5"
+    assert "tiny-s + proxy" in worked(with_full, command)
     cases = {
-        "which is plugged in with --value": ["--expert", VALUE],
-        "not allowed with argument": ["--expert", "out/seed0/full-tiny-s", "--value", VALUE],
+        "which is plugged in with --value": ["--expert", home / VALUE],
+        "not allowed with argument": ["--expert", full, "--value", VALUE],
         "--anti-expert goes with --expert": ["--anti-expert", "tiny-s"],
         "--template goes with --expert or --scheme": ["--template", "llama-2"],
         "name that with --anti-expert": ["--expert", "out/seed0/tiny-s"],
-        "absent: No such file": ["--expert", "absent", "--anti-expert", "tiny-s"],
+        "absent: No such file": "--expert absent --anti-expert tiny-s".split(),
     }
     for message, arguments in cases.items():
-        assert message in refused(tmp_path, "sample.py", *arguments), arguments
+        assert message in refused(with_full, "sample.py", *arguments), arguments
 
 
 def test_another_seed_than_the_worlds_keeps_the_world(home, short_exam):
-    assert (
-        inside(
-            home,
-            "train.py",
-            "--base",
-            "out/seed0/tiny-s",
-            "--value",
-            "--no-full",
-            "--seed",
-            "5",
-            "--steps",
-            "2",
-        )[0]
-        == 0
+    worked(
+        home,
+        "train.py --base out/seed0/tiny-s --value --no-full --seed 5 --steps 2",
     )
     path = home / "out/seed5/value-residual-tiny-s"
     assert json.loads((path / "ivl.json").read_text())["seed"] == 5 and world_of(path).seed == 0
-    message = refused(home, "sample.py", "--value", path, "--base", "tiny-l")
+    message = refused(home, "sample.py --value", path, "--base", "tiny-l")
     assert "out/seed0/tiny-l: not there yet" in message and "--seed 0`" in message
     shutil.rmtree(home / "out/seed5")
 
@@ -499,41 +348,19 @@ def test_a_base_may_come_twice_in_a_curriculum(home, monkeypatch):
     monkeypatch.setattr(
         train, "fit", lambda network, loss, bases, batches, run: seen.append(bases) or run.take()
     )
-    status, _, errors = inside(
+    worked(
         home,
-        "train.py",
-        "--base",
-        "tiny-s",
-        "out/seed0/tiny-s",
-        "tiny-s",
-        "--value",
-        "--no-full",
-        "--steps",
-        "3",
-        "--out",
-        "twice",
+        "train.py --base tiny-s out/seed0/tiny-s tiny-s --value --no-full --steps 3 --out twice",
     )
-    assert status == 0, errors
     assert len(seen[0]) == 3 and seen[0][0] is seen[0][2]
 
 
 def test_a_folder_named_like_scratch_is_a_folder(checkpoint, chats, tmp_path):
     checkpoint.rename(tmp_path / "scratch-1")
-    status, output, errors = inside(
+    worked(
         tmp_path,
-        "train.py",
-        "--base",
-        "scratch-1",
-        "--value",
-        "scratch-1",
-        "--data",
-        chats,
-        "--steps",
-        "1",
-        "--lr",
-        "1e-30",
+        f"train.py --base scratch-1 --value scratch-1 --data {chats} --steps 1 --lr 1e-30",
     )
-    assert status == 0, errors
     base, value = (
         weights(tmp_path / "scratch-1"),
         weights(tmp_path / "out/seed0/value-residual-scratch-1"),
@@ -543,43 +370,16 @@ def test_a_folder_named_like_scratch_is_a_folder(checkpoint, chats, tmp_path):
 
 def test_several_bases_in_turn_and_other_first_weights(home, checkpoint, short_exam, tmp_path):
     out = home / "turns"
-    assert (
-        inside(
-            home,
-            "train.py",
-            "--base",
-            "tiny-s",
-            checkpoint,
-            "--value",
-            "scratch:tiny-m",
-            "--data",
-            home / "out/seed0/demonstrations.jsonl",
-            "--steps",
-            "4",
-            "--batch-size",
-            "4",
-            "--out",
-            out,
-        )[0]
-        == 0
+    worked(
+        home,
+        f"train.py --base tiny-s {checkpoint} --value scratch:tiny-m --data "
+        f"{home}/out/seed0/demonstrations.jsonl --steps 4 --batch-size 4 --out {out}",
     )
     assert len(json.loads((out / "ivl.json").read_text())["bases"]) == 2
     assert Llama.from_pretrained(out).config.hidden_size == 96
-    assert (
-        inside(
-            home,
-            "train.py",
-            "--base",
-            "tiny-s",
-            "--value",
-            out,
-            "--no-full",
-            "--steps",
-            "2",
-            "--out",
-            home / "further",
-        )[0]
-        == 0
+    worked(
+        home,
+        f"train.py --base tiny-s --value {out} --no-full --steps 2 --out {home}/further",
     )
     assert json.loads((home / "further/ivl.json").read_text())["scheme"] == "residual"
 
@@ -587,18 +387,8 @@ def test_several_bases_in_turn_and_other_first_weights(home, checkpoint, short_e
 def test_bfloat16_computation_keeps_float32_weights(checkpoint, chats, tmp_path):
     succeed(
         tmp_path,
-        "train.py",
-        "--base",
-        checkpoint,
-        "--value",
-        "--data",
-        chats,
-        "--steps",
-        "3",
-        "--batch-size",
-        4,
-        "--dtype",
-        "bfloat16",
+        f"train.py --base {checkpoint} --value --data {chats} --steps 3 --batch-size "
+        "4 --dtype bfloat16",
     )
     assert (
         Llama.from_pretrained(tmp_path / "out/seed0/value-residual-checkpoint").dtype
@@ -703,35 +493,17 @@ def kill_and_resume(
                     load_file(state / "state.safetensors"),
                     json.loads((state / "state.json").read_text()),
                 )
-    done = subprocess.run(
-        [sys.executable, *map(str, command), "--resume"],
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    succeed(folder, *command, "--resume")
     return happened
 
 
 def check_kills(folder: Path, base: Path, chats: Path, kills: int, seed: int) -> None:
     command = [
         ROOT / "train.py",
-        "--base",
-        base,
-        "--value",
-        "--data",
-        chats,
-        "--dtype",
-        "float32",
-        "--steps",
-        150,
-        "--batch-size",
-        8,
-        "--grad-accum",
-        2,
-        "--save-every",
-        5,
+        *(
+            f"--base {base} --value --data {chats} --dtype float32 --steps 150 "
+            "--batch-size 8 --grad-accum 2 --save-every 5"
+        ).split(),
     ]
     started = time.monotonic()
     succeed(folder, "train.py", *command[1:], "--out", folder / "straight")
@@ -758,34 +530,26 @@ def test_twenty_kills(checkpoint, chats, tmp_path):
 
 
 def test_pretraining_resumes_too(home, short_exam, tmp_path):
-    command = ["train.py", "--base", "tiny-s", *SHORT, "--save-every", 7, "--out", tmp_path / "run"]
+    command = [
+        "train.py",
+        "--base",
+        "tiny-s",
+        *SHORT,
+        *f"--save-every 7 --out {tmp_path}/run".split(),
+    ]
     stop_at(tmp_path, 30, *command)
-    status, output, errors = inside(tmp_path, *command, "--resume")
-    assert status == 0 and "resumed at step 28" in output, errors
+    output = worked(tmp_path, *command, "--resume")
+    assert "resumed at step 28" in output
     assert_identical(home / "out/seed0/tiny-s", tmp_path / "run")
 
 
 def test_what_a_kill_between_two_renames_leaves_is_tidied(checkpoint, chats, tmp_path):
     out, work = tmp_path / "run", tmp_path / "run.training"
-    command = [
-        "train.py",
-        "--base",
-        checkpoint,
-        "--value",
-        "--data",
-        chats,
-        "--dtype",
-        "float32",
-        "--batch-size",
-        4,
-        "--steps",
-        20,
-        "--out",
-        out,
-        "--save-every",
-        5,
-    ]
-    assert inside(tmp_path, *command)[0] == 0
+    command = (
+        f"train.py --base {checkpoint} --value --data {chats} --dtype float32 "
+        f"--batch-size 4 --steps 20 --out {out} --save-every 5"
+    ).split()
+    worked(tmp_path, *command)
     settings_file = (out / "train.json").read_text()
     (work / "step.tmp").mkdir(parents=True)
     (work / "step-15").mkdir()  # and no lock any more
@@ -796,7 +560,7 @@ def test_what_a_kill_between_two_renames_leaves_is_tidied(checkpoint, chats, tmp
     (work / "step.tmp" / "state.safetensors").write_bytes(b"half")
     (work / "settings.json").write_text(settings_file)
     (work / "lock").touch()
-    assert inside(tmp_path, *command, "--resume")[0] == 0
+    worked(tmp_path, *command, "--resume")
     assert not work.exists()
     assert_identical(reference, out)
 
@@ -804,22 +568,10 @@ def test_what_a_kill_between_two_renames_leaves_is_tidied(checkpoint, chats, tmp
 def test_a_start_that_failed_leaves_nothing_and_two_at_once_are_refused(
     checkpoint, chats, tmp_path
 ):
-    command = [
-        "train.py",
-        "--base",
-        checkpoint,
-        "--value",
-        "--data",
-        chats,
-        "--dtype",
-        "float32",
-        "--batch-size",
-        4,
-        "--steps",
-        3,
-        "--out",
-        tmp_path / "run",
-    ]
+    command = (
+        f"train.py --base {checkpoint} --value --data {chats} --dtype float32 "
+        f"--batch-size 4 --steps 3 --out {tmp_path}/run"
+    ).split()
     assert "llama-3 template" in refused(tmp_path, *command, "--template", "llama-3")
     assert "every conversation" in refused(tmp_path, *command, "--max-length", "4")
     assert not (tmp_path / "run.training").exists()
@@ -827,28 +579,16 @@ def test_a_start_that_failed_leaves_nothing_and_two_at_once_are_refused(
     with open(tmp_path / "run.training/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         assert "another process" in refused(tmp_path, *command)
-    assert inside(tmp_path, *command)[0] == 0
+    worked(tmp_path, *command)
 
 
 def test_resume_with_other_settings_is_refused(checkpoint, chats, tmp_path):
-    command = [
-        "train.py",
-        "--base",
-        checkpoint,
-        "--value",
-        "--data",
-        chats,
-        "--dtype",
-        "float32",
-        "--batch-size",
-        4,
-        "--steps",
-        20,
-        "--out",
-        tmp_path / "run",
-    ]
+    command = (
+        f"train.py --base {checkpoint} --value --data {chats} --dtype float32 "
+        f"--batch-size 4 --steps 20 --out {tmp_path}/run"
+    ).split()
     work = tmp_path / "run.training"
-    assert inside(tmp_path, *command)[0] == 0
+    worked(tmp_path, *command)
     finished = refused(tmp_path, *command)
     assert "finished" in finished and "--out" in finished
     assert "lr was 0.0001, now 0.5" in refused(tmp_path, *command, "--resume", "--lr", "0.5")
@@ -886,20 +626,8 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
 ):
     message = refused(
         tmp_path,
-        "train.py",
-        "--base",
-        checkpoint,
-        "--value",
-        "--data",
-        chats,
-        "--steps",
-        50,
-        "--lr",
-        "1e30",
-        "--save-every",
-        "1",
-        "--out",
-        tmp_path / "run",
+        f"train.py --base {checkpoint} --value --data {chats} --steps 50 --lr 1e30 "
+        f"--save-every 1 --out {tmp_path}/run",
     )
     assert "step " in message and "last good checkpoint" in message
     kept = list((tmp_path / "run.training").glob("step-*"))
@@ -913,7 +641,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
 
 def test_bad_input_to_train(home, checkpoint, chats, pairs, tmp_path):
     """Each of these ends in one clear line and status 2, and nothing is written but the folder of a run."""
-    real = ["--base", checkpoint, "--value", "--data", chats, "--steps", "2"]
+    real = f"--base {checkpoint} --value --data {chats} --steps 2".split()
     file, folder, foreign = tmp_path / "file", tmp_path / "folder", tmp_path / "foreign"
     file.write_text("x")
     folder.mkdir()
@@ -933,46 +661,26 @@ def test_bad_input_to_train(home, checkpoint, chats, pairs, tmp_path):
         "value: a value network, which is no base": ["--base", tmp_path / "value", "--value"],
         "link: a symbolic link": [*real, "--out", tmp_path / "link"],
         "notes.training: exists, and is no run": [*real, "--out", tmp_path / "notes"],
-        "fifo: no regular file": ["--base", checkpoint, "--value", "--data", tmp_path / "fifo"],
+        "fifo: no regular file": f"--base {checkpoint} --value --data {tmp_path}/fifo".split(),
         "up to 10000": [*real[:-2], "--epochs", "1e308"],
         "tiny-x: no such tiny model; there are tiny-s": ["--base", "tiny-x"],
         "tiny-y: no such tiny model": ["--base", "tiny-y", "--value"],
         "nothing to train on a checkpoint": ["--base", checkpoint],
-        "no such folder": ["--base", tmp_path / "absent", "--value", "--data", chats],
+        "no such folder": f"--base {tmp_path}/absent --value --data {chats}".split(),
         "takes --data FILE": ["--base", checkpoint, "--value"],
-        "no tokenizer.model": ["--base", tmp_path / "no-tokenizer", "--value", "--data", chats],
-        "unrelated vocabularies": [
-            "--base",
-            checkpoint,
-            tmp_path / "stranger",
-            "--value",
-            "--data",
-            chats,
-        ],
-        "absent.json: No such file": [
-            "--base",
-            checkpoint,
-            "--value",
-            "--data",
-            tmp_path / "absent.json",
-        ],
-        "Is a directory": ["--base", checkpoint, "--value", "--data", folder],
-        "line 1 is not JSON": ["--base", checkpoint, "--value", "--data", file],
+        "no tokenizer.model": f"--base {tmp_path}/no-tokenizer --value --data {chats}".split(),
+        "unrelated vocabularies": f"--base {checkpoint} {tmp_path}/stranger --value --data {chats}".split(),
+        "absent.json: No such file": f"--base {checkpoint} --value --data {tmp_path}/absent.json".split(),
+        "Is a directory": f"--base {checkpoint} --value --data {folder}".split(),
+        "line 1 is not JSON": [*f"--base {checkpoint} --value --data".split(), file],
         "every conversation is longer than --max-length 4": [*real, "--max-length", "4"],
         "every conversation is longer than --max-length 5": [
             *real,
-            "--max-length",
-            "5",
-            "--l1",
-            "1",
+            *"--max-length 5 --l1 1".split(),
         ],
         "every pair is longer than --max-length 4": [
             *real[:4],
-            pairs,
-            "--loss",
-            "pairwise",
-            "--max-length",
-            "4",
+            *f"{pairs} --loss pairwise --max-length 4".split(),
         ],
         "the checkpoint was made for 128 tokens": [*real, "--max-length", "4096"],
         "exists, and is no run of train.py": [*real, "--out", foreign],
@@ -991,59 +699,40 @@ def test_bad_input_to_train(home, checkpoint, chats, pairs, tmp_path):
         "--epochs: not allowed with argument": [*real, "--epochs", "1"],
         "--full: not allowed with argument --value": [*real, "--full"],
         "--fast: not allowed with argument --plain": [*real, "--plain", "--fast"],
-        "--l1 means nothing": ["--base", "tiny-s", "--l1", "1"],
+        "--l1 means nothing": "--base tiny-s --l1 1".split(),
         "--l1 means nothing when fine-tuning": ["--full", "--l1", "1"],
-        "--data means nothing": ["--base", "tiny-s", "--data", chats],
-        "--epochs means nothing": ["--base", "tiny-s", "--epochs", "1"],
-        "is made for 256 tokens": ["--base", "tiny-s", "--max-length", "300"],
-        "one base": ["--full", "--base", "a", "b"],
-        f"{tmp_path}: exists, and is no run": ["--base", "tiny-s", "--out", "."],
+        "--data means nothing": f"--base tiny-s --data {chats}".split(),
+        "--epochs means nothing": "--base tiny-s --epochs 1".split(),
+        "is made for 256 tokens": "--base tiny-s --max-length 300".split(),
+        "one base": "--full --base a b".split(),
+        f"{tmp_path}: exists, and is no run": "--base tiny-s --out .".split(),
         "'9999999999' is no whole number from 0 to below 2**32": [*real, "--seed", "9999999999"],
         "unrecognized arguments: --quick": [*real, "--quick"],
-        "--value scratch:tiny-q": [
-            "--base",
-            checkpoint,
-            "--value",
-            "scratch:tiny-q",
-            "--data",
-            chats,
-        ],
-        "argument --scheme": ["--base", checkpoint, "--value", "--scheme", "series"],
+        "--value scratch:tiny-q": f"--base {checkpoint} --value scratch:tiny-q --data {chats}".split(),
+        "argument --scheme": f"--base {checkpoint} --value --scheme series".split(),
         "--scheme means nothing": ["--full", "--scheme", "probe"],
         "for a new --scheme probe": [*real, "--probe-width", "8"],
-        "nothing in scratch:tiny-m for a probe": [
-            "--base",
-            checkpoint,
-            "--value",
-            "scratch:tiny-m",
-            "--scheme",
-            "probe",
-            "--data",
-            chats,
-        ],
+        "nothing in scratch:tiny-m for a probe": f"--base {checkpoint} --value scratch:tiny-m --scheme probe --data {chats}".split(),
         "line 1 is a preference": [*real[:4], pairs, *real[5:]],
         "line 1 has no object with 'chosen' and 'rejected'": [*real, "--loss", "pairwise"],
         "--loss kl and --teacher FOLDER go together": [*real, "--loss", "kl"],
         "--loss kl and --teacher FOLDER": [*real, "--teacher", checkpoint],
         "--beta goes with --loss pairwise": [*real, "--beta", "1"],
         "--temperature goes with --loss kl": [*real, "--temperature", "1"],
-        "--l1 goes with --loss ce": [*real, "--loss", "pairwise", "--l1", "1"],
+        "--l1 goes with --loss ce": [*real, *"--loss pairwise --l1 1".split()],
         "--l1-over goes with --l1": [*real, "--l1-over", "all"],
         "--loss means nothing when fine-tuning in full": ["--full", "--loss", "pairwise"],
         "argument --beta": [*real, "--beta", "0"],
-        "--teacher means nothing": ["--base", "tiny-s", "--teacher", checkpoint],
+        "--teacher means nothing": f"--base tiny-s --teacher {checkpoint}".split(),
         "argument --loss": [*real, "--loss", "hinge"],
-        "absent: no such folder": [*real, "--loss", "kl", "--teacher", "absent"],
+        "absent: no such folder": [*real, *"--loss kl --teacher absent".split()],
         "value: a value network, which is no ": [
             *real,
-            "--loss",
-            "kl",
-            "--teacher",
-            tmp_path / "value",
+            *f"--loss kl --teacher {tmp_path}/value".split(),
         ],
-        "stranger": [*real, "--loss", "kl", "--teacher", tmp_path / "stranger"],
-        "--fast: pairs have no fast twin": [*real[:4], pairs, "--loss", "pairwise", "--fast"],
-        "names one folder": ["--base", "tiny-s", "tiny-m", "--out", tmp_path / "one"],
+        "stranger": [*real, *f"--loss kl --teacher {tmp_path}/stranger".split()],
+        "--fast: pairs have no fast twin": [*real[:4], *f"{pairs} --loss pairwise --fast".split()],
+        "names one folder": f"--base tiny-s tiny-m --out {tmp_path}/one".split(),
     }
     for message, arguments in cases.items():
         assert message in refused(tmp_path, "train.py", *arguments), arguments
@@ -1059,13 +748,7 @@ def test_an_unwritable_out(checkpoint, chats, tmp_path):
         locked = Path("/proc/self")
     message = refused(
         tmp_path,
-        "train.py",
-        "--base",
-        checkpoint,
-        "--value",
-        "--data",
-        chats,
-        "--out",
+        f"train.py --base {checkpoint} --value --data {chats} --out",
         locked / "run",
     )
     assert f"{locked}/run.training: " in message
@@ -1079,32 +762,27 @@ def test_bad_input_to_sample(home, checkpoint, tmp_path):
     shutil.copytree(value, tmp_path / "exchanged")
     (tmp_path / "exchanged/tokenizer.model").write_bytes(byte_pairs())
     cases = {
-        "is not the one that its ivl.json records": [
-            "--value",
-            tmp_path / "exchanged",
-            "--base",
-            home / "out/seed0/tiny-s",
-        ],
+        "is not the one that its ivl.json records": f"--value {tmp_path}/exchanged --base {home}/out/seed0/tiny-s".split(),
         "`python train.py` trains one": [],
         "no such folder": ["--value", tmp_path / "absent"],
         "no ivl.json": ["--value", checkpoint],
-        "truncated": ["--value", tmp_path / "truncated", "--base", home / "out/seed0/tiny-s"],
-        "tiny-x: no such tiny model": ["--value", value, "--base", "tiny-x"],
+        "truncated": f"--value {tmp_path}/truncated --base {home}/out/seed0/tiny-s".split(),
+        "tiny-x: no such tiny model": f"--value {value} --base tiny-x".split(),
         "no ivl.json, so": ["--value", ""],
-        "not allowed with argument --chat": ["--value", value, "--chat", "--prompt", "hi"],
+        "not allowed with argument --chat": f"--value {value} --chat --prompt hi".split(),
         "--fast: a captured step": ["--value", value, "--fast"],
         "--compile: a captured step": ["--value", value, "--compile"],
-        "--compile: not allowed with argument --plain": ["--value", value, "--plain", "--compile"],
-        "a value network, which is no base": ["--value", value, "--base", value],
-        "`python train.py --base tiny-l": ["--value", value, "--base", "tiny-l"],
-        "absent-base: No such file": ["--value", value, "--base", tmp_path / "absent-base"],
-        "ask with --prompt or --chat": ["--value", value, "--base", checkpoint],
-        "argument --temperature": ["--value", value, "--temperature", "-1"],
-        "--top-p is a share": ["--value", value, "--top-p", "1.5"],
-        "'nan' is no finite number": ["--value", value, "--alpha", "nan"],
-        "argument --max-new-tokens": ["--value", value, "--max-new-tokens", "0"],
+        "--compile: not allowed with argument --plain": f"--value {value} --plain --compile".split(),
+        "a value network, which is no base": f"--value {value} --base {value}".split(),
+        "`python train.py --base tiny-l": f"--value {value} --base tiny-l".split(),
+        "absent-base: No such file": f"--value {value} --base {tmp_path}/absent-base".split(),
+        "ask with --prompt or --chat": f"--value {value} --base {checkpoint}".split(),
+        "argument --temperature": f"--value {value} --temperature -1".split(),
+        "--top-p is a share": f"--value {value} --top-p 1.5".split(),
+        "'nan' is no finite number": f"--value {value} --alpha nan".split(),
+        "argument --max-new-tokens": f"--value {value} --max-new-tokens 0".split(),
         "--prompt is not UTF-8": ["--value", value, "--prompt", "\udcff"],
-        "tokens long": ["--value", value, "--base", checkpoint, "--prompt", "Hello " * 300],
+        "tokens long": [*f"--value {value} --base {checkpoint} --prompt".split(), "Hello " * 300],
     }
     for message, arguments in cases.items():
         assert message in refused(tmp_path, "sample.py", *arguments), arguments
@@ -1113,7 +791,7 @@ def test_bad_input_to_sample(home, checkpoint, tmp_path):
 def test_bad_checkpoints_are_told_in_one_line_by_the_scripts(checkpoint, chats, tmp_path):
     (checkpoint / "config.json").write_text("{")
     done = run(
-        tmp_path, "train.py", "--base", checkpoint, "--value", "--data", chats
+        tmp_path, f"train.py --base {checkpoint} --value --data {chats}"
     )  # a process of its own, once
     assert (
         done.returncode == 2
@@ -1125,7 +803,7 @@ def test_bad_checkpoints_are_told_in_one_line_by_the_scripts(checkpoint, chats, 
 def test_only_pytorch_model_bin_is_told_by_the_scripts(checkpoint, chats, tmp_path):
     (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
     assert "pytorch_model.bin" in refused(
-        tmp_path, "train.py", "--base", checkpoint, "--value", "--data", chats
+        tmp_path, f"train.py --base {checkpoint} --value --data {chats}"
     )
 
 
@@ -1148,7 +826,7 @@ def test_value_networks_work_on_three_seeds(three_seeds):
 def test_they_transfer_to_a_bigger_base_which_knows_more(three_seeds):
     for seed in range(3):
         value = f"out/seed{seed}/value-residual-tiny-s"
-        shown = succeed(three_seeds, "sample.py", "--base", "tiny-l", "--value", value)
+        shown = succeed(three_seeds, "sample.py --base tiny-l --value", value)
         systems, by_frequency = read_table(shown, "exact"), read_table(shown, "often")
         for metric in ("exact", "know", "fk"):
             gain = systems["tiny-l + value"][metric] - systems["tiny-s + value"][metric]

@@ -12,7 +12,16 @@ from data.tiny_world import World
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
 from fast import alignment
 from fast.alignment import align_all
-from tests.helpers import REAL, SHARED, byte_pairs, inside, json_byte_pairs, needs_real, python
+from tests.helpers import (
+    REAL,
+    SHARED,
+    byte_pairs,
+    inside,
+    json_byte_pairs,
+    needs_real,
+    python,
+    worked,
+)
 from tests.make_golden import GOLDEN, HARD_STRINGS
 from vocab_map import (
     HOWS,
@@ -329,15 +338,9 @@ def command(pair, tmp_path) -> list:
     for name, tokenizer in zip("ab", pair):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.model").write_bytes(tokenizer.model)
-    return [
-        "vocab_map.py",
-        "--base-tokenizer",
-        "a",
-        "--value-tokenizer",
-        "b/tokenizer.model",
-        "--out",
-        "map.safetensors",
-    ]
+    return (
+        "vocab_map.py --base-tokenizer a --value-tokenizer b/tokenizer.model --out map.safetensors"
+    ).split()
 
 
 def test_the_command(command, tmp_path):
@@ -363,17 +366,17 @@ def test_the_command(command, tmp_path):
             last[:2] == ["overlap:", "texts"] and last[3] == "held-out" and 0 < float(last[4]) <= 1
         )
         assert how == "pieces" or "2 of 2 texts" in errors
-    status, output, _ = inside(tmp_path, *command)
-    assert status == 0 and output.endswith("overlap: texts - held-out -\n")
+    output = worked(tmp_path, *command)
+    assert output.endswith("overlap: texts - held-out -\n")
 
 
 @pytest.mark.parametrize(
     "arguments, content, said",
     [
         (["--how", "paper"], None, "name some with --texts"),
-        (["--how", "dtw", "--texts", "t.txt"], None, "No such file"),
-        (["--how", "dtw", "--texts", "t.txt"], b" \n\n ", "no text"),
-        (["--how", "dtw", "--texts", "t.txt"], b"a\xff", "not UTF-8"),
+        ("--how dtw --texts t.txt".split(), None, "No such file"),
+        ("--how dtw --texts t.txt".split(), b" \n\n ", "no text"),
+        ("--how dtw --texts t.txt".split(), b"a\xff", "not UTF-8"),
         (["--eval", "t.jsonl"], b"{", "line 1 is not JSON"),
         (["--eval", "t.jsonl"], b'{"text": 3}', "'text' that is no text"),
         (["--eval", "t.csv"], b"a,b", ".txt or .jsonl"),
@@ -394,7 +397,7 @@ def test_bad_input_is_told_in_one_line(command, tmp_path, arguments, content, sa
 
 @pytest.mark.slow
 def test_the_bench_prints_its_tables():
-    output = python("-m", "bench.vocab_map", "--rounds", "1")
+    output = python("-m bench.vocab_map --rounds 1")
     assert (
         output.count("| fast/alignment.py ") == 2
         and "| --how offsets " in output
