@@ -2,8 +2,8 @@
 
 tests/helpers.py starts this file once. It imports torch and nothing of ours. Then it reads an order
 a line: a folder, what stands behind `python` (a script, -m and a module, or -c and a program), files
-for stdin, stdout and stderr, and one environment for each process that is wanted. It forks them,
-waits for them, and answers with their exit status.
+for stdin, stdout and stderr, how many seconds it may take, and one environment for each process
+that is wanted. It forks them, waits for them, and answers with their exit status.
 """
 
 import contextlib
@@ -23,17 +23,15 @@ import torch.distributed.tensor  # noqa: F401
 with contextlib.suppress(ImportError):
     import triton.language  # noqa: F401
 
-LONGEST = 1800  # seconds that a command may take
-
 
 def serve() -> None:
     for line in sys.stdin:
         order = json.loads(line)
         children, status = set(), 0
-        for environment in order["environments"]:
+        for environment in order.pop("environments"):
             child = os.fork()
             if child == 0:
-                become(order["command"], order["folder"], environment, order["streams"])
+                become(environment, **order)
             children.add(child)
         while children:
             child, ended = os.wait()
@@ -45,9 +43,11 @@ def serve() -> None:
         print(status, flush=True)
 
 
-def become(command: list[str], folder: str, environment: dict, streams: list[str]) -> None:
-    """Be the process that `python COMMAND...` would be, to its end."""
-    signal.alarm(LONGEST)
+def become(
+    environment: dict, command: list[str], folder: str, streams: list[str], seconds: float
+) -> None:
+    """Be the process that `python COMMAND...` would be, to its end; SIGALRM kills what takes longer."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

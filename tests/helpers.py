@@ -61,12 +61,14 @@ def forks() -> subprocess.Popen:
     return process
 
 
-def run(folder: Path, *command, input="", ranks=1, **environment) -> subprocess.CompletedProcess:
+def run(
+    folder: Path, *command, input="", ranks=1, seconds=1800.0, **environment
+) -> subprocess.CompletedProcess:
     """Run `python COMMAND...` in a folder, forked from a process that has imported torch already.
 
     A script of ours is named from the root of the repository. With `ranks`, as so many processes as
-    torchrun would start. What has to be a new Python (signals, limits, TRITON_INTERPRET) is started
-    by the test itself.
+    torchrun would start. After these seconds it is killed, and its status is -SIGALRM. What has to
+    be a new Python (other signals, limits) is started by the test itself.
     """
     command = words(*command)
     if command[0].endswith(".py"):
@@ -82,6 +84,7 @@ def run(folder: Path, *command, input="", ranks=1, **environment) -> subprocess.
             "command": command,
             "folder": str(folder),
             "streams": list(map(str, streams)),
+            "seconds": seconds,
             "environments": environments,
         }
         print(json.dumps(order), file=forks().stdin, flush=True)
