@@ -1,21 +1,24 @@
 """Pretrain a tiny base, fine-tune a base in full, or train a value network on a frozen base.
 
     python train.py                                        # the same as: python train.py --base --value
-    python train.py --base tiny-l                          # pretrain a bigger base, to plug the value network into
-    python train.py --base --value --scheme cascade+       # another way to connect the two (Section 4.1)
+    python train.py --base tiny-l                          # pretrain a bigger base, to plug into
+    python train.py --base --value --scheme cascade+       # another way to connect (Section 4.1)
     python train.py --base tiny-s tiny-m --value           # a curriculum of bases (Table 2)
-    python train.py --base --value --loss pairwise         # pairs of answers instead of demonstrations (Section 3.1)
-    python train.py --base PATH --value --data chats.json  # on a real checkpoint in the Hugging Face layout
-    torchrun --nproc_per_node=8 train.py --base PATH --value --data chats.json  # on eight GPUs; --shard divides the weights
+    python train.py --base --value --loss pairwise         # pairs instead of demonstrations (3.1)
+    python train.py --base PATH --value --data chats.json  # on a checkpoint in Hugging Face's layout
+    torchrun --nproc_per_node=8 train.py --base PATH --value --data chats.json  # on eight GPUs
 
-All three are one loop, `fit`. They differ in what is fed, and in whether a frozen base's logits are
-added. Where a run lives while it is not finished, run/folder.py knows.
+All three are one loop, `fit`. They differ in the first weights, in the loss, and in whether there is a
+frozen base. Begin at the end, with `train_value`.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn as nn
@@ -24,13 +27,16 @@ from torch import Tensor
 
 from data.chat import ChatDataset, collate
 from data.tiny_world import print_metrics
-from ivl import ValueModel, at_least_float
+from data.tokenizer import Tokenizer
+from ivl import Loss, Probe, ValueModel, at_least_float
 from model import Llama
 from sample import Guided
 
-Part = tuple[Tensor, Tensor]  # tokens (B, T), and labels (B, T), shifted, -100 where not supervised
+# Tokens (B, T), and labels (B, T): the tokens that follow, -100 where not supervised. Of conversations
+# only answers and their ends are supervised: data/chat.py, with_mask and collate.
+Part = tuple[Tensor, Tensor]
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Settings
 
 
@@ -49,8 +55,12 @@ class Settings:
     seed: int
     dtype: str
     steps: int
-    batch_size: int  # conversations, pairs (two rows each) or rows of text that make one step, over all its parts
-    grad_accum: int  # parts that a step's batch is split into, in each process, to save memory; the gradient is the same
+    batch_size: (
+        int  # conversations, pairs (two rows each) or rows of text of a step, all parts together
+    )
+    grad_accum: (
+        int  # parts of a step's batch in each process, to save memory; the gradient is the same
+    )
     max_length: int
     lr: float
     warmup: float = 0.04  # Table 5's warm-up ratio
@@ -73,9 +83,8 @@ TINY = dict(floor=0.1, betas=(0.9, 0.98), grad_accum=1)
 TINY_PRETRAINING = TINY | dict(batch_size=16, max_length=PRETRAINING_LENGTH, weight_decay=0.05)
 TINY_POST_TRAINING = TINY | dict(steps=500, batch_size=32, lr=1e-3)
 TINY_PAIRS = TINY | dict(steps=400, batch_size=16, lr=5e-4)
-TINY_PAIRS_LATER = TINY_PAIRS | dict(
-    steps=200, lr=1e-4
-)  # of a value network: as much as above would undo what it knows
+# of a value network: as much as above would undo what it knows
+TINY_PAIRS_LATER = TINY_PAIRS | dict(steps=200, lr=1e-4)
 PROBE_WIDTH = 256  # 0.8M weights on 1024 logits, 25M on 32000
 
 
@@ -96,44 +105,22 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.lr * (settings.floor + (1 - settings.floor) * cosine)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loop
-
-
-def language_loss(
-    network: Llama, base: None, tokens: Tensor, labels: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Ordinary training of a network by itself: the mean cross-entropy of tokens (B, T) over supervised labels (B, T).
-
-    base is there because ValueModel.loss stands in the same place where a value network is trained.
-    """
-    z = network(tokens)  # (B, T, V)
-    total = F.cross_entropy(at_least_float(z).flatten(0, 1), labels.flatten(), reduction="sum")
-    loss = total / (labels != -100).sum().clamp(min=1)
-    return loss, {"ce": loss.detach()}
-
-
-class Objective(nn.Module):
-    """A network, and its loss as a forward pass, which is where several processes can step in."""
-
-    def __init__(self, network: Llama | ValueModel, loss: Callable):
-        super().__init__()
-        self.network, self.loss = network, loss
-
-    def forward(
-        self, base: Llama | None, tokens: Tensor, labels: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(self.network, base, tokens, labels)
 
 
 class OneProcess:
     """What the loop asks of the processes that train together: here, of one. run/processes.py has several."""
 
-    rank, count = 0, 1
+    rank, count, shard = 0, 1, False
 
-    def share_out(self, objective: Objective, dtype: str) -> nn.Module:
+    def share_out(self, objective: "Objective", dtype: str) -> nn.Module:
         """The objective, with its weights where the processes keep them."""
         return objective
+
+    def divide_base(self, base: Llama) -> Llama:
+        """A frozen base, where the processes keep it."""
+        return base
 
     def mine(self, parts: list[Part]) -> list[Part]:
         """The parts of a step that this process computes."""
@@ -147,26 +134,67 @@ class OneProcess:
         """A tensor of which each process may hold a slice."""
         return tensor.detach()
 
+    def undivided(self, network: nn.Module) -> nn.Module:
+        """The network as a single process has it."""
+        return network
+
+
+class Run(Protocol):
+    """Where a network lives while it is trained. run/folder.py has the one there is."""
+
+    settings: Settings
+    processes: OneProcess
+    save_every: int  # steps between checkpoints
+
+    def begin(
+        self, network: nn.Module, optimizer: torch.optim.AdamW, batches: Callable
+    ) -> tuple[int, Iterator]:
+        """The first step to do, and the batches from there on: of a new run, or of a stopped one."""
+
+    def check_finite(self, step: int, metrics: dict[str, float], norm: float) -> None:
+        """UsageError where a step's loss or gradient is no number."""
+
+    def save(self, network: nn.Module, optimizer: torch.optim.AdamW, state: dict) -> None:
+        """Write a checkpoint."""
+
+    def report(self, step: int, metrics: dict[str, float], tokens: int) -> None:
+        """Say how it goes."""
+
+    def check_weights(self, network: nn.Module) -> None:
+        """UsageError where a weight is no number."""
+
+    def publish(self, network: nn.Module, tokenizer: Tokenizer, metrics: dict) -> None:
+        """Write the finished folder."""
+
+
+class Objective(nn.Module):
+    """A network and its loss as one module, whose forward pass is where several processes step in."""
+
+    def __init__(self, network: nn.Module, loss: Callable):
+        super().__init__()
+        self.network, self.loss = network, loss
+
+    def forward(self, base: Llama | None, tokens: Tensor, labels: Tensor) -> Loss:
+        return self.loss(self.network, base, tokens, labels)
+
 
 def fit(
-    network: Llama | ValueModel, loss: Callable, bases: list[Llama], batches: Callable, run
+    network: nn.Module, loss: Callable, bases: list[Llama], batches: Callable, run: Run
 ) -> nn.Module:
-    """Train a network for settings.steps steps: a value network on frozen bases, or an ordinary model without.
+    """Train a network for settings.steps steps: a value network on frozen bases, or one without.
 
-    batches(position, parts) begins at a position in the data (None: the start), and yields for each step the position
-    behind it, where a stopped run goes on, and a list of so many parts. `run` is where it lives (run/folder.py, Run):
-    settings, processes, checkpoints. Returns the Objective.
+    loss(network, base, tokens (B, T), labels (B, T)) is what is minimised; base is None where there
+    is none. batches(position, parts) begins at a position in the data (None: the start), and yields
+    for each step the position behind it, where a stopped run goes on, and a list of so many parts.
+    Returns the Objective.
     """
     settings, processes = run.settings, run.processes
-    network.refuse_unsaved()  # rather now than when it is trained
     objective = processes.share_out(Objective(network, loss), settings.dtype)
     count = count_pairs if settings.loss == "pairwise" else count_supervised
     optimizer = make_optimizer(network, settings)
-    first, stream = run.begin(
-        network, optimizer, batches
-    )  # at step 0, or where a stopped run goes on
+    first, stream = run.begin(network, optimizer, batches)  # step 0, or where a stopped run goes on
     for step, (position, parts) in zip(range(first, settings.steps), stream):
-        # Dropout drops here and nowhere else, and a resumed run drops what it would have dropped
+        # Dropout drops here and nowhere else; a resumed run drops what it would have dropped
         objective.train()
         torch.manual_seed(settings.seed * settings.steps + step)
         # the learning rate of this step
@@ -192,8 +220,8 @@ def fit(
 
 def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.AdamW:
     """AdamW; the weights of norms, which are vectors, do not decay."""
-    matrices = [parameter for parameter in network.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in network.parameters() if parameter.dim() < 2]
+    matrices = [weight for weight in network.parameters() if weight.dim() >= 2]
+    vectors = [weight for weight in network.parameters() if weight.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -206,7 +234,7 @@ def count_supervised(labels: Tensor) -> int:
 
 
 def count_pairs(labels: Tensor) -> int:
-    """Of rows chosen, rejected, chosen, ...; pairs without a label, which pad the parts of several processes, are not counted."""
+    """Of rows chosen, rejected, chosen, ... A pair without a label only pads a part: not counted."""
     return int((labels[::2] != -100).any(1).sum())
 
 
@@ -218,10 +246,12 @@ def accumulate_gradient(
     processes: OneProcess = OneProcess(),
     count: Callable = count_supervised,
 ) -> dict[str, float]:
-    """Leave in .grad the gradient of the mean over all that a step's loss counts, however it is split in parts.
+    """Leave in .grad the gradient of the mean over all that a step's loss counts.
 
-    `count` says how much that is of a part's labels: supervised tokens, or pairs. (A norm over "all" positions is split
-    otherwise: of each part it weighs as much as its supervised tokens.) Returns the means of the metrics, and of the loss.
+    That mean does not depend on how the step is split into parts. `count` says how much of a part's
+    labels counts: supervised tokens, or pairs. (A norm over "all" positions is split otherwise: of
+    each part it weighs as much as its supervised tokens.) Returns the means of the metrics, and of
+    the loss.
     """
     total = sum(count(labels) for _, labels in parts)
     sums: dict[str, Tensor] = defaultdict(float)
@@ -232,108 +262,196 @@ def accumulate_gradient(
         (loss * share * processes.count).backward()
         for name, value in (metrics | {"loss": loss}).items():
             sums[name] += value.detach().float() * share
-    return processes.sum(
-        {name: total.item() for name, total in sums.items()}
-    )  # once a step: a GPU waits for each answer
+    # numbers are asked for once a step, since a GPU waits for each answer
+    return processes.sum({name: total.item() for name, total in sums.items()})
 
 
 def compute_loss(
     objective: nn.Module, base: Llama | None, tokens: Tensor, labels: Tensor, dtype: str
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The Objective of tokens (B, T) and labels (B, T), moved to the device and computed in dtype."""
+) -> Loss:
+    """The Objective of tokens (B, T) and labels (B, T), moved to the device, computed in dtype."""
     device = next(objective.parameters()).device
     with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         return objective(base, tokens.to(device), labels.to(device))
 
 
-@torch.no_grad()
-def held_out_ce(
-    objective: nn.Module, base: Llama | None, dataset: ChatDataset, indices: list[int], dtype: str
-) -> float | None:
-    """Mean cross-entropy in nats over the supervised tokens of some conversations; None when none of them fits."""
-    total, count = 0.0, 0
-    for index in indices:
-        rows = dataset.rows(index)
-        if not rows:
-            continue
-        tokens, labels = collate(rows)
-        _, metrics = compute_loss(objective, base, tokens, labels, dtype)
-        total += metrics["ce"].item() * count_supervised(labels)
-        count += count_supervised(labels)
-    return total / count if count else None
+# --------------------------------------------------------------------------------------------------
+# Three jobs
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Three jobs. A `job` (run/jobs.py) is what a command asks for: settings, data, where weights come from and go.
+@dataclass
+class Job:
+    """One network to train, as a command asks for it. run/jobs.py makes it."""
+
+    settings: Settings
+    run: Run
+    tokenizer: Tokenizer
+    device: str
+    build: Callable[[], Llama | Probe]  # makes the network with fresh weights
+    batches: Callable  # of the data, as fit wants them
+    faster: Callable  # a loss -> the same loss from fast/, where run/twins.py chooses that
+    examine: (
+        Callable | None
+    )  # guided -> metrics, by an exam; None: there are held-out conversations
+    prepare: Callable  # of the network: gradient checkpointing, and a line about what is trained
+    dataset: ChatDataset | None = None
+    train_on: list[int] = field(default_factory=list)  # conversations of it
+    held_out: list[int] = field(default_factory=list)  # those to measure on instead
+    info: dict = field(default_factory=dict)  # what ivl.json will say of a value network
+    full_metrics: dict = field(default_factory=dict)  # of a full fine-tuning, to stand beside
+    shows_alone: bool = False  # whether a value network is also measured without a base
+
+    def publish(self, network: nn.Module, metrics: dict) -> None:
+        """Write the finished folder. By now it is known which conversations were too long."""
+        if self.dataset is not None and self.settings.data == str(self.dataset.path):
+            print(self.dataset.report(self.held_out))
+        self.run.publish(self.run.processes.undivided(network), self.tokenizer, metrics)
 
 
-def pretrain(job) -> None:
+def pretrain(job: Job) -> None:
     """A tiny base from nothing, on the tiny world's text, each token of which is supervised."""
-    network = job.first_weights()
-    fit(network, job.loss, [], job.batches, job.run)
-    job.publish(network, {"base": job.examine(Guided(job.undivided(network)))})
+    network = first_weights(job)
+    fit(network, job.faster(language_loss), [], job.batches, job.run)
+    metrics = {"base": job.examine(Guided(job.run.processes.undivided(network)))}
+    job.publish(network, metrics)
 
 
-def fine_tune(job) -> None:
+def fine_tune(job: Job) -> None:
     """A copy of the base, all of its weights, on demonstrations: "Full" in the paper."""
-    base = job.load_frozen(job.bases[0])
-    network = job.first_weights()
-    objective = fit(network, job.loss, [], job.batches, job.run)
+    base = load_frozen(job, job.settings.bases[0])
+    network = first_weights(job)  # the base's own
+    objective = fit(network, job.faster(language_loss), [], job.batches, job.run)
     metrics = {"base": measure(job, None, base), "full": measure(job, objective, None)}
     job.publish(network, metrics)
     print_metrics(metrics)
 
 
-def train_value(job) -> None:
-    """A value network on demonstrations, for frozen bases."""
-    bases = {path: job.load_frozen(path) for path in job.bases}
-    network = ValueModel(job.first_weights(), job.value_info())
-    objective = fit(network, job.loss, [bases[path] for path in job.bases], job.batches, job.run)
-    # how the first base does by itself, fine-tuned in full, and guided; then a curriculum's later bases
-    base = bases.pop(job.bases[0])
-    metrics = (
-        {"base": measure(job, None, base)}
-        | job.full_metrics
-        | {"base+value": measure(job, objective, base)}
-    )
+def train_value(job: Job) -> None:
+    """A value network on demonstrations, for frozen bases: inverse value learning (Section 3.1)."""
+    bases = {path: load_frozen(job, path) for path in job.settings.bases}
+    network = ValueModel(first_weights(job), job.info)  # a copy of the first base, if none is named
+    loss = job.faster(value_loss(job))  # Eq. (4), if no other is named
+    frozen = [bases[path] for path in job.settings.bases]  # a curriculum may name one twice
+    objective = fit(network, loss, frozen, job.batches, job.run)
+    # how the first base does by itself, fine-tuned in full, and guided
+    base = bases.pop(job.settings.bases[0])
+    metrics = {"base": measure(job, None, base)} | job.full_metrics
+    metrics["base+value"] = measure(job, objective, base)
     if job.shows_alone:  # as a fine-tuned model would stand, without a base
-        metrics["value alone"] = job.examine(Guided(job.processes.undivided(job.network)))
+        metrics["value alone"] = measure(job, objective, None)
+    # then a curriculum's later bases
     for path, base in bases.items():
-        name = str(path) if path.name in metrics else path.name
+        name = path if Path(path).name in metrics else Path(path).name
         metrics |= {name: measure(job, None, base), f"{name}+value": measure(job, objective, base)}
     job.publish(network, metrics)
     print_metrics(metrics)
 
 
-def measure(job, objective: nn.Module | None, base: Llama | None) -> dict[str, float | None]:
-    """A base alone (no objective), what was trained alone (no base), or a base guided by what was trained.
+def first_weights(job: Job) -> Llama | Probe:
+    """What training starts from: a checkpoint's weights or, for a start "scratch...", fresh ones."""
+    start, device = job.settings.start, job.device
+    if start.startswith("scratch"):
+        torch.manual_seed(job.settings.seed)
+        network = job.build().to(device)
+    elif job.settings.scheme == "probe":
+        network = ValueModel.from_pretrained(start, torch.float32, device).network
+    else:
+        network = Llama.from_pretrained(start, torch.float32, device)
+    job.prepare(network)
+    return network
 
-    With an exam: by what job.network says, if there is an objective, which is not called. Without: by the objective's
-    cross-entropy on held-out conversations.
+
+def load_frozen(job: Job, path: str | Path) -> Llama:
+    """A base or a teacher, which stays as it is. Its weights have no gradient."""
+    device = "cpu" if job.run.processes.shard else job.device  # divided, it is never whole on a GPU
+    base = Llama.from_pretrained(path, getattr(torch, job.settings.dtype), device)
+    return job.run.processes.divide_base(base.requires_grad_(False))
+
+
+def value_loss(job: Job) -> Callable:
+    """What a value network minimises: loss(network, base, tokens, labels)."""
+    settings = job.settings
+    if settings.loss == "pairwise":
+        return partial(ValueModel.pair_loss, beta=settings.beta)
+    if settings.loss == "kl":
+        teacher = load_frozen(job, settings.teacher)
+        return partial(ValueModel.teacher_loss, teacher=teacher, temperature=settings.temperature)
+    return partial(ValueModel.loss, l1=settings.l1, over=settings.l1_over)  # Eq. (4)
+
+
+def language_loss(network: Llama, base: None, tokens: Tensor, labels: Tensor) -> Loss:
+    """Ordinary training of a network by itself: the mean cross-entropy over supervised labels.
+
+    tokens and labels are (B, T). There is no base; ValueModel.loss has one in this place.
     """
-    if not job.exam:
+    z = network(tokens)  # (B, T, V)
+    total = F.cross_entropy(at_least_float(z).flatten(0, 1), labels.flatten(), reduction="sum")
+    loss = total / (labels != -100).sum().clamp(min=1)
+    return loss, {"ce": loss.detach()}
+
+
+def measure(job: Job, objective: nn.Module | None, base: Llama | None) -> dict[str, float | None]:
+    """A base alone (no objective), what was trained alone (no base), or a base guided by it.
+
+    By the exam, if there is one; else by the cross-entropy of held-out conversations.
+    """
+    if job.examine is None:
         if objective is None:
             objective, base = Objective(base, language_loss), None
-        return {"ce": held_out_ce(objective, base, job.dataset, job.held_out, job.settings.dtype)}
-    trained = None if objective is None else job.undivided(job.network)
-    if base is None:
-        return job.examine(Guided(trained))
-    return job.examine(Guided(job.undivided(base), trained))
+        return {"ce": held_out_ce(objective, base, job)}
+    undivided = job.run.processes.undivided
+    trained = None if objective is None else undivided(trained_network(objective))
+    if base is not None:
+        return job.examine(Guided(undivided(base), trained))
+    return job.examine(Guided(trained.network if isinstance(trained, ValueModel) else trained))
+
+
+def trained_network(objective: nn.Module) -> Llama | ValueModel:
+    """The network in an Objective, which several processes may have wrapped."""
+    return getattr(objective, "module", objective).network
+
+
+@torch.no_grad()
+def held_out_ce(objective: nn.Module, base: Llama | None, job: Job) -> float | None:
+    """Mean cross-entropy in nats over the supervised tokens of held-out conversations.
+
+    None when none of them fits.
+    """
+    total, count = 0.0, 0
+    for index in job.held_out:
+        rows = job.dataset.rows(index)
+        if not rows:
+            continue
+        tokens, labels = collate(rows)
+        _, metrics = compute_loss(objective, base, tokens, labels, job.settings.dtype)
+        total += metrics["ce"].item() * count_supervised(labels)
+        count += count_supervised(labels)
+    return total / count if count else None
 
 
 def main():
     from run.arguments import train_arguments  # here and not at the top: run/ imports this file
-    from run.jobs import jobs_for
+    from run.jobs import (
+        bases_to_pretrain,
+        compares_with_full,
+        complete,
+        full_job,
+        pretraining_job,
+        value_job,
+    )
     from run.processes import join_processes
 
     args = train_arguments()
     with join_processes(args) as processes:
-        for job in jobs_for(args, processes):
-            if job.settings.job == "pretrain":
+        complete(args, processes)
+        for name, out in bases_to_pretrain(args):
+            if job := pretraining_job(name, out, args, processes):
                 pretrain(job)
-            elif job.settings.job == "full":
+        if args.job == "full" or compares_with_full(args):
+            if job := full_job(args, processes):
                 fine_tune(job)
-            else:
+        if args.job == "value":
+            if job := value_job(args, processes):
                 train_value(job)
 
 

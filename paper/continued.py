@@ -13,18 +13,17 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from data.errors import UsageError
 from data.tiny_world import PIECES, World, world_of
 from data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from model import Llama
 from run.arguments import add_device, add_twins
 from run.cli import ArgumentParser, non_negative_int, positive_int, run_cli
-from run.jobs import Job, complete, pretrained_first, pretraining_run, with_a_name
+from run.jobs import bases_to_pretrain, complete, pretraining, pretraining_job, with_a_name
 from run.plug import refuse_value_network
 from run.processes import Alone, join_processes
-from train import TINY_PRETRAINING, pretrain
+from sample import Guided
+from train import TINY_PRETRAINING, Job, first_weights, fit, language_loss, pretrain
 
 SETTINGS = TINY_PRETRAINING | dict(lr=2e-3, steps=780)  # 0.8M tokens
 # As CodeLlama's vocabulary extends Llama-2's by 16, so does this one: some documents begin with one of
@@ -99,40 +98,36 @@ def widen(base: Llama, rows: int) -> Llama:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The job: train.pretrain, with another beginning
+# The job
 
 
-class Continued(Job):
-    """A pretraining whose first weights are those of a base, widened."""
-
-    def first_weights(self) -> Llama:
-        base = Llama.from_pretrained(self.settings.start, torch.float32, self.args.device)
-        self.network = widen(base, len(MARKERS))
-        self.announce()
-        return self.network
-
-
-def jobs_for(args: argparse.Namespace, processes: Alone) -> Iterator[Job]:
-    """A tiny base that is not there yet is pretrained first."""
-    complete(args, processes)
-    start = yield from pretrained_first(args.base[0], args, processes)
-    yield from continuing(start, args.out or args.home / f"{start.name}-continued", args, processes)
-
-
-def continuing(start: Path, out: Path, args: argparse.Namespace, processes: Alone) -> Iterator[Job]:
-    """The base in `start`, further, unless it is finished already."""
+def continued_job(args: argparse.Namespace, processes: Alone) -> Job | None:
+    """A pretraining on other documents; None if it is finished."""
+    [start] = args.bases
     world, tokenizer = check_start(start)
-    run = pretraining_run(str(start), world, out, args, SETTINGS | args.flags, processes)
-    if run.finished:
-        print(f"{out}: finished already")
-        return
 
     def documents() -> Iterator[str]:
-        return continued_documents(
-            world, random.Random(f"continued pretraining of world {world.seed}")
-        )
+        rng = random.Random(f"continued pretraining of world {world.seed}")
+        return continued_documents(world, rng)
 
-    yield Continued(run, args, MarkedTokenizer(tokenizer.model), None, world, documents=documents)
+    return pretraining(
+        str(start),
+        world,
+        args.out or args.home / f"{start.name}-continued",
+        args,
+        SETTINGS | args.flags,
+        processes,
+        tokenizer=lambda: MarkedTokenizer(tokenizer.model),
+        build=lambda _: None,  # it starts from a base's weights
+        documents=documents,
+    )
+
+
+def pretrain_further(job: Job) -> None:
+    """train.pretrain, but from a base's weights, widened."""
+    network = widen(first_weights(job), len(MARKERS))
+    fit(network, job.faster(language_loss), [], job.batches, job.run)
+    job.publish(network, {"base": job.examine(Guided(network))})
 
 
 def check_start(start: Path) -> tuple[World, Tokenizer]:
@@ -181,7 +176,8 @@ def arguments() -> argparse.Namespace:
     add_device(parser)
     add_twins(parser)
     # what train.py has flags for, and a job asks for
-    parser.set_defaults(dtype=None, gradient_checkpointing=False, shard=False, save_every=200)
+    parser.set_defaults(job="continue", teacher="", value=None, dtype=None)
+    parser.set_defaults(gradient_checkpointing=False, shard=False, save_every=200)
     args = parser.parse_args()
     args.out = None if args.out is None else with_a_name(args.out)
     settings = ("steps", "batch_size")
@@ -192,8 +188,12 @@ def arguments() -> argparse.Namespace:
 def main():
     args = arguments()
     with join_processes(args) as processes:
-        for job in jobs_for(args, processes):
-            pretrain(job)
+        complete(args, processes)
+        for name, out in bases_to_pretrain(args):
+            if job := pretraining_job(name, out, args, processes):
+                pretrain(job)
+        if job := continued_job(args, processes):
+            pretrain_further(job)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,7 @@ class Run:
 
         A start that fails leaves nothing behind.
         """
+        network.refuse_unsaved()  # rather now than when it is trained
         if self.has_settings:
             self.processes.first_does(
                 self.take
@@ -316,6 +317,14 @@ class Run:
         """Write the finished folder and rename it to OUT."""
         self.processes.first_does(lambda: self.write_final(network, tokenizer, metrics))
         print(f"saved {self.out}")
+        alone = metrics.get("base", {}).get("ce")
+        guided = metrics.get("base+value", {}).get("ce")
+        if None not in (alone, guided) and guided > alone:
+            print(
+                "on held-out conversations the guided base is worse than the base alone (cross-entropy "
+                f"{guided:.3f}, {alone:.3f}); a lower --lr than {self.settings.lr:g} or fewer --steps "
+                "may help"
+            )
 
     def write_final(self, network: Llama | ValueModel, tokenizer: Tokenizer, metrics: dict) -> None:
         if any(

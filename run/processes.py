@@ -16,7 +16,6 @@ import datetime
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -85,9 +84,7 @@ def print_core_seconds() -> None:
 
 
 class Alone(OneProcess):
-    """What a run's folder, too, asks of processes."""
-
-    shard = False
+    """What a run's folder and a chat ask of processes, too."""
 
     def first_does(self, action: Callable[[], None]) -> None:
         """The first process acts, the others wait."""
@@ -101,17 +98,9 @@ class Alone(OneProcess):
         """Which one of this kind of device is this process's."""
         return device
 
-    def divide_base(self, base: Llama) -> Llama:
-        """A frozen base, where the processes keep it."""
-        return base
-
     def slice_of(self, tensor: Tensor, parameter: nn.Parameter) -> Tensor:
         """What this process holds of a whole tensor that belongs to a parameter."""
         return tensor
-
-    def undivided(self, network: Llama | ValueModel) -> Llama | ValueModel:
-        """The network as a single process has it."""
-        return network
 
 
 class SeveralProcesses(Alone):
@@ -240,12 +229,3 @@ def divide(module: nn.Module, in_bfloat16: bool = False) -> nn.Module:
     if isinstance(module, Llama):
         register_fsdp_forward_method(module, "hidden_and_head")
     return module
-
-
-def load_frozen(processes: Alone, path: Path, args) -> Llama:
-    """A base that is not trained; with --shard its weights go from the file into the slices, and not whole to a GPU
-    before an examination or pairs are measured."""
-    base = Llama.from_pretrained(
-        path, getattr(torch, args.dtype), "cpu" if processes.shard else args.device
-    )
-    return processes.divide_base(base.requires_grad_(False))

@@ -1,9 +1,9 @@
-"""Which twin runs: the plain way of the scripts, or the fast one of fast/. Chosen here and nowhere else.
+"""Some functions of the scripts have a faster version in fast/. Which one runs is chosen here, and printed.
 
     python train.py --fast        python sample.py --plain        python sample.py --compile
 
-Tiny networks take the plain way, on any device: what a student edits is what runs. Checkpoints take the fast one. --plain, --fast and, where decoding, --compile
-decide otherwise. What was chosen is printed, with the reason. Where fast/ has been deleted, everything is plain.
+Tiny networks take the plain way, on any device: what a student edits is what runs. Checkpoints take the fast one. --plain, --fast and, where decoding, --compile decide otherwise. Where fast/
+has been deleted, everything is plain.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,8 @@ from pathlib import Path
 from data.errors import UsageError
 from data.tokenizer import Tokenizer
 from ivl import ValueModel, triton
-from model import Llama
 from sample import Guided
-from train import Settings, language_loss
+from train import language_loss
 from vocab_map import align_all
 
 TINY_VOCABULARY = (
@@ -25,7 +24,7 @@ HAS_FAST = (Path(__file__).parents[1] / "fast").is_dir()
 
 
 def takes_fast(what: str, args, tiny: bool, hindrance: str = "") -> bool:
-    """Whether the fast twin of something runs; says so. A hindrance is why it cannot, if it cannot."""
+    """Whether the faster version of something runs; says so. A hindrance is why it cannot."""
     if not HAS_FAST:
         hindrance = "there is no folder fast/"
     asked = "--compile" if args.compile else "--fast" if args.fast else ""
@@ -43,25 +42,28 @@ def takes_fast(what: str, args, tiny: bool, hindrance: str = "") -> bool:
     return fast
 
 
-def choose_loss(settings: Settings, args, teacher: Llama | None) -> Callable:
-    """The loss of a value network on a base, with what belongs to it filled in, or that of a network by itself."""
-    hindrance = "pairs have no fast twin" if settings.loss == "pairwise" else ""
-    if settings.l1_over == "all":
-        hindrance = "the norm over all positions takes all logits"
-    of_value, of_teacher, by_itself = ValueModel.loss, ValueModel.teacher_loss, language_loss
-    if takes_fast("loss", args, args.tiny, hindrance):
-        from fast import loss
+def faster_loss(loss: Callable, args) -> Callable:
+    """The same loss from fast/loss.py, where that is to run.
 
-        of_value, of_teacher, by_itself = loss.value_loss, loss.teacher_loss, loss.language_loss
-    if settings.job != "value":
-        return by_itself
-    if settings.loss == "pairwise":
-        return partial(ValueModel.pair_loss, beta=settings.beta)
-    if settings.loss == "kl":
-        return partial(of_teacher, teacher=teacher, temperature=settings.temperature)
-    if settings.l1_over == "all":
-        return partial(ValueModel.loss, l1=settings.l1, over="all")
-    return partial(of_value, l1=settings.l1)
+    `loss` is train.language_loss, or one of ValueModel's with its settings filled in.
+    """
+    plain = loss.func if isinstance(loss, partial) else loss
+    settings = dict(loss.keywords) if isinstance(loss, partial) else {}
+    hindrance = ""
+    if plain is ValueModel.pair_loss:
+        hindrance = "there is no faster one for pairs"
+    elif settings.pop("over", "supervised") == "all":
+        hindrance = "the norm over all positions takes all logits"
+    if not takes_fast("loss", args, args.tiny, hindrance):
+        return loss
+    import fast.loss
+
+    faster = {
+        ValueModel.loss: fast.loss.value_loss,
+        ValueModel.teacher_loss: fast.loss.teacher_loss,
+        language_loss: fast.loss.language_loss,
+    }
+    return partial(faster[plain], **settings)
 
 
 def choose_guided(args, tiny: bool, device: str, processes: int = 1) -> type[Guided]:
