@@ -415,7 +415,7 @@ def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
             leave_out = (
                 ", or leave the comparison out with --no-full" if settings.job == "full" else ""
             )
-            if name == "steps" and state == "finished":
+            if name == "steps" and state == "finished" and settings.job == "value":
                 raise UsageError(
                     f"{file.parent}: this run is finished, after {found[name]} steps; to train its network further give "
                     f"--value {file.parent} and another folder, --out NEW: it starts from these weights"
