@@ -14,7 +14,7 @@ frozen base. Begin at the end, with `train_value`.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -295,8 +295,7 @@ class Job:
     )  # guided -> metrics, by an exam; None: there are held-out conversations
     prepare: Callable  # of the network: gradient checkpointing, and a line about what is trained
     dataset: ChatDataset | None = None
-    train_on: list[int] = field(default_factory=list)  # conversations of it
-    held_out: list[int] = field(default_factory=list)  # those to measure on instead
+    held_out: Sequence[int] = ()  # conversations of it to measure on, and not to train on
     info: dict = field(default_factory=dict)  # what ivl.json will say of a value network
     full_metrics: dict = field(default_factory=dict)  # of a full fine-tuning, to stand beside
     shows_alone: bool = False  # whether a value network is also measured without a base
@@ -348,9 +347,9 @@ def train_value(job: Job) -> None:
 
 
 def first_weights(job: Job) -> Llama | Probe:
-    """What training starts from: a checkpoint's weights or, for a start "scratch...", fresh ones."""
+    """What training starts from: a checkpoint's weights or, of scratch and scratch:NAME, fresh ones."""
     start, device = job.settings.start, job.device
-    if start.startswith("scratch"):
+    if start == "scratch" or start.startswith("scratch:"):
         torch.manual_seed(job.settings.seed)
         network = job.build().to(device)
     elif job.settings.scheme == "probe":

@@ -4,7 +4,7 @@ python train.py --base tiny-m --value        # tiny-m, full-tiny-m for compariso
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -264,8 +264,7 @@ def post_training(
 
     if pairs and exam is None:
         exam = HeldOutPairs(dataset, held_out)
-    job = make_job(args, run, tokenizer, build, batches, exam)
-    job.dataset, job.train_on, job.held_out = dataset, train_on, held_out
+    job = make_job(args, run, tokenizer, build, batches, exam, dataset, train_on, held_out)
     job.shows_alone = scheme not in ("", "probe") and isinstance(exam, Capitals)
     return job
 
@@ -277,6 +276,9 @@ def make_job(
     build: Callable[[], nn.Module],
     batches: Callable,
     exam: World | Capitals | HeldOutPairs | None,
+    dataset: ChatDataset | None = None,
+    train_on: Sequence[int] = (),
+    held_out: Sequence[int] = (),
 ) -> Job:
     settings = run.settings
 
@@ -284,7 +286,9 @@ def make_job(
         for part in network.modules():
             if hasattr(part, "gradient_checkpointing"):
                 part.gradient_checkpointing = args.gradient_checkpointing
-        announce(job, network)
+        announce(run, network, dataset, held_out)
+        if settings.l1:
+            weigh_the_norm(settings, dataset, train_on)
 
     def ask(guided: Guided) -> dict[str, float | None]:
         if run.processes.rank:  # the first process measures
@@ -292,7 +296,7 @@ def make_job(
         template, pairs = settings.template or TEMPLATE, settings.loss == "pairwise"
         return examine(guided, exam, tokenizer, template, system=settings.system, pairs=pairs)
 
-    job = Job(
+    return Job(
         settings=settings,
         run=run,
         tokenizer=tokenizer,
@@ -303,8 +307,9 @@ def make_job(
         examine=None if exam is None else ask,
         prepare=prepare,
         info=value_info(settings, tokenizer),
+        dataset=dataset,
+        held_out=held_out,
     )
-    return job
 
 
 def choose_data(
@@ -381,40 +386,39 @@ def value_info(settings: Settings, tokenizer: Tokenizer) -> dict:
     return info
 
 
-def announce(job: Job, network: nn.Module) -> None:
+def announce(
+    run: Run, network: nn.Module, dataset: ChatDataset | None, held_out: Sequence[int]
+) -> None:
     """Say what is trained, of what size, from what, on what."""
-    settings = job.settings
+    settings = run.settings
     parameters = sum(parameter.numel() for parameter in network.parameters())
     size = f"{parameters / 1e6:.2f}M parameters"
     if settings.job == "pretrain":
         tokens = settings.steps * settings.batch_size * settings.max_length
-        says = f"pretraining {job.run.out.name}, {size}, on {tokens:,} tokens of {settings.data}"
+        says = f"pretraining {run.out.name}, {size}, on {tokens:,} tokens of {settings.data}"
     else:
         what = f"a value network ({settings.scheme})" if settings.scheme else "in full"
         says = f"training {what}, {size}, from {settings.start}, "
-        says += f"on {job.dataset.report(job.held_out)}, template {settings.template}"
+        says += f"on {dataset.report(held_out)}, template {settings.template}"
     if settings.system:
         says += f", system prompt {settings.system[:60]!r}"
     if settings.loss == "pairwise":
         says += f", beta {settings.beta:g}"
     if settings.loss == "kl":
         says += f", teacher {settings.teacher}, temperature {settings.temperature:g}"
-    print(f"{says} -> {job.run.out}", flush=True)
-    if settings.l1:
-        weigh_the_norm(job)
+    print(f"{says} -> {run.out}", flush=True)
 
 
-def weigh_the_norm(job: Job, most: int = 1000) -> None:
+def weigh_the_norm(settings: Settings, dataset: ChatDataset, train_on: Sequence[int]) -> None:
     """Print which lambda of the paper this one weighs like, measured on the first conversations.
 
     The paper's norm is a mean over all positions of rows padded to max_length. It stands beside a
     cross-entropy that is a mean over supervised positions, as ours does. So what counts is the share
     that these have of the positions that the norm is a mean of.
     """
-    settings = job.settings
     rows = []
-    for index in job.train_on[:most]:
-        rows += job.dataset.rows(index)
+    for index in train_on[:1000]:
+        rows += dataset.rows(index)
     if not rows:
         return
     text = sum(len(ids) - 1 for ids, _ in rows) / len(rows)  # positions of a row

@@ -716,7 +716,10 @@ def test_bad_input_to_train(home, checkpoint, chats, pairs, tmp_path):
             *f"--loss kl --teacher {tmp_path}/value".split(),
         ],
         "stranger": [*real, *f"--loss kl --teacher {tmp_path}/stranger".split()],
-        "--fast: there is no faster one for pairs": [*real[:4], *f"{pairs} --loss pairwise --fast".split()],
+        "--fast: there is no faster one for pairs": [
+            *real[:4],
+            *f"{pairs} --loss pairwise --fast".split(),
+        ],
         "names one folder": f"--base tiny-s tiny-m --out {tmp_path}/one".split(),
     }
     for message, arguments in cases.items():
