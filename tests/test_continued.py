@@ -104,7 +104,7 @@ def test_what_cannot_be_continued(continued_home, checkpoint, tmp_path):
         "its tokenizer is byte-level": ["--base", tmp_path],
         "no such tiny model": ["--base", "tiny-x"],
         "a run is there already, finished": ["--base", "tiny-s", *SHORT],
-        "this run is finished, after 3 steps": ["--base", "tiny-s", "--resume"],
+        "with other settings": ["--base", "tiny-s", "--resume"],
         "positive whole number": ["--steps", 0],
     }.items():
         assert message in refused(continued_home, "continued.py", *arguments)

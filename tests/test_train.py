@@ -137,7 +137,9 @@ def test_only_a_whole_full_fine_tuning_with_the_usual_settings_stands_in_the_tab
 ):
     shutil.copytree(with_full, tmp_path, dirs_exist_ok=True)
     folder = tmp_path / "out/seed0/full-tiny-s"
-    assert "full-tiny-s: this run is finished, after 2 steps" in refused(tmp_path, "train.py")
+    assert "full-tiny-s: a run with other settings is there: steps was 2, now 500" in refused(
+        tmp_path, "train.py"
+    )
     made = json.loads((folder / "train.json").read_text())
     (folder / "train.json").write_text(json.dumps(made | {"steps": 500}))
     for spoilt in [
