@@ -2,7 +2,7 @@
 
     python -m bench.decode                           # 128, 512 and 1024 new tokens, one text and eight at a time
     python -m bench.decode --pair SmolLM2-135M SmolLM2-135M --dtype bfloat16    # beside llama.cpp, too, on the model's own GGUF file
-    python -m bench.decode --speculate out/seed0     # tiny-s drafts for tiny-l: as trained, and as costly as a big base
+    python -m bench.decode --speculate out/seed0     # z_delta drafts for tiny-l: as trained, and as costly as a big base
 
 On a GPU the networks have the shapes of TinyLlama and Llama-2-7B and 13B, in bfloat16, and steps are those of
 `sample.py --compile`. On a CPU, with one thread, they have the shapes of tiny-s and tiny-l, and at 128 tokens also of a
@@ -35,7 +35,7 @@ from bench.measure import (
     times,
 )
 from bench.train import SHAPES as TRAINED_SHAPES
-from beyond.speculation import Passes, Speculative, measure_passes, predicted_speed_up, speculate
+from beyond.speculation import Speculative, speculate
 from data.chat import encode_chat
 from data.errors import UsageError
 from data.smollm2 import find_gguf
@@ -283,9 +283,12 @@ def deepen(base: Llama, layers: int) -> Llama:
     return deep.requires_grad_(False)
 
 
+DRAFTS = {"z_delta": "z_delta alone", "both": "tiny-s with z_delta"}
+
+
 def speculation(home: Path, layers: int, ahead: list[int], rounds: int, device: str) -> dict:
-    """Answers to the tiny world's development questions, plainly and by speculation in turn; what came out of each K."""
-    draft, base = [
+    """Answers to the tiny world's development questions, plainly and by speculation in turn: seconds, of each K and draft."""
+    small, base = [
         Llama.from_pretrained(home / name, torch.float32, device) for name in ("tiny-s", "tiny-l")
     ]
     value = ValueModel.from_pretrained(home / "value-residual-tiny-s", torch.float32, device)
@@ -294,98 +297,96 @@ def speculation(home: Path, layers: int, ahead: list[int], rounds: int, device: 
     prompts = [encode_chat(tokenizer, TEMPLATE, [("user", prompt_text(item))])[0] for item in items]
     kind = guided_on(device)
     guided = kind(deepen(base, layers) if layers else base, value)
-    options = dict(max_new_tokens=48, stop_ids={tokenizer.eos_id})
 
-    def timed(say, system) -> tuple[float, list[list[int]]]:
-        started = time.perf_counter()
-        answers = [say(system, [prompt], **options)[0] for prompt in prompts]
+    def timed(say, system, lengths: list[int] | None = None) -> tuple[float, list[list[int]]]:
+        """With lengths, answers of so many tokens, whatever they are."""
+        started, answers = time.perf_counter(), []
+        for number, prompt in enumerate(prompts):
+            length = 48 if lengths is None else lengths[number]
+            stop_ids = {tokenizer.eos_id} if lengths is None else set()
+            answers += say(system, [prompt], max_new_tokens=length, stop_ids=stop_ids)
         return time.perf_counter() - started, answers
 
-    systems = {K: Speculative(guided, draft, K) for K in ahead}
-    unguided = kind(guided.base)
-    alone = {"big": Speculative(unguided, draft, 1), "small": Speculative(kind(draft), draft, 1)}
-    found = {
-        "answers": len(prompts),
-        "differing": 0,
-        "plain": [],
-        "unguided": [],
-        "big": [],
-        "small": [],
-        "K": {},
-    }
-    passes, taken = {K: [] for K in ahead}, {K: [] for K in ahead}
-    for turn in range(rounds):
-        for name, each in alone.items():  # what a token of either base takes
-            found[name].append(measure_passes(each, prompts[0]).plain)
-        seconds, plain = timed(generate, guided)
-        found["plain"].append(seconds)
-        started = time.perf_counter()
-        for prompt, answer in zip(
-            prompts, plain
-        ):  # the base alone, as many tokens whatever they are
-            generate(unguided, [prompt], max_new_tokens=len(answer), stop_ids=set())
-        found["unguided"].append(time.perf_counter() - started)
-        for K, system in systems.items():
-            passes[K].append(measure_passes(system, prompts[0]))
-            seconds, answers = timed(speculate, system)
-            taken[K].append(seconds)
-            found["differing"] += sum(ours != theirs for ours, theirs in zip(answers, plain))
-            progress(f"round {turn + 1} of {rounds}, K = {K}")
-    progress("")
+    systems = {}
+    for K in ahead:
+        systems[K, "z_delta"] = Speculative(guided, K)
+        systems[K, "both"] = Speculative(guided, K, small)
+    _, plain = timed(generate, guided)
     lengths = [len(answer) for answer in plain]
-    found |= {"tokens": sum(lengths), "compared": len(prompts) * rounds * len(ahead)}
-    for K, system in systems.items():
-        usual = Passes(*map(statistics.median, zip(*passes[K])))
-        found["K"][K] = {
-            "acceptance": system.acceptance,
+    for system in systems.values():  # a warm-up
+        speculate(system, prompts[:2], max_new_tokens=8, stop_ids=set())
+        system.rounds = system.tried = system.accepted = 0
+    seconds = {name: [] for name in ("guided", "alone", "small", *systems)}
+    differing = 0
+    for turn in range(rounds):
+        seconds["guided"].append(timed(generate, guided)[0])
+        seconds["alone"].append(timed(generate, kind(guided.base), lengths)[0])
+        seconds["small"].append(timed(generate, kind(small), lengths)[0])
+        for key, system in systems.items():
+            taken, answers = timed(speculate, system)
+            seconds[key].append(taken)
+            differing += sum(ours != theirs for ours, theirs in zip(answers, plain))
+            progress(f"round {turn + 1} of {rounds}, K = {key[0]}, {DRAFTS[key[1]]}")
+    progress("")
+    drafts = [
+        {
+            "K": K,
+            "draft": draft,
+            "accepted": system.accepted / system.tried,
             "tokens a round": rounds * sum(lengths) / system.rounds,
-            "passes": usual._asdict(),
-            "predicted": predicted_speed_up(lengths, system.acceptance, usual),
-            "seconds": taken[K],
+            "seconds": seconds[K, draft],
         }
-    return found
+        for (K, draft), system in systems.items()
+    ]
+    return {
+        "answers": len(prompts),
+        "tokens": sum(lengths),
+        "differing": differing,
+        "compared": len(prompts) * rounds * len(systems),
+        "guided": seconds["guided"],
+        "alone": seconds["alone"],
+        "small": seconds["small"],
+        "drafts": drafts,
+    }
 
 
 def show_speculation(found: dict) -> str:
     rows = [
         [
             "K",
-            "accepted, by position",
+            "drafted by",
+            "accepted",
             "tokens a round",
-            "ms: guided, to draft, to verify K",
-            "predicted speed-up",
-            "measured (range)",
+            "times as fast as guided plainly",
+            "of the base alone's time (range)",
         ]
     ]
-    for K, each in found["K"].items():
-        accepted = " ".join(f"{share:.2f}" for share in each["acceptance"])
-        milliseconds = ", ".join(
-            f"{1000 * each['passes'][part]:.2f}" for part in ("plain", "drafted", "verified")
-        )
+    for each in found["drafts"]:
         rows.append(
             [
-                str(K),
-                accepted,
+                str(each["K"]),
+                DRAFTS[each["draft"]],
+                f"{each['accepted']:.3f}",
                 f"{each['tokens a round']:.2f}",
-                milliseconds,
-                f"{each['predicted']:.2f}",
-                share(found["plain"], each["seconds"]),
+                share(found["guided"], each["seconds"]),
+                share(each["seconds"], found["alone"]),
             ]
         )
-    speed_up, K = max(
-        (statistics.median(a / b for a, b in zip(found["plain"], each["seconds"])), K)
-        for K, each in found["K"].items()
-    )
     lines = [
         f"{found['answers']} answers, {found['tokens']} tokens; {found['differing']} of {found['compared']} differ from "
         "those without speculation",
-        f"a token of this base takes {share(found['big'], found['small'])} times what one of tiny-s takes",
-        f"guided without speculation takes {share(found['plain'], found['unguided'])} times as long as the base alone",
-        f"at K = {K} it pays: {speed_up:.2f} times as fast, and it takes "
-        f"{share(found['K'][K]['seconds'], found['unguided'])} times as long as the base alone"
-        if speed_up > 1
-        else f"it does not pay: at best, K = {K}, {speed_up:.2f} times as fast",
+        f"this base alone takes {share(found['alone'], found['small'])} times as long as tiny-s alone",
+        f"guided without speculation takes {share(found['guided'], found['alone'])} times as long as the base alone",
     ]
+    for draft, name in DRAFTS.items():
+        ours = [each for each in found["drafts"] if each["draft"] == draft]
+        best = min(ours, key=lambda each: statistics.median(each["seconds"]))
+        speed_up = statistics.median(a / b for a, b in zip(found["guided"], best["seconds"]))
+        verdict = "it pays" if speed_up > 1 else "it does not pay"
+        lines.append(
+            f"drafted by {name}, {verdict}: at best, K = {best['K']}, {speed_up:.2f} times as fast, "
+            f"and {share(best['seconds'], found['alone'])} times the time of the base alone"
+        )
     return "\n".join([table(rows), "", *(f"- {line}" for line in lines)])
 
 
@@ -423,7 +424,7 @@ def arguments() -> argparse.Namespace:
         if getattr(args, name) is not None:
             parser.error(f"--{name} {reason}")
     args.batch = args.batch or [1, 8]
-    args.ahead = args.ahead or [1, 2, 3, 4, 6, 8]
+    args.ahead = args.ahead or [2, 4, 6, 8, 12]
     args.layers = args.layers or 28
     least = tiny_shape("tiny-l").num_hidden_layers
     if args.layers < least:
@@ -445,8 +446,7 @@ def bench_speculation(args: argparse.Namespace, device: str) -> None:
     ):
         found = speculation(args.speculate, layers, args.ahead, args.rounds, device)
         print(
-            f"tiny-l {what}, guided by the value network of tiny-s; tiny-s drafts\n\n"
-            f"{show_speculation(found)}\n",
+            f"tiny-l {what}, guided by the value network of tiny-s\n\n{show_speculation(found)}\n",
             flush=True,
         )
 

@@ -84,13 +84,16 @@ def compare_all(value: str, base: str, count: int, tokens: int, device: str) -> 
             for how, guided in ways.items():
                 what = f"{how} steps, {name}, {len(asked)} at a time"
                 compare(what, plain, asked, expected, generate(guided, asked, **options))
-    # speculation, by the steps that checkpoints take on this device
-    plain = Guided(big, plugs["residual"])
-    answers = [generate(plain, [prompt], **options)[0] for prompt in prompts]
-    system = Speculative(guided_on(device)(big, plugs["residual"]), perturbed(big), 4)
-    drafted = speculate(system, prompts, **options)
-    what = f"speculation, {sum(system.accepted) / sum(system.tried):.0%} of the draft accepted"
-    compare(what, plain, prompts, answers, drafted)
+    # speculation, by the steps that checkpoints take on this device, one text after the other and all at once
+    plain, guided = Guided(big, plugs["residual"]), guided_on(device)(big, plugs["residual"])
+    expected = [generate(plain, [prompt], **options)[0] for prompt in prompts]
+    for draft, name in ((None, "z_delta alone"), (perturbed(big), "a base like it")):
+        for batches in ([[prompt] for prompt in prompts], [prompts]):
+            system = Speculative(guided, 4, draft)
+            answers = [each for batch in batches for each in speculate(system, batch, **options)]
+            share = system.accepted / system.tried
+            what = f"speculation, {share:.0%} of {name} accepted, {len(batches[0])} at a time"
+            compare(what, plain, prompts, expected, answers)
 
 
 def main():

@@ -1,36 +1,62 @@
-"""Speculative decoding (Section 3.1, limitations): a small base drafts what a big one will say, both guided alike.
+"""Speculative decoding (Section 3.1, limitations): the value network drafts, and the base verifies.
 
     python sample.py --base tiny-l --speculate 4
 
-In the residual scheme z_delta depends on the text alone. What drafting computed of it serves the big base
-too, which reads several drafted tokens in one pass, while the value network reads none again. Text comes
-out as sample.generate would write it, says tests/test_decoding.py: greedy, the same tokens; sampled, from
-the same distribution (Leviathan et al. 2023; Chen et al. 2023).
+What z_delta says by itself is mostly what base and value network say together. So the value network
+writes some tokens alone. Then the base reads them in one pass. z_delta is known by then, and Eq. (3) says
+what should have come in each place. So each pass of the base brings several tokens, and the value network
+reads no token twice. A small base can help to draft (`--draft`): its drafts stand more often, and each
+costs a pass of it, too.
+
+The text is what sample.generate writes, says tests/test_decoding.py. Greedy: the same tokens. Sampled:
+tokens of the same distribution (Leviathan et al. 2023; Chen et al. 2023).
 """
 
-import math
-import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from data.errors import UsageError
-from data.tokenizer import is_same_family, load_tokenizer
-from model import Llama
-from sample import Guided, MappedGuided, check_prompts, draw, probabilities, refuse_nan, uniform
+from ivl import ProxyDelta, ValueModel
+from model import KVCache, Llama, LlamaConfig
+from sample import (
+    Guided,
+    MappedGuided,
+    check_prompts,
+    draw,
+    pad,
+    pick,
+    probabilities,
+    refuse_nan,
+    uniform,
+)
+
+
+class Silent(Llama):
+    """A base that says nothing, z_base = 0: what guides it speaks alone."""
+
+    def __init__(self, value: ValueModel | ProxyDelta):
+        super().__init__(LlamaConfig(value.vocab_size, 2, 2, 0, 1, tie_word_embeddings=True))
+        self.to(value.device, value.llamas[0].dtype).requires_grad_(False)
+
+    def forward(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Zeros (B, T, Vv)."""
+        cache.advance(tokens.shape[1])
+        zeros = torch.zeros(self.config.vocab_size, dtype=self.dtype, device=self.device)
+        return zeros.expand(*tokens.shape, -1)
 
 
 class Speculative:
-    """A guided base whose tokens are drafted `ahead` at a time, by a small base with the same value network.
+    """A guided base whose tokens are drafted `ahead` at a time by its value network and perhaps a small base.
 
-    Of the drafted tokens those before the first rejected one stand, and one is drawn in that one's place.
+    Of the drafted tokens those before the first rejected one stand. One more is drawn behind them.
 
-    ValueError for a scheme that reads the base's logits, for a vocabulary map, and for a draft of too few tokens.
+    ValueError for a scheme that reads the base's logits, for a vocabulary map, for a draft of too few
+    tokens, and where nothing can draft.
     """
 
-    def __init__(self, guided: Guided, draft: Llama, ahead: int):
+    def __init__(self, guided: Guided, ahead: int, draft: Llama | None = None):
         if isinstance(guided, MappedGuided):
             raise ValueError(
                 "through a vocabulary map, tokens are not the base's, so it cannot verify several in one pass"
@@ -38,22 +64,26 @@ class Speculative:
         scheme = getattr(guided.value, "scheme", "residual")
         if scheme != "residual":
             raise ValueError(
-                f"a {scheme} reads the base's logits, so what it says beside the drafting base is not what it says "
-                "beside the big one, and nothing of drafting could be used again; a residual one can speculate"
+                f"a {scheme} reads the base's logits, so it can say nothing before the base has read the "
+                "text; a residual one can"
             )
+        if guided.value is None and draft is None:
+            raise ValueError("no value network guides this base, so it takes another base to draft")
         self.guided, self.ahead = guided, ahead
         kind = type(guided)  # plain or fast
-        self.drafting = kind(draft, guided.value, guided.alpha, guided.readable)
-        self.verifying = kind(guided.base)
+        if draft is None:
+            self.drafting = kind(
+                Silent(guided.value), guided.value, sharpness(guided.alpha), guided.readable
+            )
+        else:
+            self.drafting = kind(draft, guided.value, guided.alpha, guided.readable)
         if self.drafting.readable < guided.readable:
             raise ValueError(
                 f"the drafting base reads {self.drafting.readable} tokens, and the other one {guided.readable}"
             )
-        self.tried, self.accepted = (
-            [0] * ahead,
-            [0] * ahead,
-        )  # drafted tokens that came to a verdict, by position
-        self.rounds = 0
+        self.verifying = kind(guided.base)
+        # How it went: rounds of a text, drafted tokens that came to a verdict, and those that stood.
+        self.rounds = self.tried = self.accepted = 0
 
     @property
     def base(self) -> Llama:
@@ -63,54 +93,98 @@ class Speculative:
     def llamas(self) -> list[Llama]:
         return [*self.guided.llamas, self.drafting.base]
 
-    @property
-    def acceptance(self) -> list[float]:
-        """The share of drafted tokens that stood, of those that came to a verdict, for each position of a round."""
-        return [ours / tried if tried else 0.0 for ours, tried in zip(self.accepted, self.tried)]
+    def start(self, prompts: list[list[int]], max_new_tokens: int) -> Tensor:
+        """Draft from all but the last token of each prompt; return those last tokens (B, 1)."""
+        self.unread = [prompt[:-1] for prompt in prompts]  # by the base
+        room = max_new_tokens + self.ahead + 1  # for a text that has ended beside others, too
+        self.verifying.allocate(len(prompts), max(map(len, self.unread)) + room)
+        return self.drafting.start(prompts, room)
 
-    def start(self, prompt: list[int], max_new_tokens: int) -> Tensor:
-        self.drafting.start([prompt], max_new_tokens)
-        return self.verifying.start([prompt], max_new_tokens)  # (1, 1)
+    def read(self, tokens: Tensor) -> Tensor:
+        """The base reads tokens (B, T) -> z_base (B, T, Vb). The first time it reads the prompts in the same pass."""
+        if not self.unread:
+            return self.verifying.step(tokens)
+        rows = [prompt + row for prompt, row in zip(self.unread, tokens.tolist())]
+        hidden = self.base.model(pad(rows).to(tokens.device), self.verifying.caches[0])  # (B, S, D)
+        lengths = torch.tensor([len(prompt) for prompt in self.unread], device=tokens.device)
+        places = lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # (B, T)
+        self.unread = []
+        return self.base.lm_head(hidden.take_along_dim(places[:, :, None], 1))
 
     def round(
-        self, last: Tensor, noise: Tensor, ahead: int, temperature: float, top_p: float
-    ) -> list[int]:
-        """The next tokens, 1 to `ahead` of them, behind `last` (1, 1), with noise (2, ahead + 1) to draft by and to judge by."""
-        length, V = self.verifying.caches[0].used, self.guided.readable
-        # the small base drafts, guided
-        tokens, z_delta, q = [last], [], []
-        for index in range(ahead):
-            z = self.drafting.step(tokens[-1])[:, -1, :V]  # (1, V)
-            q.append(probabilities(z, temperature, top_p))
+        self,
+        last: Tensor,
+        noise: Tensor,
+        ahead: int,
+        stop_ids: set[int],
+        temperature: float,
+        top_p: float,
+    ) -> tuple[list[list[int]], list[int], list[int]]:
+        """Of each row behind `last` (B, 1): the tokens drafted, how many of them stand, and the token behind those.
+
+        noise (B, ahead + 1, 3) in each place is what to draft by, to judge by, and to draw another by.
+        """
+        V = self.guided.readable
+        # draft, up to an end of text in every row
+        tokens, z_draft, z_delta = [last], [], []
+        drafted: list[list[int]] = [[] for _ in last]
+        ended = [False for _ in last]
+        while len(z_draft) < ahead and not all(ended):
+            z = self.drafting.step(tokens[-1])[..., :V].clone()  # (B, 1, V)
+            chosen = pick(z[:, 0], noise[:, len(z_draft), 0], temperature, top_p)  # (B,)
+            z_draft.append(z)
+            tokens.append(chosen[:, None])
             if self.guided.value is not None:
                 z_delta.append(self.drafting.z_delta.clone())  # the next step may write over it
-            tokens.append(draw(q[-1], noise[0, index : index + 1])[:, None])
-        q, drafted = torch.cat(q), torch.cat(tokens[1:])  # (ahead, V), (ahead, 1)
-        # the big base reads all of it in one pass; z_delta is known
-        z_base = self.verifying.step(torch.cat(tokens[:-1], dim=1))  # (1, ahead, Vb)
-        z_post = self.guided.post(z_base, torch.cat(z_delta, dim=1) if z_delta else None)  # Eq. (3)
-        refuse_nan(self.verifying, z_post)
-        refuse_nan(self.drafting, q)
-        p = probabilities(z_post[0, :, :V], temperature, top_p)  # (ahead, V)
+            for row, token in enumerate(chosen.tolist()):
+                drafted[row].append(token)
+                ended[row] = ended[row] or token in stop_ids
+        N = len(z_draft)
+        z_draft = torch.cat(z_draft, 1)  # (B, N, V)
+        refuse_nan(self.drafting, z_draft)
+        q = probabilities(z_draft, temperature, top_p)  # (B, N, V)
+        # the base reads all of it in one pass; z_delta is known but behind the last
+        z_base = self.guided.z_base = self.read(torch.cat(tokens, 1))  # (B, N + 1, Vb)
+        z_delta = torch.cat(z_delta, 1) if z_delta else None  # (B, N, Vv)
+        z_post = self.guided.post(z_base[:, :N], z_delta)  # (B, N, Vb), Eq. (3)
+        refuse_nan(self.guided, z_post)
+        p = probabilities(z_post[..., :V], temperature, top_p)  # (B, N, V)
         # a drafted token stands with probability min(1, p / q), and those behind the first that does not are lost
-        stands = noise[1, :ahead, None] * q.gather(-1, drafted) < p.gather(-1, drafted)
-        count = stands.cumprod(0).sum()
-        # in that one's place comes a token that the draft offered too rarely
-        row = count.clamp(max=ahead - 1)
-        rest = (p[row] - q[row]).clamp(min=0)
-        rest = torch.where(rest.sum() > 0, rest, p[row])  # p = q but for rounding
-        instead = draw(rest[None], noise[1, -1:])
-        count, *said = torch.cat(
-            (count[None], drafted[:, 0], instead)
-        ).tolist()  # the only word from device to host
-        # forget in all caches what was rejected, and keep the books
+        places = torch.cat(tokens[1:], 1)[..., None]  # (B, N, 1)
+        stands = noise[:, :N, 1] * q.gather(-1, places)[..., 0] < p.gather(-1, places)[..., 0]
+        counts = stands.cumprod(1).sum(1)  # (B,)
+        # where all stand, z_delta behind the last takes a pass with which the next round would begin
+        stood = counts.tolist()
+        if any(count == N and not end for count, end in zip(stood, ended)):
+            self.drafting.step(tokens[-1])
+            z_post = self.guided.post(z_base[:, N:], self.drafting.z_delta)  # (B, 1, Vb), Eq. (3)
+            p = torch.cat((p, probabilities(z_post[..., :V], temperature, top_p)), 1)
+            q = F.pad(q, (0, 0, 0, 1))  # where nothing was drafted
+        # in place of the first that does not stand comes a token that the draft offered too rarely
+        place = counts.clamp(max=p.shape[1] - 1)[:, None, None].expand(-1, 1, V)
+        p, q = p.gather(1, place)[:, 0], q.gather(1, place)[:, 0]  # (B, V)
+        rest = (p - q).clamp(min=0)
+        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)  # p = q but for rounding
+        behind = draw(rest, noise[:, :, 2].gather(1, counts[:, None])[:, 0])  # (B,)
+        return drafted, stood, behind.tolist()
+
+    def keep(self, lengths: list[int]) -> None:
+        """Forget in all caches what each row has beyond its length."""
         for cache in [*self.drafting.caches, *self.verifying.caches]:
-            cache.crop(length + min(count + 1, ahead))
-        self.rounds += 1
-        for index in range(min(count + 1, ahead)):
-            self.tried[index] += 1
-            self.accepted[index] += index < count
-        return said[:count] + said[-1:] if count < ahead else said[:count]
+            if len(set(lengths)) == 1:
+                cache.crop(lengths[0])
+            else:
+                cache.crop(torch.tensor(lengths, device=cache.lengths.device))
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the rows named by `rows` (B',), in that order."""
+        self.drafting.select(rows)
+        self.verifying.select(rows)
+
+
+def sharpness(alpha: float) -> float:
+    """By what z_delta is multiplied to draft alone. A value network began as a copy of a base, so z_base is about z_delta."""
+    return 1 + alpha
 
 
 @torch.inference_mode()
@@ -123,188 +197,47 @@ def speculate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
 ) -> list[list[int]]:
-    """sample.generate by speculation, one prompt after the other."""
+    """sample.generate by speculation."""
     check_prompts(prompts)
+    longest = max_new_tokens + speculative.ahead + 1
+    noise = torch.stack([uniform(seed, number, longest, 3) for number in range(len(prompts))])
     outputs: list[list[int]] = [[] for _ in prompts]
-    for row, (prompt, output) in enumerate(zip(prompts, outputs)):
-        noise = uniform(seed, row, max_new_tokens, 2, speculative.ahead + 1).to(
-            speculative.base.device
-        )
-        last = speculative.start(prompt, max_new_tokens)  # (1, 1)
-        while len(output) < max_new_tokens and not (output and output[-1] in stop_ids):
-            ahead = min(speculative.ahead, max_new_tokens - len(output))
-            for token in speculative.round(last, noise[len(output)], ahead, temperature, top_p):
-                output.append(token)
-                if on_token:
-                    on_token(row, token)
-                if token in stop_ids:
+    running = list(range(len(prompts)))  # which prompt each row of the batch belongs to
+    ended = [False] * len(prompts)
+    last = speculative.start(prompts, max_new_tokens)  # (B, 1)
+    while True:
+        # a round for every row, which drafts as many as the emptiest has room for
+        written = torch.tensor([len(outputs[prompt]) for prompt in running])  # (B,)
+        room = max(max_new_tokens - len(outputs[prompt]) for prompt in running if not ended[prompt])
+        ahead = min(speculative.ahead, room)
+        places = written[:, None] + torch.arange(ahead + 1)  # (B, ahead + 1)
+        now = noise.take_along_dim(places[..., None], 1).to(last.device)  # (B, ahead + 1, 3)
+        said = speculative.round(last, now, ahead, stop_ids, temperature, top_p)
+        # each row's tokens, up to its end
+        for prompt, drafted, stood, behind in zip(running, *said):
+            speculative.rounds += not ended[prompt]
+            for place, token in enumerate([*drafted[:stood], behind]):
+                if ended[prompt]:
                     break
-            last = torch.tensor([output[-1:]], device=last.device)
+                outputs[prompt].append(token)
+                speculative.tried += place < len(drafted)
+                speculative.accepted += place < stood
+                is_enough = on_token is not None and on_token(prompt, token) is True
+                is_full = len(outputs[prompt]) == max_new_tokens
+                ended[prompt] = is_enough or is_full or token in stop_ids
+        still = [row for row, prompt in enumerate(running) if not ended[prompt]]
+        if not still:
+            break
+        # forget what was rejected; shrink the batch now and then
+        speculative.keep([len(prompts[prompt]) + len(outputs[prompt]) - 1 for prompt in running])
+        if len(still) <= len(running) // 2:
+            rows = torch.tensor(still, device=last.device)
+            speculative.select(rows)
+            noise, running = noise[still], [running[row] for row in still]
+        last = torch.tensor([outputs[prompt][-1:] for prompt in running], device=last.device)
     return outputs
-
-
-class Passes(NamedTuple):
-    """Seconds that parts of decoding take."""
-
-    read: float  # a prompt, by base and value network
-    read_to_speculate: float  # and by the drafting base
-    plain: float  # a guided token
-    drafted: float  # a drafted one
-    verified: float  # the big base's pass over as many as are drafted at a time
-
-
-@torch.inference_mode()
-def measure_passes(speculative: Speculative, prompt: list[int], repeats: int = 15) -> Passes:
-    """Medians, each part by itself, of a prompt and what is right behind it."""
-    ahead, guided = speculative.ahead, speculative.guided
-    seconds = Passes([], [], [], [], [])
-
-    def take(taken: list[float], part: Callable[[], Tensor]) -> None:
-        started = time.perf_counter()
-        part().max().item()  # waits for a GPU
-        taken.append(time.perf_counter() - started)
-
-    for _ in range(repeats + 2):  # the first two warm up
-        take(seconds.read, lambda: guided.start([prompt], ahead + 1))
-        take(seconds.read_to_speculate, lambda: speculative.start(prompt, ahead + 1))
-        last = torch.tensor([prompt[-1:]], device=speculative.base.device)
-        noise = torch.zeros(1, device=last.device)
-        for taken, system, tokens in (
-            (seconds.plain, guided, last),
-            (seconds.drafted, speculative.drafting, last),
-            (seconds.verified, speculative.verifying, last.expand(1, ahead)),
-        ):
-            take(taken, lambda: draw(probabilities(system.step(tokens)[:, -1], 0.0, 1.0), noise))
-    return Passes(*(sorted(taken[2:])[repeats // 2] for taken in seconds))
-
-
-def predicted_speed_up(lengths: list[int], acceptance: list[float], passes: Passes) -> float:
-    """How many times as fast speculation should write answers of these lengths as plain guided decoding does."""
-    round_seconds = len(acceptance) * passes.drafted + passes.verified
-    plain = sum(passes.read + length * passes.plain for length in lengths)
-    return plain / sum(
-        passes.read_to_speculate + expected_rounds(length, acceptance) * round_seconds
-        for length in lengths
-    )
-
-
-def expected_rounds(length: int, acceptance: list[float]) -> float:
-    """Rounds that an answer of `length` tokens takes, where the draft at each position of a round stands with its acceptance.
-
-    A round brings j tokens when j - 1 stand and the next does not, or all of them: 1 + a_1 + a_1 a_2 + ... in the mean,
-    less what it drafts beyond the answer's end.
-    """
-    ahead = len(acceptance)
-    reaches = [math.prod(acceptance[:count]) for count in range(ahead)] + [
-        0.0
-    ]  # that a round brings more than so many
-    rounds = [0.0]  # for 0, 1, ... tokens
-    for n in range(1, length + 1):
-        # the first round brings j of them
-        behind = [
-            (reaches[j - 1] - reaches[j]) * rounds[n - j] for j in range(1, min(n, ahead) + 1)
-        ]
-        rounds.append(1 + sum(behind))
-    return rounds[length]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# On the command line
-
-
-def speculating(plugged, args):
-    """The guided speaker of a run.plug.Plugged, with a small base to draft for it."""
-    from dataclasses import replace
-
-    from run.plug import find_base, refuse_value_network
-
-    path = plugged.own_path
-    if args.draft is not None:
-        path = find_base(args.draft, plugged.own_path, {"bases": [str(plugged.own_path)]})
-    refuse_value_network("--draft", path)
-    guided = plugged.guided.guided
-    if not isinstance(guided, MappedGuided) and not is_same_family(
-        plugged.guided.tokenizer, load_tokenizer(path)
-    ):
-        raise UsageError(
-            f"--draft {path}: it has another tokenizer than {plugged.base_path}, for which it would have to draft"
-        )
-    draft = Llama.from_pretrained(path, guided.base.dtype, guided.base.device)
-    try:
-        system = Speculative(guided, draft, args.speculate)
-    except ValueError as error:
-        raise UsageError(f"--speculate: {error}") from None
-    return replace(plugged.guided, guided=system, generate=speculate)
-
-
-def compare_with_plain(plugged, texts: list[str], args) -> None:
-    """Answer plainly and by speculation, say how both went, and whether it paid."""
-    from run.show import prepare
-
-    plain, speaker = plugged.guided, speculating(plugged, args)
-    asked = [prepare(speaker, [("user", text)], args) for text in texts]
-    passes = measure_passes(speaker.guided, asked[0][0])  # a warm-up, too
-    seconds = {"plain": 0.0, "speculating": 0.0}
-    answers: dict[str, list[list[int]]] = {"plain": [], "speculating": []}
-    for text, (prompt, options) in zip(texts, asked):
-        for way, each in (("plain", plain), ("speculating", speaker)):
-            started = time.perf_counter()
-            answers[way].append(each.generate(each.guided, [prompt], **options)[0])
-            seconds[way] += time.perf_counter() - started
-        if args.prompt:
-            print(f"\n{text}\n    {plain.tokenizer.decode(answers['speculating'][-1]).strip()}")
-    prompts = [prompt for prompt, _ in asked]
-    draft = (args.draft or plugged.own_path.name).rstrip("/").rpartition("/")[2]
-    report(plugged.guided.name, draft, speaker.guided, prompts, answers, seconds, passes, args)
-
-
-def report(
-    name: str,
-    draft: str,
-    system: Speculative,
-    prompts: list[list[int]],
-    answers: dict[str, list[list[int]]],
-    seconds: dict[str, float],
-    passes: Passes,
-    args,
-) -> None:
-    """How speculation went beside plain decoding of the same prompts."""
-    plain_tokens, tokens = [sum(map(len, answers[way])) for way in ("plain", "speculating")]
-    print(
-        f"\n{name}, {system.ahead} tokens at a time drafted by {draft} with the same z_delta: {len(prompts)} answers, "
-        f"{tokens} tokens"
-    )
-    if args.temperature == 0:
-        gaps = [
-            gap_at_difference(system.guided, prompt, one, other)
-            for prompt, one, other in zip(prompts, answers["plain"], answers["speculating"])
-            if one != other
-        ]
-        if gaps:
-            print(
-                f"    {len(gaps)} answers differ from those without, first where the two best logits are at most "
-                f"{max(gaps):.1e} apart"
-            )
-        else:
-            print("    the same tokens as without")
-    shares = [
-        f"{share:.2f}" if tried else "-" for share, tried in zip(system.acceptance, system.tried)
-    ]
-    print(
-        f"    drafted tokens accepted, by position: {' '.join(shares)}; {tokens / system.rounds:.2f} tokens a round"
-    )
-    print(
-        f"    milliseconds: {1000 * passes.plain:.2f} for a guided token, {1000 * passes.drafted:.2f} to draft one, "
-        f"{1000 * passes.verified:.2f} to verify {system.ahead}"
-    )
-    predicted = predicted_speed_up(
-        [len(answer) for answer in answers["speculating"]], system.acceptance, passes
-    )
-    measured = seconds["plain"] / plain_tokens / (seconds["speculating"] / tokens)
-    verdict = "" if measured > 1 else ": it does not pay here"
-    print(f"    speed-up: predicted {predicted:.2f}, measured {measured:.2f}{verdict}")
 
 
 @torch.inference_mode()

@@ -438,13 +438,13 @@ def sample_arguments() -> argparse.Namespace:
         "--speculate",
         type=few,
         metavar="K",
-        help="let a small base with the same value network draft K tokens, "
-        "which the base verifies in one pass; what is said stays the same",
+        help="let the value network draft K tokens by itself, which the base verifies in one pass; "
+        "what is said stays the same",
     )
     parser.add_argument(
         "--draft",
         metavar="B",
-        help="that small base (default: the one the value network was trained on)",
+        help="a small base that drafts with it (default: none, z_delta alone)",
     )
     args = parse_guidance(parser)
     if args.explain and (args.chat or args.speculate):

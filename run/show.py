@@ -249,9 +249,7 @@ def show_chat(plugged: Plugged, args) -> None:
     """A conversation in the terminal; what is said is printed as it comes."""
     speaker = plugged.guided
     if args.speculate:
-        from beyond.speculation import speculating
-
-        speaker = speculating(plugged, args)
+        speaker = import_speculate().speculating(plugged, args)
     if sys.stdin is None:
         raise UsageError("--chat reads questions from standard input, which is closed")
     if hasattr(sys.stdin, "reconfigure"):
@@ -329,8 +327,12 @@ def show_playground(plugged: Plugged, args) -> None:
 
 def show_speculation(plugged: Plugged, args) -> None:
     """The same answers by speculation, and whether it paid (beyond/speculation.py)."""
+    import_speculate().compare_with_plain(plugged, questions_of(plugged, args, 48), args)
+
+
+def import_speculate():
     try:
-        from beyond.speculation import compare_with_plain
+        from run import speculate
     except ImportError:
         raise UsageError("--speculate takes beyond/speculation.py, which is not there") from None
-    compare_with_plain(plugged, questions_of(plugged, args, 48), args)
+    return speculate

@@ -52,8 +52,9 @@ def compare_tokens(folder: Path, plugs: list[str]) -> None:
         ):
             assert abs(ours - theirs) < 1e-3 and greedy == other, name
         if name in ("residual", "proxy"):
-            said = speculate(Speculative(together, draft, 3), PROMPTS[:4], **GREEDY)
-            assert said == generate(together, PROMPTS[:4], **GREEDY), name
+            for drafting in (None, draft):
+                said = speculate(Speculative(together, 3, drafting), PROMPTS[:4], **GREEDY)
+                assert said == generate(together, PROMPTS[:4], **GREEDY), name
         tokens = torch.tensor([PROMPTS[0]])
         ours, theirs = together.logits(tokens), alone.logits(tokens)
         assert ours.shape == theirs.shape

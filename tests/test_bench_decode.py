@@ -78,41 +78,37 @@ def test_conclusions_are_of_times_side_by_side():
 @pytest.mark.parametrize(
     "factor, verdict",
     [
-        (0.5, "at K = 2 it pays: 2.00 times as fast, and it takes 0.62"),
-        (2.0, "it does not pay: at best, K = 2, 0.50"),
+        (0.5, "it pays: at best, K = 4, 2.00 times as fast, and 0.62"),
+        (2.0, "it does not pay: at best, K = 4, 0.50 times as fast, and 2.50"),
     ],
 )
 def test_speculation_says_whether_it_pays(factor, verdict):
-    each = {
-        "acceptance": [0.9, 0.8],
-        "tokens a round": 1.8,
-        "passes": dict(plain=0.01, drafted=0.001, verified=0.012),
-        "predicted": 1.5,
-        "seconds": [1.0 * factor, 2.0 * factor],
-    }
+    drafts = [
+        {
+            "K": K,
+            "draft": draft,
+            "accepted": 0.9,
+            "tokens a round": 1.8,
+            "seconds": [seconds * factor, 2 * seconds * factor],
+        }
+        for K, draft, seconds in ((4, "z_delta", 1.0), (8, "z_delta", 1.1), (4, "both", 1.2))
+    ]
     shown = show_speculation(
         {
             "answers": 3,
             "tokens": 30,
             "differing": 0,
             "compared": 6,
-            "plain": [1.0, 2.0],
-            "big": [3.0],
-            "small": [1.0],
-            "unguided": [0.8, 1.6],
-            "K": {2: each},
+            "guided": [1.0, 2.0],
+            "small": [0.2, 0.4],
+            "alone": [0.8, 1.6],
+            "drafts": drafts,
         }
     )
-    assert (
-        verdict in shown
-        and "0 of 6 differ" in shown
-        and "| 0.90 0.80 " in shown
-        and "10.00, 1.00, 12.00" in shown
-    )
-    assert (
-        "guided without speculation takes 1.25 (1.25 to 1.25) times as long as the base alone"
-        in shown
-    )
+    assert f"- drafted by z_delta alone, {verdict}" in shown
+    assert "0 of 6 differ" in shown and "| 0.900 " in shown and "| tiny-s with z_delta |" in shown
+    assert "this base alone takes 4.00 (4.00 to 4.00) times as long as tiny-s alone" in shown
+    assert "guided without speculation takes 1.25 (1.25 to 1.25) times as long" in shown
 
 
 @pytest.mark.skipif(not PAPER.is_file(), reason="the paper's text is not here")
@@ -166,7 +162,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
 def test_flags_that_were_not_given_have_their_usual_values(monkeypatch):
     monkeypatch.setattr("sys.argv", ["decode.py"])
     args = decode.arguments()
-    assert (args.batch, args.ahead, args.layers, args.rounds) == ([1, 8], [1, 2, 3, 4, 6, 8], 28, 3)
+    assert (args.batch, args.ahead, args.layers, args.rounds) == ([1, 8], [2, 4, 6, 8, 12], 28, 3)
 
 
 def test_on_a_gpu_steps_are_captured():
@@ -188,6 +184,6 @@ def test_benches_print_their_tables(tmp_path, three_seeds):
     undeepened, deepened = output.split("deepened to")
     assert (
         all(re.search("it (pays|does not pay)", part) for part in (undeepened, deepened))
-        and "0 of 96 differ" in output
+        and "0 of 192 differ" in output
     )
     assert "our 23M + 110M" in python("-m paper.table3 --rounds 1")

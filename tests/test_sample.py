@@ -203,7 +203,7 @@ def test_no_number_is_an_error_that_names_the_network(number):
             generate(guided, [[1, 2]], max_new_tokens=2, stop_ids=set())
         with pytest.raises(UsageError, match=f"the {name}'s logits"):
             score(guided, [([1, 2], [3])])
-        system = Speculative(guided, small(), 2)
+        system = Speculative(guided, 2)
         with pytest.raises(UsageError, match=f"the {name}'s logits"):
             speculate(system, [[1, 2]], max_new_tokens=4, stop_ids=set())
 
