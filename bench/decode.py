@@ -410,7 +410,7 @@ def arguments() -> argparse.Namespace:
         "--speculate", type=Path, metavar="HOME", help="measure it with the networks in this folder"
     )
     trained.add_argument(
-        "--ahead", type=few, nargs="+", metavar="K", help="tokens drafted at a time (1 2 3 4 6 8)"
+        "--ahead", type=few, nargs="+", metavar="K", help="tokens drafted at a time (2 4 6 8 12)"
     )
     trained.add_argument(
         "--layers", type=positive_int, metavar="N", help="of the deepened tiny-l (default 28)"

@@ -27,7 +27,9 @@ from torch import Tensor
 from model import Block, KVCache, Llama
 from sample import Guided
 
-LONGEST_CAPTURED = 33  # tokens of a step, as 32 drafts behind one; longer ones keep a GPU busy as they are
+LONGEST_CAPTURED = (
+    33  # tokens of a step, as 32 drafts behind one; longer ones keep a GPU busy as they are
+)
 
 
 def window_for(length: int) -> int:
