@@ -6,22 +6,26 @@
     python sample.py --base tiny-l --expert out/seed0/full-tiny-s    # proxy tuning: tuned minus untuned in its place
     python sample.py --chat
 
-In this order: one guided step, the same through a vocabulary map, how a token is picked, whole answers,
-and how likely given answers are.
+In this order: one guided step, how a token is picked, whole answers and how likely given ones are,
+answers to what is asked in words; last, a step through a vocabulary map.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.chat import encode_chat, stop_ids, with_system
 from data.errors import UsageError
+from data.records import Turn
+from data.tokenizer import Tokenizer
 from ivl import ProxyDelta, ValueModel, combine
 from model import KVCache, Llama
 from vocab_map import VocabMap
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One step (Section 4.2)
 
 
@@ -123,7 +127,211 @@ def refuse_nan(guided: Guided, logits: Tensor) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# How a token is picked
+
+
+def pick(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Next tokens (B,) from logits (B, V): the arg-max, or by noise (B,) uniform in [0, 1) from the nucleus top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return draw(probabilities(logits, temperature, top_p), noise)
+
+
+def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """How likely each token is to be picked: (B, V) from logits (B, V); all of it on the arg-max at temperature 0."""
+    if temperature == 0:
+        return torch.zeros_like(logits, dtype=torch.float32).scatter_(
+            -1, logits.argmax(-1, keepdim=True), 1.0
+        )
+    logits = (
+        logits.float() - logits.max(-1, keepdim=True).values.float()
+    )  # so that no temperature overflows
+    p = F.softmax(
+        logits / max(temperature, 1e-30), dim=-1
+    )  # (B, V); divided by what float32 rounds to 0, the largest would be 0 / 0
+    if top_p < 1:
+        # The thousand largest nearly always reach top_p, and are found far sooner than all are sorted.
+        largest = p.topk(min(1000, p.shape[-1])).values  # (B, 1000)
+        if (sum_up(largest)[:, -1] < top_p).any():
+            largest = p.sort(-1, descending=True).values  # (B, V)
+        # A token stays if those before it do not reach top_p.
+        stays = sum_up(largest) - largest < top_p
+        least = largest.masked_fill(~stays, 1).amin(-1, keepdim=True)  # (B, 1)
+        # Of those as likely as the last that stays, the first ones do.
+        places = (stays & (largest == least)).sum(-1, keepdim=True)  # (B, 1)
+        ties = p == least  # (B, V)
+        p = p * ((p > least) | ties & (ties.cumsum(-1) <= places))
+        p = p / p.sum(-1, keepdim=True)
+    return p
+
+
+def draw(p: Tensor, noise: Tensor) -> Tensor:
+    """Tokens (B,): where noise (B,) falls in the cumulative sum of p (B, V), which need not sum to 1."""
+    total = sum_up(p)
+    below = (total <= noise[:, None] * total[:, -1:]) & (total < total[:, -1:])
+    tokens = below.sum(-1, keepdim=True)  # (B, 1)
+    # Rounding must not choose what has no share.
+    return torch.where(p.gather(-1, tokens) > 0, tokens, p.argmax(-1, keepdim=True))[:, 0]
+
+
+def sum_up(p: Tensor) -> Tensor:
+    """Cumulative sums (B, V), so exact that processes that decode together agree; mps has no float64."""
+    return p.cumsum(-1, dtype=torch.float32 if p.device.type == "mps" else torch.float64)
+
+
+def uniform(seed: int, number: int, *shape: int) -> Tensor:
+    """Numbers from [0, 1), the random stream of prompt `number`."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
+
+
+# --------------------------------------------------------------------------------------------------
+# Whole answers, and how likely given ones are
+
+
+@torch.inference_mode()
+def generate(
+    guided: Guided,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: set[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_token: Callable[[int, int], bool | None] | None = None,
+) -> list[list[int]]:
+    """Continue token prompts; return only the new tokens of each, a stop token included where one came.
+
+    temperature 0 is greedy. Each prompt has a random stream of its own, by its place in the list, so a
+    sampled answer does not depend on what is beside it. on_token(prompt, token) is called as tokens come; True ends.
+    """
+    check_prompts(prompts)
+    noise = torch.stack([uniform(seed, number, max_new_tokens) for number in range(len(prompts))])
+    noise = noise.to(guided.base.device)  # (B, max_new_tokens)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    running = list(range(len(prompts)))  # which prompt each row of the batch belongs to
+    ended = [False] * len(prompts)
+    tokens = guided.start(prompts, max_new_tokens)  # (B, 1)
+    for index in range(max_new_tokens):
+        # one token for every row
+        logits = guided.step(tokens)[:, -1]  # (B, V)
+        refuse_nan(guided, logits)
+        tokens = pick(logits, noise[:, index], temperature, top_p)[:, None]  # (B, 1)
+        # keep those of texts that have not ended
+        for prompt, token in zip(running, tokens[:, 0].tolist()):
+            if not ended[prompt]:
+                outputs[prompt].append(token)
+                is_enough = on_token is not None and on_token(prompt, token) is True
+                ended[prompt] = is_enough or token in stop_ids
+        # shrink the batch now and then rather than carry ended rows along
+        still = [row for row, prompt in enumerate(running) if not ended[prompt]]
+        if not still:
+            break
+        if len(still) <= len(running) // 2:
+            rows = torch.tensor(still, device=tokens.device)
+            guided.select(rows)
+            tokens, noise, running = tokens[rows], noise[rows], [running[row] for row in still]
+    return outputs
+
+
+def check_prompts(prompts: list[list[int]]) -> None:
+    if not prompts or not all(prompts):
+        raise ValueError("generate needs at least one prompt, and at least one token in each")
+
+
+@torch.inference_mode()
+def score(
+    guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: int = 256
+) -> list[tuple[float, bool]]:
+    """For each (context, continuation): its log-likelihood in nats, and whether greedy decoding would say it.
+
+    A context that comes several times in a batch, as in multiple choice, is computed once.
+    """
+    if not all(context and continuation for context, continuation in pairs):
+        raise ValueError("score needs at least one token in each context and in each continuation")
+    results = []
+    for first in range(0, len(pairs), batch_size):
+        batch = pairs[first : first + batch_size]
+        # each context once, then a row for each pair
+        contexts = list(dict.fromkeys(tuple(context) for context, _ in batch))
+        longest = max(len(continuation) for _, continuation in batch)
+        last = guided.start([list(context) for context in contexts], longest)  # (contexts, 1)
+        rows = torch.tensor(
+            [contexts.index(tuple(context)) for context, _ in batch], device=last.device
+        )  # (B,)
+        guided.select(rows)
+        # all continuations in one step, less their last tokens, which predict nothing
+        behind = pad([[0, *continuation[:-1]] for _, continuation in batch]).to(
+            last.device
+        )  # (B, longest)
+        behind[:, :1] = last[rows]
+        logits = guided.step(behind)  # (B, longest, V)
+        refuse_nan(guided, logits)
+        log_p = F.log_softmax(logits.float(), dim=-1)
+        for row, (_, continuation) in enumerate(batch):
+            wanted = torch.tensor(continuation, device=last.device)[:, None]
+            here = log_p[row, : len(continuation)]
+            is_greedy = bool((here.argmax(-1) == wanted[:, 0]).all())
+            results.append((here.gather(-1, wanted).sum().item(), is_greedy))
+    return results
+
+
+# --------------------------------------------------------------------------------------------------
+# Asked in words
+
+
+@dataclass
+class Speaker:
+    """A guided base with its tokenizer and its chat template, which can be asked in words."""
+
+    name: str
+    guided: Guided
+    tokenizer: Tokenizer
+    template: str
+    system: str = ""  # a system prompt
+    generate: Callable = generate
+    stamp: str = ""  # of its checkpoints, by which kept answers of others are noticed
+
+    def encode(self, turns: list[Turn]) -> list[int]:
+        """The tokens of a conversation, up to where the assistant's next turn begins."""
+        return encode_chat(self.tokenizer, self.template, with_system(self.system, turns))[0]
+
+    @property
+    def longest(self) -> int:
+        """How many positions all of its checkpoints have."""
+        llamas = [self.guided.base, *self.guided.llamas]
+        return min(llama.config.max_position_embeddings for llama in llamas)
+
+    def prepare(self, turns: list[Turn], args) -> tuple[list[int], dict]:
+        """The prompt that asks for the assistant's next turn, and how `generate` is to answer it.
+
+        args has max_new_tokens, temperature, top_p and seed. UsageError where no answer fits.
+        """
+        prompt = self.encode(turns)
+        room = self.longest - len(prompt)
+        if room <= 0:
+            raise UsageError(
+                f"the conversation is {len(prompt)} tokens long, and the checkpoint ends at "
+                f"{self.longest}"
+            )
+        options = dict(
+            max_new_tokens=min(args.max_new_tokens, room),
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            stop_ids=stop_ids(self.tokenizer, self.template, self.guided.llamas),
+        )
+        return prompt, options
+
+    def answer(self, turns: list[Turn], args, on_token: Callable | None = None) -> str:
+        """The assistant's next turn."""
+        prompt, options = self.prepare(turns, args)
+        ids = self.generate(self.guided, [prompt], on_token=on_token, **options)[0]
+        return self.tokenizer.decode(ids).strip()
+
+
+# --------------------------------------------------------------------------------------------------
 # The same through a vocabulary map (Section 4.2.2)
 
 
@@ -236,157 +444,7 @@ class MappedGuided(Guided):
         self.z_next = self.z_next[rows]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# How a token is picked
-
-
-def pick(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Next tokens (B,) from logits (B, V): the arg-max, or by noise (B,) uniform in [0, 1) from the nucleus top_p."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    return draw(probabilities(logits, temperature, top_p), noise)
-
-
-def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """How likely each token is to be picked: (B, V) from logits (B, V); all of it on the arg-max at temperature 0."""
-    if temperature == 0:
-        return torch.zeros_like(logits, dtype=torch.float32).scatter_(
-            -1, logits.argmax(-1, keepdim=True), 1.0
-        )
-    logits = (
-        logits.float() - logits.max(-1, keepdim=True).values.float()
-    )  # so that no temperature overflows
-    p = F.softmax(
-        logits / max(temperature, 1e-30), dim=-1
-    )  # (B, V); divided by what float32 rounds to 0, the largest would be 0 / 0
-    if top_p < 1:
-        # The thousand largest nearly always reach top_p, and are found far sooner than all are sorted.
-        largest = p.topk(min(1000, p.shape[-1])).values  # (B, 1000)
-        if (sum_up(largest)[:, -1] < top_p).any():
-            largest = p.sort(-1, descending=True).values  # (B, V)
-        # A token stays if those before it do not reach top_p.
-        stays = sum_up(largest) - largest < top_p
-        least = largest.masked_fill(~stays, 1).amin(-1, keepdim=True)  # (B, 1)
-        # Of those as likely as the last that stays, the first ones do.
-        places = (stays & (largest == least)).sum(-1, keepdim=True)  # (B, 1)
-        ties = p == least  # (B, V)
-        p = p * ((p > least) | ties & (ties.cumsum(-1) <= places))
-        p = p / p.sum(-1, keepdim=True)
-    return p
-
-
-def draw(p: Tensor, noise: Tensor) -> Tensor:
-    """Tokens (B,): where noise (B,) falls in the cumulative sum of p (B, V), which need not sum to 1."""
-    total = sum_up(p)
-    below = (total <= noise[:, None] * total[:, -1:]) & (total < total[:, -1:])
-    tokens = below.sum(-1, keepdim=True)  # (B, 1)
-    # Rounding must not choose what has no share.
-    return torch.where(p.gather(-1, tokens) > 0, tokens, p.argmax(-1, keepdim=True))[:, 0]
-
-
-def sum_up(p: Tensor) -> Tensor:
-    """Cumulative sums (B, V), so exact that processes that decode together agree; mps has no float64."""
-    return p.cumsum(-1, dtype=torch.float32 if p.device.type == "mps" else torch.float64)
-
-
-def uniform(seed: int, number: int, *shape: int) -> Tensor:
-    """Numbers from [0, 1), the random stream of prompt `number`."""
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Whole answers, and how likely given ones are
-
-
-@torch.inference_mode()
-def generate(
-    guided: Guided,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    stop_ids: set[int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    on_token: Callable[[int, int], bool | None] | None = None,
-) -> list[list[int]]:
-    """Continue token prompts; return only the new tokens of each, a stop token included where one came.
-
-    temperature 0 is greedy. Each prompt has a random stream of its own, by its place in the list, so a
-    sampled answer does not depend on what is beside it. on_token(prompt, token) is called as tokens come; True ends.
-    """
-    check_prompts(prompts)
-    noise = torch.stack([uniform(seed, number, max_new_tokens) for number in range(len(prompts))])
-    noise = noise.to(guided.base.device)  # (B, max_new_tokens)
-    outputs: list[list[int]] = [[] for _ in prompts]
-    running = list(range(len(prompts)))  # which prompt each row of the batch belongs to
-    ended = [False] * len(prompts)
-    tokens = guided.start(prompts, max_new_tokens)  # (B, 1)
-    for index in range(max_new_tokens):
-        # one token for every row
-        logits = guided.step(tokens)[:, -1]  # (B, V)
-        refuse_nan(guided, logits)
-        tokens = pick(logits, noise[:, index], temperature, top_p)[:, None]  # (B, 1)
-        # keep those of texts that have not ended
-        for prompt, token in zip(running, tokens[:, 0].tolist()):
-            if not ended[prompt]:
-                outputs[prompt].append(token)
-                is_enough = on_token is not None and on_token(prompt, token) is True
-                ended[prompt] = is_enough or token in stop_ids
-        # shrink the batch now and then rather than carry ended rows along
-        still = [row for row, prompt in enumerate(running) if not ended[prompt]]
-        if not still:
-            break
-        if len(still) <= len(running) // 2:
-            rows = torch.tensor(still, device=tokens.device)
-            guided.select(rows)
-            tokens, noise, running = tokens[rows], noise[rows], [running[row] for row in still]
-    return outputs
-
-
-def check_prompts(prompts: list[list[int]]) -> None:
-    if not prompts or not all(prompts):
-        raise ValueError("generate needs at least one prompt, and at least one token in each")
-
-
-@torch.inference_mode()
-def score(
-    guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: int = 256
-) -> list[tuple[float, bool]]:
-    """For each (context, continuation): its log-likelihood in nats, and whether greedy decoding would say it.
-
-    A context that comes several times in a batch, as in multiple choice, is computed once.
-    """
-    if not all(context and continuation for context, continuation in pairs):
-        raise ValueError("score needs at least one token in each context and in each continuation")
-    results = []
-    for first in range(0, len(pairs), batch_size):
-        batch = pairs[first : first + batch_size]
-        # each context once, then a row for each pair
-        contexts = list(dict.fromkeys(tuple(context) for context, _ in batch))
-        longest = max(len(continuation) for _, continuation in batch)
-        last = guided.start([list(context) for context in contexts], longest)  # (contexts, 1)
-        rows = torch.tensor(
-            [contexts.index(tuple(context)) for context, _ in batch], device=last.device
-        )  # (B,)
-        guided.select(rows)
-        # all continuations in one step, less their last tokens, which predict nothing
-        behind = pad([[0, *continuation[:-1]] for _, continuation in batch]).to(
-            last.device
-        )  # (B, longest)
-        behind[:, :1] = last[rows]
-        logits = guided.step(behind)  # (B, longest, V)
-        refuse_nan(guided, logits)
-        log_p = F.log_softmax(logits.float(), dim=-1)
-        for row, (_, continuation) in enumerate(batch):
-            wanted = torch.tensor(continuation, device=last.device)[:, None]
-            here = log_p[row, : len(continuation)]
-            is_greedy = bool((here.argmax(-1) == wanted[:, 0]).all())
-            results.append((here.gather(-1, wanted).sum().item(), is_greedy))
-    return results
-
-
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def main():

@@ -1,8 +1,8 @@
 """Attribution (Section 3.1, advantage 1): is it pre-training or post-training that says a token?
 
-    python sample.py --explain                                            # a line for each token, in the terminal
-    python -m beyond.attribution --base tiny-l                            # a page: out/attribution.html
-    python -m beyond.attribution --base tiny-l --screenshot picture.png   # and a picture of it, by headless Chromium
+    python sample.py --explain                                       # a line for each token
+    python sample.py --base tiny-l --explain --page out/page.html    # a page, too
+    python sample.py --base tiny-l --explain --page out/page.html --screenshot picture.png
 
 Logits add up, so each token of an answer can be taken apart: what the base alone would have said, what
 z_delta pushed for, and who had the last word. The page is one HTML file, with no network and no script.
@@ -97,16 +97,13 @@ def attribute_last(guided, token: int) -> Attribution:
 
 
 def explain(speaker, text: str, args) -> list[Attribution]:
-    """The answer to one question of a run.plug.Speaker, token by token."""
-    from run.show import answer
-
+    """The answer to one question of a sample.Speaker, token by token."""
     records: list[Attribution] = []
-    answer(
-        speaker,
-        [("user", text)],
-        args,
-        lambda _, token: records.append(attribute_last(speaker.guided, token)),
-    )
+
+    def on_token(_, token: int) -> None:
+        records.append(attribute_last(speaker.guided, token))
+
+    speaker.answer([("user", text)], args, on_token)
     return records
 
 
@@ -347,29 +344,18 @@ def questions_of(world) -> list[str]:
     ]
 
 
-def main():
-    from run.arguments import page_arguments
-    from run.plug import plug_in
-    from run.show import answer
-
-    args = page_arguments(__doc__)
+def save_page(plugged, args) -> None:
+    """Answer the questions of a run.plug.Plugged, and write the page --page; a picture if asked."""
     if args.screenshot:
         find_browser()  # before any work
-    plugged = plug_in(args)
     answers = []
     for text in args.prompt or questions_of(plugged.world):
-        alone = answer(plugged.alone, [("user", text)], args)
+        alone = plugged.alone.answer([("user", text)], args)
         answers.append((text, alone, explain(plugged.guided, text, args)))
         print(f"{text}\n    {count_decisions(answers[-1][-1], plugged.guide)}", flush=True)
     made = page(plugged.guided.name, plugged.guided.tokenizer, answers, plugged.guide)
-    write_text(args.out, made)
-    print(f"saved {args.out}, {args.out.stat().st_size / 1000:.0f} kB")
+    write_text(args.page, made)
+    print(f"saved {args.page}, {args.page.stat().st_size / 1000:.0f} kB")
     if args.screenshot:
-        screenshot(args.out, args.screenshot, args.height)
+        screenshot(args.page, args.screenshot, args.height)
         print(f"saved {args.screenshot}")
-
-
-if __name__ == "__main__":
-    from run.cli import run_cli
-
-    run_cli(main)

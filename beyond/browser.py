@@ -1,6 +1,6 @@
 """A browser to drive: headless Chromium with one page, for pictures of beyond/playground.py and for its tests.
 
-    python -m beyond.playground --base tiny-l --screenshot playground.png
+    python sample.py --base tiny-l --web --screenshot playground.png
 
 Chromium is told what to do over a pipe, in the words of its DevTools protocol (chromedevtools.github.io/devtools-protocol):
 JSON each way, and a zero byte behind each message. That takes no package, and opens no port.

@@ -1,8 +1,8 @@
 """The playground: a page to ask on, that says of each token who decided, and goes on from another one at a click.
 
-    python sample.py --web                                                   # http://127.0.0.1:8000/
-    python sample.py --base tiny-l --web --port 0                            # any port that is free
-    python -m beyond.playground --base tiny-l --screenshot playground.png    # a picture of it, by headless Chromium
+    python sample.py --web                                          # http://127.0.0.1:8000/
+    python sample.py --base tiny-l --web --port 0                   # any port that is free
+    python sample.py --base tiny-l --web --screenshot picture.png   # a picture of it, by Chromium
 
 A question goes to the server as JSON, and the answer comes back as a line of JSON for each token, with what
 beyond/attribution.py has to say of it. An answer may begin with given tokens, which is how one branches.
@@ -117,8 +117,8 @@ def first_questions(world) -> list[str]:
 class Playground:
     """The networks behind the page. A base is loaded when it is first asked for, and kept."""
 
-    def __init__(self, plugged, args):
-        self.args = args
+    def __init__(self, plugged, args, plug_in: Callable):
+        self.args, self.plug_in = args, plug_in
         self.first = plugged
         self.bases = fitting_bases(plugged, args)
         self.loaded = {name_of(plugged.base_path): plugged}
@@ -139,13 +139,11 @@ class Playground:
 
     def load(self, name: str):
         """The run.plug.Plugged of one of the bases."""
-        from run.plug import plug_in
-
         if name not in self.bases:
             raise UsageError(f"base has to be one of {', '.join(self.bases)}")
         if name not in self.loaded:
             value = None if self.args.expert else str(self.first.guide_path)
-            self.loaded[name] = plug_in(
+            self.loaded[name] = self.plug_in(
                 Namespace(**vars(self.args) | {"base": str(self.bases[name]), "value": value})
             )
         return self.loaded[name]
@@ -157,8 +155,6 @@ class Playground:
 
         Of an answer that goes on from a prefix, the first record has the text of each token in the prefix.
         """
-        from run.show import answer, prepare
-
         plugged = self.load(asked.base)
         speaker, guided, tokenizer = plugged.guided, plugged.guided.guided, plugged.guided.tokenizer
         guided.alpha = asked.alpha
@@ -167,7 +163,7 @@ class Playground:
         args = Namespace(**vars(self.args) | {"temperature": asked.temperature, "seed": asked.seed})
         turns = [("user", asked.question)]
         # the prompt, and behind it the tokens to go on from
-        prompt, options = prepare(speaker, turns, args)
+        prompt, options = speaker.prepare(turns, args)
         options["max_new_tokens"] -= len(asked.prefix)
         if options["max_new_tokens"] < 0 or any(token >= guided.readable for token in asked.prefix):
             raise UsageError(
@@ -183,7 +179,7 @@ class Playground:
         has_ended = asked.prefix and asked.prefix[-1] in options["stop_ids"]
         if options["max_new_tokens"] > 0 and not has_ended:
             speaker.generate(guided, [prompt + asked.prefix], on_token=on_token, **options)
-        alone = answer(plugged.alone, turns, args, on_token=lambda *_: check())
+        alone = plugged.alone.answer(turns, args, on_token=lambda *_: check())
         tell({"alone": alone})
 
 
@@ -356,9 +352,9 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-def serve(plugged, args) -> None:
-    """Until Ctrl-C."""
-    server = Server(Playground(plugged, args), args.port)
+def serve(plugged, args, plug_in: Callable) -> None:
+    """Until Ctrl-C. plug_in(args) loads a run.plug.Plugged, for another base that is asked for."""
+    server = Server(Playground(plugged, args, plug_in), args.port)
     print(f"the playground is at {server.address} (Ctrl-C ends it)", flush=True)
     has_screen = (
         sys.platform in ("darwin", "win32")
@@ -380,20 +376,13 @@ def serve(plugged, args) -> None:
 HAS_ANSWERED = 'document.getElementById("said").textContent.startsWith("of ")'
 
 
-def main():
-    from beyond.attribution import find_browser
+def save_picture(plugged, args, plug_in: Callable) -> None:
+    """Ask the page the first question, and write a picture of it, --screenshot."""
     from beyond.browser import Browser  # here and not at the top: --web needs no browser of ours
-    from run.arguments import picture_arguments
-    from run.plug import plug_in
 
-    args = picture_arguments(__doc__)
-    find_browser()  # before any work
-    plugged = plug_in(args)
-    question = (args.prompt or first_questions(plugged.world))[
-        0
-    ]  # plug_in sees to it that there is one
-    check_field("question", question)  # and the page would not answer another kind
-    server = Server(Playground(plugged, args), port=0)
+    question = (args.prompt or first_questions(plugged.world))[0]
+    check_field("question", question)  # the page would not answer another kind
+    server = Server(Playground(plugged, args, plug_in), port=0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     browser = Browser(f"{server.address}#{quote(question)}", WIDTH, args.height)
     try:
@@ -404,9 +393,3 @@ def main():
         browser.close()
         server.stop()
     print(f"saved {args.screenshot}")
-
-
-if __name__ == "__main__":
-    from run.cli import run_cli
-
-    run_cli(main)

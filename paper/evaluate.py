@@ -25,8 +25,9 @@ from paper.report import table
 from paper.table1 import BLOCKS, PAPER, PAPER_70B
 from run.arguments import GUIDANCE, measured_arguments
 from run.cli import ArgumentParser, non_negative_int, positive_int, run_cli
-from run.plug import Speaker, plug_speaker
+from run.plug import plug_speaker
 from run.processes import Alone, join_decoders
+from sample import Speaker
 
 # ---------------------------------------------------------------------------------------------------------
 # Table 1's columns (Section 5.3)

@@ -24,9 +24,9 @@ from data.files import check_output, digest, replacing
 from data.records import Records, Turn, is_unicode
 from run.arguments import GUIDANCE, measured_arguments
 from run.cli import ArgumentParser, clock, non_negative_int, positive_int, run_cli
-from run.plug import Speaker, plug_speaker
+from run.plug import plug_speaker
 from run.processes import Alone, join_decoders
-from run.show import answer, encode_turns, longest_of
+from sample import Speaker
 
 TEMPERATURES = {  # FastChat's, by a question's category; 0.7 for others
     "writing": 0.7,
@@ -104,9 +104,9 @@ def answer_turns(speaker: Speaker, question: dict, args) -> tuple[list[str], int
     no_room = 0
     for text in question["turns"]:
         said.append(("user", text))
-        has_room = len(encode_turns(speaker, said)) < longest_of(speaker)
+        has_room = len(speaker.encode(said)) < speaker.longest
         no_room += not has_room
-        said.append(("assistant", answer(speaker, said, asking) if has_room else ""))
+        said.append(("assistant", speaker.answer(said, asking) if has_room else ""))
     return [text for role, text in said if role == "assistant"], no_room
 
 

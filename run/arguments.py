@@ -25,6 +25,7 @@ from run.cli import (
 from run.jobs import with_a_name
 from vocab_map import HOWS
 
+PAGE_TITLE = b"Where did post-training speak?"  # by which a page of --explain is known
 MOST_AHEAD = 32  # tokens to draft at a time; as many as fast/graphs.py captures in one step
 LLAMA_SCHEMES = [scheme for scheme in SCHEMES if scheme != "probe"]
 few = number(int, 0, f"whole number from 1 to {MOST_AHEAD}", MOST_AHEAD + 1)
@@ -284,7 +285,7 @@ def train_arguments() -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# sample.py, and the page of beyond/attribution.py
+# sample.py
 
 
 GUIDANCE = (
@@ -435,6 +436,18 @@ def sample_arguments() -> argparse.Namespace:
         help="say of each token who decided, the base or the value network",
     )
     parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="of --explain: write an HTML page, too"
+    )
+    parser.add_argument(
+        "--screenshot",
+        type=Path,
+        metavar="PNG",
+        help="a picture of the page of --explain or --web; needs Chromium",
+    )
+    parser.add_argument(
+        "--height", type=positive_int, default=760, metavar="PIXELS", help="of it (default 760)"
+    )
+    parser.add_argument(
         "--speculate",
         type=few,
         metavar="K",
@@ -455,74 +468,21 @@ def sample_arguments() -> argparse.Namespace:
         parser.error(
             "--web says of each token who decided, one token at a time; leave out --explain and --speculate"
         )
+    if args.page and not args.explain:
+        parser.error("--page goes with --explain")
+    if args.screenshot and not (args.web or args.page):
+        parser.error("--screenshot goes with --web, or with --explain --page FILE")
+    if args.page:
+        check_output("--page", args.page, "page of this kind", lambda start: PAGE_TITLE in start)
+    if args.screenshot:
+        is_png = lambda start: start.startswith(b"\x89PNG")  # noqa: E731
+        check_output("--screenshot", args.screenshot, "picture", is_png)
     if args.port is not None and not args.web:
         parser.error("--port goes with --web")
     args.port = 8000 if args.port is None else args.port
     args.explains = bool(args.explain or args.web or args.speculate)  # what takes a value network
     if args.draft and not args.speculate:
         parser.error("--draft goes with --speculate")
-    return args
-
-
-def page_arguments(doc: str) -> argparse.Namespace:
-    """The flags of beyond/attribution.py."""
-    parser = ArgumentParser(description=doc.split("\n\n")[0])
-    add_guidance(parser)
-    add_asking(parser)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out/attribution.html"),
-        metavar="FILE",
-        help="(default %(default)s)",
-    )
-    parser.add_argument(
-        "--screenshot", type=Path, metavar="PNG", help="a picture of the page, too; needs Chromium"
-    )
-    parser.add_argument(
-        "--height",
-        type=positive_int,
-        default=900,
-        metavar="PIXELS",
-        help="of the picture (default 900)",
-    )
-    args = parse_guidance(parser)
-    check_output(
-        "--out",
-        args.out,
-        "page of this kind",
-        lambda start: b"Where did post-training speak?" in start,
-    )
-    if args.screenshot:
-        check_output(
-            "--screenshot", args.screenshot, "picture", lambda start: start.startswith(b"\x89PNG")
-        )
-    return args
-
-
-def picture_arguments(doc: str) -> argparse.Namespace:
-    """The flags of beyond/playground.py."""
-    parser = ArgumentParser(description=doc.split("\n\n")[0])
-    add_guidance(parser)
-    add_asking(parser)
-    parser.add_argument(
-        "--screenshot",
-        type=Path,
-        metavar="PNG",
-        required=True,
-        help="a picture of the page; needs Chromium",
-    )
-    parser.add_argument(
-        "--height",
-        type=positive_int,
-        default=700,
-        metavar="PIXELS",
-        help="of the picture (default 700)",
-    )
-    args = parse_guidance(parser)
-    check_output(
-        "--screenshot", args.screenshot, "picture", lambda start: start.startswith(b"\x89PNG")
-    )
     return args
 
 

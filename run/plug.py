@@ -23,7 +23,7 @@ from run.cli import pick_device
 from run.processes import Alone
 from run.tensor_parallel import load_divided
 from run.twins import TINY_VOCABULARY, choose_guided
-from sample import Guided, MappedGuided, generate
+from sample import Guided, MappedGuided, Speaker
 from vocab_map import VocabMap, build
 
 # ---------------------------------------------------------------------------------------------------------
@@ -119,19 +119,6 @@ def choose_map(args, base: Tokenizer, value: Tokenizer, scheme: str) -> VocabMap
 
 # ---------------------------------------------------------------------------------------------------------
 # Loading
-
-
-@dataclass
-class Speaker:
-    """Something that can be asked: a guided base, how text becomes its tokens, and how it answers."""
-
-    name: str
-    guided: Guided
-    tokenizer: Tokenizer
-    template: str
-    system: str = ""  # a system prompt
-    stamp: str = ""  # where answers are kept: of its checkpoints, by which others in the same place are noticed
-    generate: Callable = generate
 
 
 @dataclass

@@ -1,16 +1,18 @@
 """What a person sees: questions with every system's answer, tables, a chat, and what beyond/ has to say of an answer."""
 
+import importlib
 import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 
 from data.capitals import Capitals
-from data.chat import PairDataset, encode_chat, share_preferred, stop_ids, with_system
+from data.chat import PairDataset, share_preferred, stop_ids
 from data.errors import UsageError
 from data.records import Turn
 from data.tiny_world import (
@@ -26,8 +28,8 @@ from data.tiny_world import (
 )
 from data.tokenizer import StreamDecoder, Tokenizer
 from model import Llama
-from run.plug import Plugged, Speaker
-from sample import Guided, generate, score
+from run.plug import Plugged, plug_in
+from sample import Guided, Speaker, generate, score
 
 # ---------------------------------------------------------------------------------------------------------
 # The tiny world
@@ -178,7 +180,7 @@ def known_facts(world: World, speaker: Speaker) -> list[bool]:
 
 
 def answer_all(speaker: Speaker, questions: list[str]) -> list[str]:
-    prompts = [encode_turns(speaker, [("user", question)]) for question in questions]
+    prompts = [speaker.encode([("user", question)]) for question in questions]
     answers = generate(
         speaker.guided,
         prompts,
@@ -192,64 +194,23 @@ def answer_all(speaker: Speaker, questions: list[str]) -> list[str]:
 # Questions that somebody asks
 
 
-def encode_turns(speaker: Speaker, turns: list[Turn]) -> list[int]:
-    return encode_chat(speaker.tokenizer, speaker.template, with_system(speaker.system, turns))[0]
-
-
-def longest_of(speaker: Speaker) -> int:
-    """How many positions all of its checkpoints have."""
-    return min(
-        llama.config.max_position_embeddings
-        for llama in [speaker.guided.base, *speaker.guided.llamas]
-    )
-
-
-def room_for_answer(speaker: Speaker, prompt: list[int], args) -> int:
-    """How many tokens an answer may have: as many as asked for, or as the checkpoints have positions for."""
-    longest = longest_of(speaker)
-    if len(prompt) >= longest:
-        raise UsageError(
-            f"the conversation is {len(prompt)} tokens long, and the checkpoint ends at {longest}"
-        )
-    return min(args.max_new_tokens, longest - len(prompt))
-
-
-def prepare(speaker: Speaker, turns: list[Turn], args) -> tuple[list[int], dict]:
-    """The prompt that asks for the assistant's next turn, and how `generate` is to answer it."""
-    prompt = encode_turns(speaker, turns)
-    options = dict(
-        max_new_tokens=room_for_answer(speaker, prompt, args),
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop_ids=stop_ids(speaker.tokenizer, speaker.template, speaker.guided.llamas),
-    )
-    return prompt, options
-
-
-def answer(speaker: Speaker, turns: list[Turn], args, on_token=None) -> str:
-    """The assistant's next turn."""
-    prompt, options = prepare(speaker, turns, args)
-    ids = speaker.generate(speaker.guided, [prompt], on_token=on_token, **options)[0]
-    return speaker.tokenizer.decode(ids).strip()
-
-
 def show_answers(plugged: Plugged, args) -> None:
     """Each question, answered by the base alone and by the guided one."""
     width = max(len(speaker.name) for speaker in plugged.speakers) + 2
     for text in args.prompt:
         print(f"\n{text}")
         for speaker in plugged.speakers:
-            print(
-                f"    {speaker.name:{width}}{answer(speaker, [('user', text)], args)}", flush=True
-            )
+            print(f"    {speaker.name:{width}}{speaker.answer([('user', text)], args)}", flush=True)
 
 
 def show_chat(plugged: Plugged, args) -> None:
     """A conversation in the terminal; what is said is printed as it comes."""
     speaker = plugged.guided
     if args.speculate:
-        speaker = import_speculate().speculating(plugged, args)
+        beyond("speculation", "--speculate")
+        from run.speculate import speculating
+
+        speaker = speculating(plugged, args)
     if sys.stdin is None:
         raise UsageError("--chat reads questions from standard input, which is closed")
     if hasattr(sys.stdin, "reconfigure"):
@@ -281,7 +242,7 @@ def answer_aloud(speaker: Speaker, turns: list[Turn], args) -> str:
         count += 1
         print(decoder.push(token), end="", flush=True)
 
-    said = answer(speaker, turns, args, on_token)
+    said = speaker.answer(turns, args, on_token)
     print(decoder.finish())
     print(
         f"    {count} tokens, {count / (time.monotonic() - started):.1f} tokens/s", file=sys.stderr
@@ -302,37 +263,36 @@ def questions_of(plugged: Plugged, args, count: int) -> list[str]:
 
 def show_explained(plugged: Plugged, args) -> None:
     """Who decided on each token (beyond/attribution.py)."""
-    try:
-        from beyond.attribution import explain, print_attributions
-    except ImportError:
-        raise UsageError("--explain takes beyond/attribution.py, which is not there") from None
+    attribution = beyond("attribution", "--explain")
+    if args.page:
+        return attribution.save_page(plugged, args)
+    speaker = plugged.guided
     for text in questions_of(plugged, args, 3):
-        records = explain(plugged.guided, text, args)
-        print(
-            f"\n{text}\n{plugged.guided.tokenizer.decode([each.token for each in records]).strip()}"
-        )
-        print_attributions(plugged.guided.tokenizer, records, plugged.guide)
+        records = attribution.explain(speaker, text, args)
+        said = speaker.tokenizer.decode([record.token for record in records]).strip()
+        print(f"\n{text}\n{said}")
+        attribution.print_attributions(speaker.tokenizer, records, plugged.guide)
 
 
 def show_playground(plugged: Plugged, args) -> None:
-    """A page to ask on, in a browser (beyond/playground.py)."""
-    try:
-        from beyond.playground import serve
-    except ImportError:
-        raise UsageError(
-            "--web takes beyond/playground.py and beyond/attribution.py, which are not both there"
-        ) from None
-    serve(plugged, args)
+    """A page to ask on, in a browser (beyond/playground.py), or a picture of it."""
+    playground = beyond("playground", "--web")
+    if args.screenshot:
+        beyond("attribution", "--screenshot").find_browser()  # before any work
+        return playground.save_picture(plugged, args, plug_in)
+    playground.serve(plugged, args, plug_in)
 
 
 def show_speculation(plugged: Plugged, args) -> None:
     """The same answers by speculation, and whether it paid (beyond/speculation.py)."""
-    import_speculate().compare_with_plain(plugged, questions_of(plugged, args, 48), args)
+    beyond("speculation", "--speculate")
+    from run.speculate import compare_with_plain
+
+    compare_with_plain(plugged, questions_of(plugged, args, 48), args)
 
 
-def import_speculate():
-    try:
-        from run import speculate
-    except ImportError:
-        raise UsageError("--speculate takes beyond/speculation.py, which is not there") from None
-    return speculate
+def beyond(name: str, flag: str) -> ModuleType:
+    """A file of beyond/, which can be deleted; UsageError where it was."""
+    if not (Path(__file__).parents[1] / "beyond" / f"{name}.py").is_file():
+        raise UsageError(f"{flag} takes beyond/{name}.py, which is not there")
+    return importlib.import_module(f"beyond.{name}")

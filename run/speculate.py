@@ -12,9 +12,8 @@ from data.checkpoint import name_of
 from data.errors import UsageError
 from data.tokenizer import is_same_family, load_tokenizer
 from model import Llama
-from run.plug import Plugged, Speaker, find_base, refuse_value_network
-from run.show import prepare
-from sample import MappedGuided
+from run.plug import Plugged, find_base, refuse_value_network
+from sample import MappedGuided, Speaker
 
 
 def speculating(plugged: Plugged, args) -> Speaker:
@@ -40,7 +39,7 @@ def speculating(plugged: Plugged, args) -> Speaker:
 def compare_with_plain(plugged: Plugged, texts: list[str], args) -> None:
     """Answer each text plainly and by speculation, and say how both went and whether it paid."""
     plain, speaker = plugged.guided, speculating(plugged, args)
-    asked = [prepare(speaker, [("user", text)], args) for text in texts]
+    asked = [speaker.prepare([("user", text)], args) for text in texts]
     ways = {"plain": plain, "speculating": speaker}
     seconds = dict.fromkeys(ways, 0.0)
     answers: dict[str, list[list[int]]] = {way: [] for way in ways}

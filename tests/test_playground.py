@@ -29,7 +29,6 @@ from data.errors import UsageError
 from run.arguments import sample_arguments
 from run.cli import run_cli
 from run.plug import plug_in
-from run.show import answer, prepare
 from sample import generate
 from tests.helpers import ENVIRONMENT, ROOT, VALUE, byte_pairs, refused
 
@@ -94,7 +93,7 @@ def ask(server, text: str = "Greet Mira.", **changes) -> tuple[list[dict], str]:
 def expected(server, text: str, alpha: float = 1.0, prefix=(), **options) -> list[int]:
     """What sample.generate says."""
     speaker = server.playground.first.guided
-    prompt, settings = prepare(speaker, [("user", text)], server.playground.args)
+    prompt, settings = speaker.prepare([("user", text)], server.playground.args)
     settings["max_new_tokens"] -= len(prefix)
     with server.turn:
         speaker.guided.alpha = alpha
@@ -116,9 +115,8 @@ def test_an_answer_streams_the_tokens_that_generate_gives(server):
             for token, *numbers in record["raised"] + record["lowered"]:
                 assert record["names"][str(token)] and len(numbers) == 3
         if not options:
-            assert alone == answer(
-                server.playground.first.alone, [("user", "Greet Mira.")], server.playground.args
-            )
+            first = server.playground.first
+            assert alone == first.alone.answer([("user", "Greet Mira.")], server.playground.args)
 
 
 def test_without_guidance_the_base_speaks(server):

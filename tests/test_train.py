@@ -22,9 +22,8 @@ from ivl import SCHEMES, ValueModel
 from model import Llama
 from run import folder
 from run.jobs import tiny_config
-from run.plug import Speaker
 from run.show import examine, known_facts
-from sample import Guided
+from sample import Guided, Speaker
 from tests.helpers import (
     ROOT,
     SHORT,
