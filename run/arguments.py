@@ -419,7 +419,7 @@ def sample_arguments() -> argparse.Namespace:
     add_guidance(parser)
     ask = add_asking(parser)
     ask.add_argument("--chat", action="store_true", help="a conversation in the terminal")
-    ask.add_argument(
+    parser.add_argument(
         "--web",
         action="store_true",
         help="a page to ask on, at 127.0.0.1, that says who decided on each token",
@@ -468,6 +468,8 @@ def sample_arguments() -> argparse.Namespace:
         parser.error(
             "--web says of each token who decided, one token at a time; leave out --explain and --speculate"
         )
+    if args.web and (args.chat or args.prompt and not args.screenshot):
+        parser.error("--web is asked on its page; leave out --chat and --prompt")
     if args.page and not args.explain:
         parser.error("--page goes with --explain")
     if args.screenshot and not (args.web or args.page):

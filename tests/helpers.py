@@ -113,7 +113,6 @@ def inside(folder: Path, *command, input: str = "") -> tuple[int, str, str]:
     import sample
     import train
     import vocab_map
-    from beyond import attribution
     from data import capitals, chat, gemma, smollm2, tiny_world
     from paper import continued, evaluate, mt_bench
 
@@ -128,7 +127,6 @@ def inside(folder: Path, *command, input: str = "") -> tuple[int, str, str]:
                     "train.py": train.main,
                     "sample.py": sample.main,
                     "vocab_map.py": vocab_map.main,
-                    "attribution.py": attribution.main,
                     "continued.py": continued.main,
                     "chat.py": chat.main,
                     "tiny_world.py": tiny_world.main,

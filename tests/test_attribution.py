@@ -50,35 +50,37 @@ def test_a_page_of_512_tokens_is_under_a_megabyte(tokenizer):
 
 def make_page(home, *arguments) -> str:
     """Run the command, and return what it said."""
-    command = f"attribution.py --value {VALUE} --max-new-tokens 12"
+    command = f"sample.py --explain --page out/page.html --value {VALUE} --max-new-tokens 12"
     return worked(home, command, *words(*arguments))
 
 
 def test_the_command_writes_a_page_for_each_kind_of_instruction(home):
     said = make_page(home)
-    made = (home / "out/attribution.html").read_text(encoding="utf-8")
+    made = (home / "out/page.html").read_text(encoding="utf-8")
     assert made.count("<h2>") == said.count("tokens the base agreed with") == 6
     assert (
-        "saved out/attribution.html" in said
+        "saved out/page.html" in said
         and made.startswith("<!DOCTYPE html>")
         and made.rstrip().endswith("</html>")
     )
     counts = [int(number) for number in re.findall(r"of (\d+) tokens", made)]
     assert counts[0] == sum(counts[1:]) == len(re.findall('class="token (?:base|value)"', made))
     assert (
-        make_page(home, "--prompt", "Greet <Mira>.", "--out", "one.html").count("base agreed") == 1
+        make_page(home, "--prompt", "Greet <Mira>.", "--page", "one.html").count("base agreed") == 1
     )
     assert "Greet &lt;Mira&gt;." in (home / "one.html").read_text(encoding="utf-8")
 
 
 def test_bad_input_to_the_page_is_one_line(home):
     for arguments, message in [
-        (["--out", "nowhere/a.html"], "there is no folder nowhere"),
+        (["--page", "nowhere/a.html"], "there is no folder nowhere"),
+        (["--screenshot", "a.png"], "--screenshot goes with --web, or with --explain --page"),
         (["--top-p", "2"], "at most 1"),
         (["--height", "0"], "positive whole number"),
         (["--value", "none"], "none: no such folder"),
     ]:
-        assert message in refused(home, "attribution.py", *arguments)
+        assert message in refused(home, "sample.py", "--explain", *arguments)
+    assert "--page goes with --explain" in refused(home, "sample.py", "--page", "a.html")
 
 
 def test_a_missing_browser_is_told(tmp_path, monkeypatch):

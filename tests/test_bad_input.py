@@ -31,7 +31,7 @@ PLAIN = (
     "sample.py --value value --base base --scheme residual --template llama-2 "
     "--prompt Hi --max-new-tokens 2 --dtype float32"
 ).split()
-PAGE = "attribution.py --value value --prompt Hi --max-new-tokens 2 --out p.html".split()
+PAGE = "sample.py --explain --value value --prompt Hi --max-new-tokens 2 --page p.html".split()
 MAP = "vocab_map.py --base-tokenizer base --value-tokenizer base --out new.map".split()
 
 
@@ -1311,20 +1311,20 @@ OUT = {  # what is done, the command, and what it says
     "out nowhere": (None, [*MAP[:-1], "no/map"], 2, "there is no folder no"),
     "out in a file": (None, [*MAP[:-1], "chats.jsonl/map"], 2, "there is no folder chats.jsonl"),
     "out too long": (None, [*MAP[:-1], "m" * 300], 2, "File name too long"),
-    "page a folder": (None, [*PAGE, "--out", "base"], 2, "a folder; name a file"),
-    "page somebody's": (None, [*PAGE, "--out", "texts.txt"], 2, "is no page of this kind"),
-    "page a device": (None, [*PAGE, "--out", "/dev/full"], 2, "no regular file"),
+    "page a folder": (None, [*PAGE, "--page", "base"], 2, "a folder; name a file"),
+    "page somebody's": (None, [*PAGE, "--page", "texts.txt"], 2, "is no page of this kind"),
+    "page a device": (None, [*PAGE, "--page", "/dev/full"], 2, "no regular file"),
     "page a link": (
         lambda f: (f / "l").symlink_to("x"),
-        [*PAGE, "--out", "l"],
+        [*PAGE, "--page", "l"],
         2,
         "a symbolic link",
     ),
-    "page empty": (write("p.html", b""), [*PAGE, "--out", "p.html"], 2, "is no page of this kind"),
-    "page new": (None, [*PAGE, "--out", "p.html"], 0, "saved p.html"),
+    "page empty": (write("p.html", b""), [*PAGE, "--page", "p.html"], 2, "is no page of this kind"),
+    "page new": (None, [*PAGE, "--page", "p.html"], 0, "saved p.html"),
     "a picture somebody's": (
         None,
-        [*PAGE, *"--out p.html --screenshot texts.txt".split()],
+        [*PAGE, *"--page p.html --screenshot texts.txt".split()],
         2,
         "exists, and is no picture",
     ),

@@ -73,12 +73,7 @@ def test_imports_run_one_way(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     if room in ALLOWED:
         for node in tree.body:
-            late = (
-                room in {"data", *SCRIPTS}
-                and is_main(node)
-                or room == "beyond"
-                and not isinstance(node, (ast.Import, ast.ImportFrom))
-            )
+            late = room in {"data", *SCRIPTS} and is_main(node)
             for package, line in imports(node):
                 assert package in ALLOWED[room] | ({"run"} if late else set()), (
                     f"{path.name}:{line} imports {package}"

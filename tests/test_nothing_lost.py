@@ -80,13 +80,12 @@ def test_twenty_full_disks(checkpoint, chats, tmp_path):
     "command",
     [
         ("vocab_map.py --base-tokenizer checkpoint --value-tokenizer checkpoint --out m").split(),
-        "-m beyond.attribution --value V --prompt Hi --max-new-tokens 1 --out p.html".split(),
+        "sample.py --explain --value V --prompt Hi --max-new-tokens 1 --page p.html".split(),
     ],
 )
 def test_a_full_disk_leaves_no_half_output(command, checkpoint, home, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    script = [ROOT / command[0]] if command[0] != "-m" else command[:2]
-    command = [*script, *command[len(script) :]]
+    command = [ROOT / command[0], *command[1:]]
     done = subprocess.run(
         [sys.executable, *[str(home / VALUE if part == "V" else part) for part in command]],
         cwd=tmp_path,

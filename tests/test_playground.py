@@ -22,15 +22,12 @@ from beyond.playground import (
     LONGEST_QUESTION,
     Playground,
     Server,
-    main,
     read_page,
 )
-from data.errors import UsageError
 from run.arguments import sample_arguments
-from run.cli import run_cli
 from run.plug import plug_in
 from sample import generate
-from tests.helpers import ENVIRONMENT, ROOT, VALUE, byte_pairs, refused
+from tests.helpers import ENVIRONMENT, ROOT, VALUE, byte_pairs, refused, worked
 
 needs_browser = pytest.mark.skipif(
     not any(map(shutil.which, BROWSERS)), reason=f"none of {', '.join(BROWSERS)} is installed"
@@ -56,7 +53,7 @@ def server(home, checkpoint, tmp_path, monkeypatch):
         ["sample.py", "--value", str(VALUE), *"--web --port 0 --max-new-tokens 24".split()],
     )
     args = sample_arguments()
-    running = Server(Playground(plug_in(args), args), args.port)
+    running = Server(Playground(plug_in(args), args, plug_in), args.port)
     threading.Thread(target=running.serve_forever, args=[0.02], daemon=True).start()
     yield running
     running.shutdown()
@@ -533,37 +530,19 @@ def test_a_browser_shows_it_at_1280_and_at_390_pixels(server):
 
 @pytest.mark.slow
 @needs_browser
-def test_the_command_makes_a_picture(home, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(home)
+def test_the_command_makes_a_picture(home, tmp_path):
     picture = tmp_path / "playground.png"
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["playground.py", "--value", str(VALUE), "--screenshot", str(picture), "--height", "500"],
-    )
-    run_cli(main)
+    command = ["sample.py", "--web", "--value", VALUE, "--screenshot", picture, "--height", "500"]
+    assert f"saved {picture}" in worked(home, *command)
     header = picture.read_bytes()[:24]
-    assert (
-        header[1:4] == b"PNG"
-        and struct.unpack(">II", header[16:]) == (1280, 500)
-        and "saved" in capsys.readouterr().out
-    )
+    assert header[1:4] == b"PNG" and struct.unpack(">II", header[16:]) == (1280, 500)
     assert os.path.getsize(picture) > 10_000
 
 
 @pytest.mark.slow
 @needs_browser
-def test_a_picture_takes_a_question_that_the_page_answers(home, tmp_path, monkeypatch):
-    monkeypatch.chdir(home)
+def test_a_picture_takes_a_question_that_the_page_answers(home, tmp_path):
+    command = ["sample.py", "--web", "--value", VALUE, "--screenshot", tmp_path / "none.png"]
     for prompt in ("", "x" * (LONGEST_QUESTION + 1)):
-        arguments = [
-            "--value",
-            str(VALUE),
-            "--screenshot",
-            str(tmp_path / "none.png"),
-            "--prompt",
-            prompt,
-        ]
-        monkeypatch.setattr(sys, "argv", ["playground.py", *arguments])
-        with pytest.raises(UsageError, match="question has to be a text of 1 to 4000 characters"):
-            main()
+        said = refused(home, *command, "--prompt", prompt)
+        assert "question has to be a text of 1 to 4000 characters" in said
