@@ -23,6 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 import sample
 import train
@@ -34,7 +35,8 @@ from ivl import ValueModel
 from run.cli import run_cli
 from tests.helpers import byte_pairs, in_two_shards, small, stop_at, worked
 
-LONGEST = 20  # seconds that a command may take
+LONGEST = 20  # seconds of its own time that a command may take, however busy the machine is
+WAITING = 600  # seconds after which one that waits for something is given up
 MAINS = {
     "train.py": train.main,
     "sample.py": sample.main,
@@ -66,6 +68,10 @@ FAMILIES = {  # a file, and commands that read it
     "chats.jsonl": [TRAIN, "chat.py chats.jsonl --tokenizer base".split()],
     "chats.json": ["chat.py chats.json --tokenizer bytes".split()],
     "chats.jsonl.gz": ["chat.py chats.jsonl.gz --tokenizer base --template llama-2".split()],
+    "forms.jsonl": ["chat.py forms.jsonl --tokenizer base".split()],
+    "pairs.jsonl": ["chat.py pairs.jsonl --tokenizer base --pairs".split()],
+    "lora/adapter_config.json": [[*SAMPLE, "--base", "lora"]],
+    "lora/adapter_model.safetensors": [[*SAMPLE, "--base", "lora"]],
     "texts.txt": [MAP],
     "texts.jsonl": [[*MAP[:-3], "texts.jsonl", "--eval", "texts.jsonl", *MAP[-2:]]],
     "map.safetensors": [[*SAMPLE, "--vocab-map", "map.safetensors"]],
@@ -142,6 +148,43 @@ def build(folder: Path) -> None:
             ]
             * 3
         )
+    )
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    parts = [{"role": turn["role"], "parts": [{"text": turn["content"]}]} for turn in turns]
+    for name, records in (
+        (
+            "forms.jsonl",
+            [
+                {"messages": None, "conversation": [{"input": "q", "output": "a"}], "id": "c_0"},
+                {"messages": json.dumps(turns), "id": "c_1"},
+                {"systemInstruction": parts[0], "contents": parts},
+                {"data": ["q", "a", "r", "b"]},
+                {"prompt": turns[:1], "completion": turns[1:]},
+                {"text": "\n\nHuman: q\n\nAssistant: a"},
+            ],
+        ),
+        (
+            "pairs.jsonl",
+            [
+                {"context": turns[:1], "response1": "a", "response2": "b", "overall_preference": 1},
+                {
+                    "context": turns[:1],
+                    "completions": [{"rank": n, "completion": turns[1:]} for n in range(2)],
+                },
+                {"conversation_a": turns, "conversation_b": turns * 2, "winner": "model_a"},
+                {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " a", "rejected": " b"},
+            ],
+        ),
+    ):
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records * 3))
+    (folder / "lora").mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base"}
+    (folder / "lora/adapter_config.json").write_text(json.dumps(config))
+    outputs, inputs = network.model.layers[0].mlp.up_proj.weight.shape
+    prefix = "base_model.model.model.layers.0.mlp.up_proj.lora_"
+    save_file(
+        {f"{prefix}A.weight": torch.ones(2, inputs), f"{prefix}B.weight": torch.ones(outputs, 2)},
+        folder / "lora/adapter_model.safetensors",
     )
     (folder / "texts.txt").write_text("the hell\nthey live in\n\n\nhello  world\n")
     (folder / "texts.jsonl").write_text(
@@ -312,6 +355,7 @@ def run_forked(folder: Path, command: list[str]) -> tuple[int | None, str]:
             resource.setrlimit(
                 resource.RLIMIT_AS, (12 * 2**30, resource.getrlimit(resource.RLIMIT_AS)[1])
             )
+            resource.setrlimit(resource.RLIMIT_CPU, (LONGEST, LONGEST + 1))  # then SIGXCPU
             os.chdir(folder)
             for number, file, flags in (
                 (0, os.devnull, 0),
@@ -338,9 +382,11 @@ def run_forked(folder: Path, command: list[str]) -> tuple[int | None, str]:
             os._exit(status)
         finally:
             os._exit(99)
-    deadline = time.monotonic() + LONGEST
+    deadline = time.monotonic() + WAITING
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
+        if ended and os.waitstatus_to_exitcode(status) == -signal.SIGXCPU:
+            return None, ""
         if ended:
             return os.waitstatus_to_exitcode(status), errors.read_text(errors="replace")
         time.sleep(0.005)
@@ -352,7 +398,11 @@ def run_forked(folder: Path, command: list[str]) -> tuple[int | None, str]:
 def fault(status: int | None, said: str, before: dict, after: dict, command: list[str]) -> str:
     """What is wrong with how a command ended; "" if nothing is."""
     if status not in (0, 2) or "Traceback" in said:
-        return f"a hang of {LONGEST} s" if status is None else f"status {status}: {said[-300:]}"
+        return (
+            f"a hang ({LONGEST} s at work, or {WAITING} s waiting)"
+            if status is None
+            else f"status {status}: {said[-300:]}"
+        )
     if status == 2 and (
         said.count("\n") != 1 or not said.startswith(f"{command[0]}: ") or len(said) > 2000
     ):
