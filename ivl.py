@@ -101,9 +101,9 @@ def pairwise_loss(z_base: Tensor, z_delta: Tensor, labels: Tensor, beta: float =
         log p_post(y) - log p_base(y) = z_delta(y) - V(s),
         V(s) = log of the mean of exp z_delta under p_base.
 
-    So z_delta is an action value Q(s, y); subtracting the state value V(s) leaves an advantage. beta
-    times the sum of an answer's advantages is its implicit reward (Rafailov et al., 2024, which
-    Section 2 cites).
+    So z_delta is an action value Q(s, y); subtracting the state value V(s) leaves an advantage.
+    beta times the sum of an answer's advantages is its implicit reward (Rafailov et al., 2024,
+    which Section 2 cites).
 
     Returns the loss and {acc, margin}: the share of pairs whose chosen answer has the greater
     reward, and by how much on average. A pair whose chosen answer has no label is left out: such
@@ -130,10 +130,10 @@ def distillation_loss(
 ) -> Loss:
     """Section 3.1's "KL-based teacher-student distillation": mean of KL(p_teacher || p_post).
 
-    z_base (..., Vb), z_delta (..., Vv), z_teacher (..., Vt). labels (...) only say which rows count:
-    those that are not -100. Logits are divided by the temperature, and the loss multiplied by its
-    square, which keeps the gradient's size. One vocabulary extends the other; tokens that base or
-    teacher lacks are left out of both softmaxes.
+    z_base (..., Vb), z_delta (..., Vv), z_teacher (..., Vt). labels (...) only say which rows
+    count: those that are not -100. Logits are divided by the temperature, and the loss multiplied
+    by its square, which keeps the gradient's size. One vocabulary extends the other; tokens that
+    base or teacher lacks are left out of both softmaxes.
 
     Returns the loss and {kl, base_kl, ce}: the KL at this temperature in nats, without that square;
     the same for z_base alone; and the cross-entropy of the labels at temperature 1, as in ivl_loss.
@@ -399,7 +399,8 @@ if triton is not None:
     ):
         """One row's metrics, not yet divided, and what the way back needs of its softmax.
 
-        The first four are pointers; a stride is how many numbers there are from one row to the next.
+        The first four are pointers; a stride is how many numbers there are from one row to the
+        next.
         """
         row = tl.program_id(0).to(tl.int64)  # 16745 rows of 128256 logits pass 2^31
         z_base += row * base_stride
@@ -411,8 +412,8 @@ if triton is not None:
             tl.store(stats + columns, tl.zeros([BLOCK], tl.float32), mask=columns < 7)
             return
 
-        # The label's own logits. They win if all others are smaller, or as large and behind. A label
-        # that the base has not makes loss and gradient of its row no number.
+        # The label's own logits. They win if all others are smaller, or as large and behind. A
+        # label that the base has not makes loss and gradient of its row no number.
         known = (0 <= label) & (label < Vb)
         base_label = tl.load(z_base + label, mask=known, other=float("nan")).to(tl.float32)
         delta_label = tl.load(z_delta + label, mask=known & (label < Vv), other=0.0).to(tl.float32)

@@ -1,9 +1,9 @@
 """Decoding: a base alone, or a base guided by a value network.
 
-    python sample.py                                   # the newest value network, on questions it never saw
-    python sample.py --base tiny-l                     # the same value network plugged into a bigger base
+    python sample.py                            # the newest value network, on questions it never saw
+    python sample.py --base tiny-l              # the same value network plugged into a bigger base
     python sample.py --prompt "Greet Ruja. Say it twice."
-    python sample.py --base tiny-l --expert out/seed0/full-tiny-s    # proxy tuning: tuned minus untuned in its place
+    python sample.py --base tiny-l --expert out/seed0/full-tiny-s    # proxy tuning in its place
     python sample.py --chat
 
 In this order: one guided step, how a token is picked, whole answers and how likely given ones are,
@@ -30,7 +30,7 @@ from vocab_map import VocabMap
 
 
 class Guided:
-    """A base with or without something that guides it, and the KV caches of all networks. Eq. (3) at each step.
+    """A base, what guides it if anything, and the KV caches of all networks. Eq. (3) at each step.
 
     After a step, z_base (B, T, Vb) and z_delta (B, T, Vv) are what z_post was made of.
     """
@@ -47,7 +47,8 @@ class Guided:
             if network is not None:
                 network.eval()  # Dropout and its like are for training
         self.llamas = [base] if value is None else [base, *value.llamas]
-        # Tokens from `readable` on are never said: some network cannot read them, or the tokenizer has no text for them.
+        # Tokens from `readable` on are never said: some network cannot read them, or the tokenizer
+        # has no text for them.
         self.readable = min(base.config.vocab_size, readable or base.config.vocab_size)
         if value is not None:
             self.readable = min(self.readable, value.vocab_size)
@@ -55,7 +56,10 @@ class Guided:
 
     @torch.inference_mode()
     def start(self, prompts: list[list[int]], max_new_tokens: int) -> Tensor:
-        """Fill fresh caches with all but the last token of each prompt; return those last tokens (B, 1)."""
+        """Fill fresh caches with all but the last token of each prompt.
+
+        Return those last tokens (B, 1).
+        """
         longest = max(map(len, prompts)) - 1
         self.allocate(len(prompts), longest + max_new_tokens)
         if longest > 0:
@@ -70,7 +74,10 @@ class Guided:
         self.caches = [KVCache(llama, batch, capacity) for llama in self.llamas]
 
     def read(self, tokens: Tensor) -> None:
-        """Take tokens (B, T) into the caches. Their logits are not needed, except the base's by a cascade, which reads them."""
+        """Take tokens (B, T) into the caches.
+
+        Their logits are not needed, except the base's by a cascade, which reads them.
+        """
         if self.value is not None and self.value.scheme.startswith("cascade"):
             self.value(tokens, self.base(tokens, self.caches[0]), self.caches[1:])
         else:
@@ -79,7 +86,10 @@ class Guided:
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        """Continue each row by tokens (B, T) -> z_post (B, T, Vb). The first step may be a whole prompt."""
+        """Continue each row by tokens (B, T) -> z_post (B, T, Vb).
+
+        The first step may be a whole prompt.
+        """
         if not self.caches:
             self.allocate(
                 len(tokens), min(llama.config.max_position_embeddings for llama in self.llamas)
@@ -87,7 +97,7 @@ class Guided:
         return self.logits(tokens, self.caches)
 
     def logits(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """z_post (B, T, Vb) of tokens (B, T): whole sequences, or with caches what continues them."""
+        """z_post (B, T, Vb) of tokens (B, T): whole rows, or with caches what continues them."""
         base_cache, *value_caches = caches or [None]
         self.z_base = self.base(tokens, base_cache)  # (B, T, Vb), Eq. (1)
         self.z_delta = None
@@ -117,12 +127,13 @@ def pad(rows: list[list[int]]) -> Tensor:
 
 
 def refuse_nan(guided: Guided, logits: Tensor) -> None:
-    """UsageError that names the network if its logits, of which `logits` (..., V) were made, are no numbers."""
+    """UsageError that names the network whose logits are no numbers, if `logits` (..., V) are none."""
     if logits.max(-1).values.isfinite().all():
         return
     named = "base" if not guided.z_base.max(-1).values.isfinite().all() else "value network"
+    dtype = str(guided.base.dtype).removeprefix("torch.")
     raise UsageError(
-        f"the {named}'s logits are no numbers (nan or inf) in {str(guided.base.dtype).removeprefix('torch.')}: it has "
+        f"the {named}'s logits are no numbers (nan or inf) in {dtype}: it has "
         "damaged weights, or ones too large for this dtype; --dtype float32 may do"
     )
 
@@ -132,14 +143,20 @@ def refuse_nan(guided: Guided, logits: Tensor) -> None:
 
 
 def pick(logits: Tensor, noise: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Next tokens (B,) from logits (B, V): the arg-max, or by noise (B,) uniform in [0, 1) from the nucleus top_p."""
+    """Next tokens (B,) from logits (B, V): the arg-max, or one drawn from the nucleus top_p.
+
+    noise (B,) is uniform in [0, 1).
+    """
     if temperature == 0:
         return logits.argmax(-1)
     return draw(probabilities(logits, temperature, top_p), noise)
 
 
 def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """How likely each token is to be picked: (B, V) from logits (B, V); all of it on the arg-max at temperature 0."""
+    """How likely each token is to be picked, (B, V), from logits (B, V).
+
+    At temperature 0 all of it is on the arg-max.
+    """
     if temperature == 0:
         return torch.zeros_like(logits, dtype=torch.float32).scatter_(
             -1, logits.argmax(-1, keepdim=True), 1.0
@@ -151,7 +168,8 @@ def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
         logits / max(temperature, 1e-30), dim=-1
     )  # (B, V); divided by what float32 rounds to 0, the largest would be 0 / 0
     if top_p < 1:
-        # The thousand largest nearly always reach top_p, and are found far sooner than all are sorted.
+        # The thousand largest nearly always reach top_p, and are found far sooner than all are
+        # sorted.
         largest = p.topk(min(1000, p.shape[-1])).values  # (B, 1000)
         if (sum_up(largest)[:, -1] < top_p).any():
             largest = p.sort(-1, descending=True).values  # (B, V)
@@ -167,7 +185,10 @@ def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 
 
 def draw(p: Tensor, noise: Tensor) -> Tensor:
-    """Tokens (B,): where noise (B,) falls in the cumulative sum of p (B, V), which need not sum to 1."""
+    """Tokens (B,): where noise (B,) falls in the cumulative sum of p (B, V).
+
+    p need not sum to 1.
+    """
     total = sum_up(p)
     below = (total <= noise[:, None] * total[:, -1:]) & (total < total[:, -1:])
     tokens = below.sum(-1, keepdim=True)  # (B, 1)
@@ -176,7 +197,7 @@ def draw(p: Tensor, noise: Tensor) -> Tensor:
 
 
 def sum_up(p: Tensor) -> Tensor:
-    """Cumulative sums (B, V), so exact that processes that decode together agree; mps has no float64."""
+    """Cumulative sums (B, V), so exact that processes that decode together agree."""
     return p.cumsum(-1, dtype=torch.float32 if p.device.type == "mps" else torch.float64)
 
 
@@ -201,10 +222,11 @@ def generate(
     seed: int = 0,
     on_token: Callable[[int, int], bool | None] | None = None,
 ) -> list[list[int]]:
-    """Continue token prompts; return only the new tokens of each, a stop token included where one came.
+    """Continue token prompts; return the new tokens of each, with a stop token where one came.
 
-    temperature 0 is greedy. Each prompt has a random stream of its own, by its place in the list, so a
-    sampled answer does not depend on what is beside it. on_token(prompt, token) is called as tokens come; True ends.
+    temperature 0 is greedy. Each prompt has a random stream of its own, by its place in the list,
+    so a sampled answer does not depend on what is beside it. on_token(prompt, token) is called as
+    tokens come; True ends.
     """
     check_prompts(prompts)
     noise = torch.stack([uniform(seed, number, max_new_tokens) for number in range(len(prompts))])
@@ -244,7 +266,7 @@ def check_prompts(prompts: list[list[int]]) -> None:
 def score(
     guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: int = 256
 ) -> list[tuple[float, bool]]:
-    """For each (context, continuation): its log-likelihood in nats, and whether greedy decoding would say it.
+    """Of each (context, continuation) its log-likelihood in nats, and whether it is what greedy says.
 
     A context that comes several times in a batch, as in multiple choice, is computed once.
     """
@@ -336,16 +358,18 @@ class Speaker:
 
 
 class MappedGuided(Guided):
-    """A base guided by a value network with another tokenizer. Every token here is the value network's.
+    """A base guided by a value network with another tokenizer, whose tokens all of these are.
 
-    The base reads the same text in its own tokens; Eq. (5) makes its logits (B, Vb) ones over the value
-    network's vocabulary (B, Vv). beyond/hypotheses.py does better where a token of one is several of the other.
+    The base reads the same text in its own tokens; Eq. (5) makes its logits (B, Vb) ones over the
+    value network's vocabulary (B, Vv). beyond/hypotheses.py does better where a token of one is
+    several of the other.
     """
 
     def __init__(self, base: Llama, value: ValueModel, vocab_map: VocabMap, alpha: float = 1.0):
         if value.scheme != "residual":
             raise ValueError(
-                f"scheme {value.scheme} reads the base's logits over its own vocabulary, and here are others"
+                f"scheme {value.scheme} reads the base's logits over its own vocabulary, and here are "
+                "others"
             )
         super().__init__(base, value, alpha)
         self.map, self.llamas = (
@@ -375,7 +399,10 @@ class MappedGuided(Guided):
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        """tokens (B, T) -> z_post (B, T, Vv); after it z_base, too, is over the value network's vocabulary."""
+        """tokens (B, T) -> z_post (B, T, Vv).
+
+        After it z_base, too, is over the value network's vocabulary.
+        """
         if not self.caches:
             self.begin(tokens[:, :1].tolist())
             self.allocate(
@@ -401,12 +428,19 @@ class MappedGuided(Guided):
         self.base_tokens_read += self.read_texts()
 
     def base_logits(self, z_delta: Tensor) -> Tensor:
-        """What the base says of the next value token: (B, Vv). Here without a look at z_delta; Hypotheses looks."""
+        """What the base says of the next value token, (B, Vv).
+
+        Here without a look at z_delta (B, Vv). beyond/hypotheses.py looks.
+        """
         return self.map.map_logits(self.z_next, self.value.vocab_size)
 
     def read_texts(self) -> int:
-        """Let the base read what is new in each row, in its own tokens; returns how many those are."""
-        # What the tokenizer cuts as before is in the cache. The last token is read again for its logits.
+        """Let the base read what is new in each row, in its own tokens.
+
+        Returns how many those are.
+        """
+        # What the tokenizer cuts as before is in the cache. The last token is read again for its
+        # logits.
         rows, kept = [], []
         for text, known in zip(self.texts, self.base_tokens):
             tokens, _ = self.map.in_base_tokens(text)

@@ -1,15 +1,15 @@
 """Pretrain a tiny base, fine-tune a base in full, or train a value network on a frozen base.
 
-    python train.py                                        # the same as: python train.py --base --value
+    python train.py                                        # the same as: --base --value
     python train.py --base tiny-l                          # pretrain a bigger base, to plug into
     python train.py --base --value --scheme cascade+       # another way to connect (Section 4.1)
     python train.py --base tiny-s tiny-m --value           # a curriculum of bases (Table 2)
     python train.py --base --value --loss pairwise         # pairs instead of demonstrations (3.1)
-    python train.py --base PATH --value --data chats.json  # on a checkpoint in Hugging Face's layout
+    python train.py --base PATH --value --data chats.json  # on a checkpoint of Hugging Face's kind
     torchrun --nproc_per_node=8 train.py --base PATH --value --data chats.json  # on eight GPUs
 
-All three are one loop, `fit`. They differ in the first weights, in the loss, and in whether there is a
-frozen base. Begin at the end, with `train_value`.
+All three are one loop, `fit`. They differ in the first weights, in the loss, and in whether there
+is a frozen base. Begin at the end, with `train_value`.
 """
 
 import math
@@ -32,8 +32,8 @@ from ivl import Loss, Probe, ValueModel, at_least_float
 from model import Llama
 from sample import Guided
 
-# Tokens (B, T), and labels (B, T): the tokens that follow, -100 where not supervised. Of conversations
-# only answers and their ends are supervised: data/chat.py, with_mask and collate.
+# Tokens (B, T), and labels (B, T): the tokens that follow, -100 where not supervised. Of
+# conversations only answers and their ends are supervised: data/chat.py, with_mask and collate.
 Part = tuple[Tensor, Tensor]
 
 # --------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.999)
     l1: float = 0.0  # lambda of Section 4.2.1
     l1_over: str = "supervised"  # the positions that the norm is a mean of, or "all" in a batch
-    loss: str = "ce"  # or "pairwise", with its beta, or "kl", with a teacher and a temperature (Section 3.1)
+    loss: str = "ce"  # or "pairwise", with a beta; "kl", with a teacher and a temperature (3.1)
     beta: float = 0.0
     teacher: str = ""
     temperature: float = 0.0
@@ -89,7 +89,10 @@ PROBE_WIDTH = 256  # 0.8M weights on 1024 logits, 25M on 32000
 
 
 def table5(parameters: int) -> dict:
-    """Table 5, whose two columns are the trained network's size, 1.1B and 7B. One conversation a part."""
+    """Table 5, whose two columns are the trained network's size, 1.1B and 7B.
+
+    One conversation a part.
+    """
     if parameters < 3e9:
         return dict(epochs=3, batch_size=32, grad_accum=32, lr=1e-4)
     return dict(epochs=3, batch_size=16, grad_accum=16, lr=1e-5)
@@ -110,7 +113,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 class OneProcess:
-    """What the loop asks of the processes that train together: here, of one. run/processes.py has several."""
+    """What the loop asks of processes that train together: here one. run/processes.py has several."""
 
     rank, count, shard = 0, 1, False
 
@@ -149,7 +152,7 @@ class Run(Protocol):
     def begin(
         self, network: nn.Module, optimizer: torch.optim.AdamW, batches: Callable
     ) -> tuple[int, Iterator]:
-        """The first step to do, and the batches from there on: of a new run, or of a stopped one."""
+        """The first step to do, and the batches from there on: 0, or where a run was stopped."""
 
     def check_finite(self, step: int, metrics: dict[str, float], norm: float) -> None:
         """UsageError where a step's loss or gradient is no number."""
@@ -168,7 +171,7 @@ class Run(Protocol):
 
 
 class Objective(nn.Module):
-    """A network and its loss as one module, whose forward pass is where several processes step in."""
+    """A network and its loss as one module: its forward pass is where several processes step in."""
 
     def __init__(self, network: nn.Module, loss: Callable):
         super().__init__()
@@ -190,7 +193,7 @@ def fit(
     """
     settings, processes = run.settings, run.processes
     objective = processes.share_out(Objective(network, loss), settings.dtype)
-    count = count_pairs if settings.loss == "pairwise" else count_supervised
+    count = count_answer_pairs if settings.loss == "pairwise" else count_supervised
     optimizer = make_optimizer(network, settings)
     first, stream = run.begin(network, optimizer, batches)  # step 0, or where a stopped run goes on
     for step, (position, parts) in zip(range(first, settings.steps), stream):
@@ -233,8 +236,8 @@ def count_supervised(labels: Tensor) -> int:
     return int((labels != -100).sum())
 
 
-def count_pairs(labels: Tensor) -> int:
-    """Of rows chosen, rejected, chosen, ... A pair without a label only pads a part: not counted."""
+def count_answer_pairs(labels: Tensor) -> int:
+    """Pairs in rows chosen, rejected, chosen, ... One without a label only pads: not counted."""
     return int((labels[::2] != -100).any(1).sum())
 
 
@@ -347,7 +350,11 @@ def train_value(job: Job) -> None:
 
 
 def first_weights(job: Job) -> Llama | Probe:
-    """What training starts from: a checkpoint's weights or, of scratch and scratch:NAME, fresh ones."""
+    """What training starts from: a checkpoint's weights or, for scratch, fresh ones.
+
+    A value network starts as a copy of the base, so z_post is 2 z_base at first, and the first loss
+    is above the base's own.
+    """
     start, device = job.settings.start, job.device
     if start == "scratch" or start.startswith("scratch:"):
         torch.manual_seed(job.settings.seed)

@@ -76,8 +76,8 @@ def aligning(how: str, size: int, source: tuple[list[str], Path | None]) -> Call
         raise ValueError(f"too few texts for {count} of {size} tokens")
     pieces = []
     for tokenizer in (base, value):  # each text's tokens as Algorithm 1 compares them
-        names = vocab_map.without_mark(tokenizer)
-        pieces.append([[names[id] for id in tokenizer.encode(text, bos=True)] for text in texts])
+        ids = [tokenizer.encode(text, bos=True) for text in texts]
+        pieces.append(vocab_map.pieces_of(tokenizer, ids))
 
     def step():
         vocab_map.piece_cost.cache_clear()  # each step meets its pairs of tokens anew

@@ -83,7 +83,9 @@ class Tables:
     def __init__(self, vocab_map: VocabMap, base: Llama, Vv: int):
         device, self.Vv = base.device, Vv
         # base tokens sorted by their pieces, of which those that begin alike stand together
-        order = sorted((pieces, token) for token, pieces in enumerate(vocab_map.pieces) if pieces)
+        order = sorted(
+            (pieces, token) for token, pieces in enumerate(vocab_map.value_tokens) if pieces
+        )
         self.pieces = [pieces for pieces, _ in order]
         self.tokens = torch.tensor([token for _, token in order], device=device)  # (n,)
         self.lengths = torch.tensor(
@@ -98,9 +100,11 @@ class Tables:
         # special tokens, and rows beyond the tokenizer's, say nothing
         self.silent = torch.ones(base.config.vocab_size, dtype=torch.bool, device=device)
         self.silent[self.tokens] = False
-        self.first_piece = [pieces[0] if pieces else None for pieces in vocab_map.pieces]
+        self.first_piece = [pieces[0] if pieces else None for pieces in vocab_map.value_tokens]
         # value tokens that take several base tokens
-        spelled = [(value, path) for value, path in enumerate(vocab_map.paths) if len(path) > 1]
+        spelled = [
+            (value, path) for value, path in enumerate(vocab_map.base_tokens) if len(path) > 1
+        ]
         self.path_of = dict(spelled)
         self.path_value = torch.tensor(
             [value for value, _ in spelled], dtype=torch.long, device=device

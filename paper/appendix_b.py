@@ -34,7 +34,7 @@ def section(seeds: int) -> str:
         tokenizers = {name: world.tokenizer_for(name) for pair in PAIRS.values() for name in pair}
         for pair, names in PAIRS.items():
             base, value = (tokenizers[name] for name in names)
-            maps = {how: build(base, value, how, halves[0], align_all).pieces for how in HOWS}
+            maps = {how: build(base, value, how, halves[0], align_all).value_tokens for how in HOWS}
             maps["first piece"] = [pieces[:1] for pieces in maps["pieces"]]
             for row in ROWS:
                 shares = [overlap(half, base, value, maps[row]) for half in halves]

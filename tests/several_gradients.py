@@ -18,7 +18,7 @@ from train import (
     Objective,
     OneProcess,
     accumulate_gradient,
-    count_pairs,
+    count_answer_pairs,
     count_supervised,
     language_loss,
 )
@@ -71,7 +71,7 @@ def gradients(
     for _ in range(2):  # the second time over what the first has left behind
         objective.zero_grad(set_to_none=True)
         parts, count = (
-            (parts_of_a_step(2), count_pairs)
+            (parts_of_a_step(2), count_answer_pairs)
             if scheme == PAIRS
             else (parts_of_a_step(), count_supervised)
         )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import fast.loss
 from ivl import SCHEMES, ValueModel, combine, distillation_loss, ivl_loss, pairwise_loss
 from tests.helpers import small, value_network
-from train import Objective, accumulate_gradient, count_pairs, count_supervised
+from train import Objective, accumulate_gradient, count_answer_pairs, count_supervised
 
 SIZES = [(11, 11), (14, 11), (11, 14)]
 
@@ -220,7 +220,7 @@ def test_a_pair_without_labels_counts_nothing():
     loss, metrics = of_pairs(z_base, z_delta, labels)
     without, expected = of_pairs(z_base[kept], z_delta[kept], labels[kept])
     torch.testing.assert_close(loss, without)
-    assert metrics == expected and count_pairs(labels) == 2
+    assert metrics == expected and count_answer_pairs(labels) == 2
 
 
 @pytest.mark.parametrize("loss_of", LOSSES)
@@ -293,7 +293,7 @@ def test_gradient_accumulation_in_three_parts_is_one_part(kind, scheme):
         [(tokens[:2], labels[:2]), (tokens[2:], labels[2:])],
     ]:
         value.zero_grad(set_to_none=True)
-        count = count_pairs if kind == "pairwise" else count_supervised
+        count = count_answer_pairs if kind == "pairwise" else count_supervised
         metrics = accumulate_gradient(Objective(value, loss), base, parts, "float32", count=count)
         results.append((metrics, [parameter.grad for parameter in value.parameters()]))
     for metrics, gradients in results[1:]:

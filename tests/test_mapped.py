@@ -56,7 +56,7 @@ def brute_force(
                 [
                     token
                     for token in range(len(z))
-                    if token >= len(vocab.pieces) or not vocab.pieces[token]
+                    if token >= len(vocab.value_tokens) or not vocab.value_tokens[token]
                 ]
             ] = -torch.inf
             table[tokens] = z.log_softmax(-1)
@@ -68,7 +68,7 @@ def brute_force(
         for token, p in enumerate((log_p(tokens) + weight).tolist()):
             if p == -float("inf"):
                 continue
-            pieces = vocab.pieces[token]
+            pieces = vocab.value_tokens[token]
             if pieces[: len(rest)] == rest and len(pieces) > len(rest):
                 P[pieces[len(rest)]] += torch.tensor(p, dtype=torch.float64).exp()
             elif rest[: len(pieces)] == pieces:
@@ -84,7 +84,7 @@ def test_the_mass_of_hypotheses_is_brute_force(text, monkeypatch):
     """With as many hypotheses as there are, and no paths, P is the exact marginal over the base's ways to cut the text."""
     monkeypatch.setattr(hypotheses, "HYPOTHESES", 100)
     vocab = build(LONG, SHORT)
-    vocab.paths = []
+    vocab.base_tokens = []
     for base in bases(LONG):
         mapped = mapped_by(vocab, base)
         mapped.begin([SHORT.encode("xyz ", bos=True)])
@@ -103,7 +103,7 @@ def test_P_is_a_distribution(base_tokenizer, value_tokenizer, monkeypatch):
     """It sums to 1 where no path is needed, and never to more (with MARGIN, so that no text counts twice)."""
     monkeypatch.setattr(hypotheses, "MARGIN", 100.0)
     vocab = build(base_tokenizer, value_tokenizer)
-    needs_paths = any(len(path) > 1 for path in vocab.paths)
+    needs_paths = any(len(path) > 1 for path in vocab.base_tokens)
     for base in bases(base_tokenizer, seeds=5):
         mapped = mapped_by(vocab, base, sampling=True)
         mapped.begin([value_tokenizer.encode(text, bos=True) for text in ("x", "some abc", "é 漢")])
@@ -123,7 +123,7 @@ def test_a_path_is_the_product_of_its_tokens():
     """Value tokens abc and abca take base tokens ab + c and ab + ca: without a path nothing would ever reach them."""
     vocab = build(SHORT, LONG)
     token = {LONG.token_bytes(id): id for id in range(LONG.vocab_size)}
-    assert vocab.paths[token[b"abc"]] == tuple(SHORT.encode("ab") + SHORT.encode("c"))
+    assert vocab.base_tokens[token[b"abc"]] == tuple(SHORT.encode("ab") + SHORT.encode("c"))
     for base in bases(SHORT):
         mapped = mapped_by(vocab, base)
         prompt = SHORT.encode("xyz", bos=True)
@@ -229,7 +229,7 @@ def test_equation_5_as_printed():
     vocab = build(LONG, SHORT, "paper", ["abcab ca abca", "é abc"])
     guided = MappedGuided(base, value, vocab)
     W = torch.zeros(LONG.vocab_size, SHORT.vocab_size)
-    for token, pieces in enumerate(vocab.pieces):
+    for token, pieces in enumerate(vocab.value_tokens):
         for piece in pieces:
             W[token, piece] = float(vocab.weight[token])
     assert (W.sum(0) == 0).any() and ((W > 0).sum(0) > 1).any() and ((W > 0) & (W < 1)).any()

@@ -385,7 +385,7 @@ def test_overlaps_are_those_of_vocab_map(capsys, monkeypatch):
         for record in world.demonstrations()
     ]
     base, value = world.tokenizer_for("tiny-b-m"), world.tokenizer_for("tiny-m")
-    found = overlap(texts[len(texts) // 2 :], base, value, build(base, value).pieces)
+    found = overlap(texts[len(texts) // 2 :], base, value, build(base, value).value_tokens)
     assert row.split("|")[-2].split(", ")[1].strip() == f"{100 * found:.1f}"
 
 

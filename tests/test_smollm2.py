@@ -233,13 +233,13 @@ def test_maps_between_its_tokens_and_llamas_spell_the_same_bytes(smollm2, kind):
         :20
     ]  # bytes that SmolLM2 has no token for
     for base, value in ((ours, other), (other, ours)):
-        spelled = build(base, value).pieces
+        spelled = build(base, value).value_tokens
         for text in texts:
             mapped = b"".join(
                 value.token_bytes(token) for id in base.encode(text) for token in spelled[id]
             )
             assert mapped.strip() == text.encode().strip()
-    identity = build(ours, ours).pieces
+    identity = build(ours, ours).value_tokens
     assert all(
         [token for id in ours.encode(text) for token in identity[id]] == ours.encode(text)
         for text in texts[:5]

@@ -34,10 +34,10 @@ from vocab_map import (
     normalise,
     overlap,
     piece_cost,
+    pieces_of,
     share_bytes,
     spell_out,
     strongest,
-    without_mark,
 )
 
 HARD = [
@@ -90,6 +90,11 @@ def gsm8k(first: int, last: int) -> list[str]:
 # ---- Algorithm 1
 
 
+def all_pieces(tokenizer) -> list[bytes]:
+    """The piece of every token of a tokenizer."""
+    return pieces_of(tokenizer, [range(tokenizer.vocab_size)])[0]
+
+
 def test_piece_cost_by_hand():
     assert piece_cost(b"kitten", b"sitting") == 3.0
     assert piece_cost(b"the", b"there") == 2 * 0.1  # contained
@@ -113,7 +118,7 @@ def assert_same_paths(
 ) -> None:
     base_ids = [base.encode(text, bos=True) for text in texts] + [each for each, _ in ids]
     value_ids = [value.encode(text, bos=True) for text in texts] + [each for _, each in ids]
-    base_names, value_names = without_mark(base), without_mark(value)
+    base_names, value_names = all_pieces(base), all_pieces(value)
     base_pieces = [[base_names[id] for id in text] for text in base_ids]
     value_pieces = [[value_names[id] for id in text] for text in value_ids]
     for b, v, path in zip(
@@ -162,7 +167,7 @@ def test_fast_is_the_loop_on_200_texts(real, base, value):
 def test_fast_distances_are_those_of_the_loop(pair):
     """Pieces that are no UTF-8 and pieces longer than a machine word among them."""
     rng = random.Random(0)
-    names = without_mark(pair[0]) + without_mark(pair[1])
+    names = all_pieces(pair[0]) + all_pieces(pair[1])
     some = [name for name in names if len(name) > 40] + rng.sample(names, 120)
     costs = alignment.piece_costs(some, some)
     for i, a in enumerate(some):
@@ -174,7 +179,7 @@ def test_fast_distances_are_those_of_the_loop(pair):
 def test_a_batch_does_not_change_a_path(pair, monkeypatch):
     pieces = []
     for tokenizer in pair:
-        names = without_mark(tokenizer)
+        names = all_pieces(tokenizer)
         pieces.append([[names[id] for id in tokenizer.encode(text, bos=True)] for text in HARD])
     together = align_all(*pieces)
     monkeypatch.setattr(alignment, "WIDTH", 1)
@@ -270,7 +275,7 @@ def test_a_tokenizer_spells_itself(pair, which):
 def test_overlap_on_held_out_texts(real):
     base, value, texts, held_out = real["llama-3"], real["llama-2"], gsm8k(0, 200), gsm8k(200, 400)
     found = {
-        how: overlap(held_out, base, value, build(base, value, how, texts, align_all).pieces)
+        how: overlap(held_out, base, value, build(base, value, how, texts, align_all).value_tokens)
         for how in ("paper", "dtw", "offsets")
     }
     pieces = spell_out(base, value)
@@ -287,8 +292,14 @@ def test_a_map_survives_its_file(pair, how, tmp_path):
     made = build(*pair, how, ["the hell they live in", "hello world", *HARD])
     made.save(tmp_path / "map.safetensors")
     found = VocabMap.load(tmp_path / "map.safetensors", *pair)
-    assert (found.how, found.pieces, found.paths) == (made.how, made.pieces, made.paths)
-    assert np.array_equal(found.weight, made.weight) and bool(found.paths) == (how == "pieces")
+    assert (found.how, found.value_tokens, found.base_tokens) == (
+        made.how,
+        made.value_tokens,
+        made.base_tokens,
+    )
+    assert np.array_equal(found.weight, made.weight) and bool(found.base_tokens) == (
+        how == "pieces"
+    )
     assert list(tmp_path.iterdir()) == [tmp_path / "map.safetensors"]
 
 
@@ -310,7 +321,7 @@ def test_maps_that_are_refused(pair, tmp_path):
             VocabMap.load(file, *pair)
     with pytest.raises(UsageError, match="No such file"):
         VocabMap.load(tmp_path / "absent", *pair)
-    made.pieces = made.pieces[:-1]
+    made.value_tokens = made.value_tokens[:-1]
     made.save(file)
     with pytest.raises(UsageError, match="not the shape"):
         VocabMap.load(file, *pair)
@@ -437,7 +448,7 @@ def test_texts_that_a_tokenizer_changes_are_left_out_of_offsets_and_counted(tmp_
 def test_maps_through_tokenizer_json_spell_the_same_bytes(name):
     ours, other = load_tokenizer(GOLDEN / name), TiktokenTokenizer(byte_pairs(b"he", b"th", b"the"))
     for base, value in ((ours, ours), (ours, other), (other, ours)):
-        spelled = build(base, value).pieces
+        spelled = build(base, value).value_tokens
         for id in range(base.vocab_size):
             if base.token_bytes(id) and id != base.unknown_id:
                 assert b"".join(map(value.token_bytes, spelled[id])) == base.token_bytes(id)
@@ -448,6 +459,8 @@ def test_maps_through_tokenizer_json_spell_the_same_bytes(name):
             )
     same = build(ours, ours)
     text = "Hello, world! The cat."
-    assert [token for id in ours.encode(text) for token in same.pieces[id]] == ours.encode(text)
+    assert [token for id in ours.encode(text) for token in same.value_tokens[id]] == ours.encode(
+        text
+    )
     for how in HOWS[1:]:
         assert build(other, ours, how, ["the hell", "they live"]).how == how
