@@ -165,15 +165,20 @@ def python(*command, **environment) -> str:
     return succeed(ROOT, *command, **environment)
 
 
+def fresh(folder: Path, *command, env=None, **options) -> subprocess.CompletedProcess:
+    """Run `python COMMAND...` as a new Python, for what forks cannot show.
+
+    Its options are subprocess.run's; `env` is added to what is there.
+    """
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | (env or {})
+    command = [sys.executable, *words(*command)]
+    return subprocess.run(command, cwd=folder, env=env, **streams | options)
+
+
 def interpreted(*command) -> str:
-    """The same of a new Python whose Triton interprets kernels: that is fixed when it is imported."""
-    done = subprocess.run(
-        [sys.executable, *words(*command)],
-        cwd=ROOT,
-        env=ENVIRONMENT | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
+    """Output of a new Python whose Triton interprets kernels: that is fixed when it is imported."""
+    done = fresh(ROOT, *command, env={"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

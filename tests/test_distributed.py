@@ -12,6 +12,7 @@ import torch
 from tests.helpers import (
     ENVIRONMENT,
     ROOT,
+    fresh,
     meeting,
     refused,
     succeed,
@@ -86,14 +87,8 @@ def test_killed_and_resumed_in_two_processes_is_one_process(
     )
     assert f"resumed at step {kept.name[5:]}" in output
     assert_close(tmp_path / "finished alone", alone, 1e-4)
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
-    done = subprocess.run(
-        [sys.executable, *torchrun, *map(str, both), "--resume"],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2"
+    done = fresh(tmp_path, torchrun, *both, "--resume")
     assert done.returncode == 0, done.stderr
     assert (
         done.stdout.count(f"resumed at step {kept.name[5:]}")

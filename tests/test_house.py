@@ -4,7 +4,6 @@ import ast
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from data.chat import encode_chat
 from data.tiny_world import CHOICES, World, evaluate, prompt_text
 from run import show
 from tests.exercises import EXERCISES, edited
-from tests.helpers import ENVIRONMENT, ROOT, run, succeed, worked
+from tests.helpers import ROOT, fresh, run, succeed, worked
 
 SCRIPTS = ["ivl", "model", "sample", "train", "vocab_map"]
 # What a file of each kind may import at its top; main(), which is a script's last function, may import run/.
@@ -314,23 +313,9 @@ def test_every_main_ends_in_one_line(home, tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
     data = home / "out/seed0/demonstrations.jsonl"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "data.chat",
-            str(data),
-            "--tokenizer",
-            str(home / "out/seed0/tiny-s"),
-            "--show",
-            "300",
-        ],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=writing,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    tokenizer = home / "out/seed0/tiny-s"
+    command = f"-m data.chat {data} --tokenizer {tokenizer} --show 300"
+    done = fresh(ROOT, command, stdout=writing)
     os.close(writing)
     assert "Traceback" not in done.stderr and done.returncode in (141, 120), done.stderr
 

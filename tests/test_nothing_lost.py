@@ -4,11 +4,10 @@ Kills are in tests/test_train.py; random damage to every file is tests/fuzz.py.
 """
 
 import json
+import os
 import random
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from tests import fuzz
 from tests.helpers import (
-    ENVIRONMENT,
     ROOT,
     VALUE,
     assert_identical,
+    fresh,
     refused,
     run,
     stop_at,
@@ -46,13 +45,8 @@ def check_full_disks(folder: Path, base: Path, chats: Path, disks: int, seed: in
         def limited():
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-        done = subprocess.run(
-            [sys.executable, ROOT / command[0], *map(str, command[1:]), "--out", out, "--resume"],
-            cwd=folder,
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            preexec_fn=limited,
+        done = fresh(
+            folder, ROOT / command[0], *command[1:], "--out", out, "--resume", preexec_fn=limited
         )
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "large" in done.stderr, (
             limit,
@@ -79,19 +73,15 @@ def test_twenty_full_disks(checkpoint, chats, tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        ("vocab_map.py --base-tokenizer checkpoint --value-tokenizer checkpoint --out m").split(),
-        "sample.py --explain --value V --prompt Hi --max-new-tokens 1 --page p.html".split(),
+        "-m vocab_map --base-tokenizer checkpoint --value-tokenizer checkpoint --out m".split(),
+        "-m sample --explain --value V --prompt Hi --max-new-tokens 1 --page p.html".split(),
     ],
 )
 def test_a_full_disk_leaves_no_half_output(command, checkpoint, home, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    command = [ROOT / command[0], *command[1:]]
-    done = subprocess.run(
-        [sys.executable, *[str(home / VALUE if part == "V" else part) for part in command]],
-        cwd=tmp_path,
-        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
+    done = fresh(
+        tmp_path,
+        *[home / VALUE if part == "V" else part for part in command],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)),
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "large" in done.stderr, (
@@ -101,31 +91,11 @@ def test_a_full_disk_leaves_no_half_output(command, checkpoint, home, tmp_path):
 
 
 def test_full_and_closed_outputs_and_a_lonely_rank_end_in_one_line(checkpoint, home, tmp_path):
-    tokenizer = [
-        "--base-tokenizer",
-        str(checkpoint),
-        "--value-tokenizer",
-        str(checkpoint),
-        "--out",
-        "m",
-    ]
+    command = f"-m vocab_map --base-tokenizer {checkpoint} --value-tokenizer {checkpoint} --out m"
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, ROOT / "vocab_map.py", *tokenizer],
-            cwd=tmp_path,
-            env=ENVIRONMENT,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        done = fresh(tmp_path, command, stdout=full)
     assert done.returncode == 2 and done.stderr == "vocab_map.py: No space left on device\n"
-    closed = subprocess.run(
-        ["bash", "-c", f"{sys.executable} {ROOT}/vocab_map.py {' '.join(tokenizer)} >&-"],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    closed = fresh(tmp_path, command, preexec_fn=lambda: os.close(1))
     assert closed.returncode == 0 and not closed.stderr
     lonely = run(tmp_path, "train.py", LOCAL_RANK="0")
     assert (
