@@ -1,13 +1,15 @@
-"""Table 3: what guidance costs while decoding, beside the base alone and transformers, and what speculation wins back.
+"""Table 3: what guidance costs while decoding, beside the base alone and transformers, and what
+speculation wins back.
 
-    python -m bench.decode                           # 128, 512 and 1024 new tokens, one text and eight at a time
-    python -m bench.decode --pair SmolLM2-135M SmolLM2-135M --dtype bfloat16    # beside llama.cpp, too, on the model's own GGUF file
-    python -m bench.decode --speculate out/seed0     # z_delta drafts for tiny-l: as trained, and as costly as a big base
+    python -m bench.decode             # 128, 512 and 1024 new tokens, one text and eight at a time
+    python -m bench.decode --pair SmolLM2-135M SmolLM2-135M --dtype bfloat16    # llama.cpp, too
+    python -m bench.decode --speculate out/seed0    # z_delta drafts for tiny-l
 
-On a GPU the networks have the shapes of TinyLlama and Llama-2-7B and 13B, in bfloat16, and steps are those of
-`sample.py --compile`. On a CPU, with one thread, they have the shapes of tiny-s and tiny-l, and at 128 tokens also of a
-23M and a 110M network. Weights are random. Every contender writes as many tokens as asked for, greedily. transformers is
-guided by a second model, with a cache of its own, in a LogitsProcessor.
+On a GPU the networks have the shapes of TinyLlama and Llama-2-7B and 13B, in bfloat16, and steps
+are those of `sample.py --compile`. On a CPU, with one thread, they have the shapes of tiny-s and
+tiny-l, and at 128 tokens also of a 23M and a 110M network. Weights are random. Every contender
+writes as many tokens as asked for, greedily. transformers is guided by a second model, with a cache
+of its own, in a LogitsProcessor.
 """
 
 import argparse
@@ -91,7 +93,7 @@ def networks_of(name: str, value: str, base: str) -> list[str]:
 
 
 def weights_of(config: LlamaConfig) -> int:
-    """How many weights a step reads: all but the embedding, unless it is also lm_head; of the embedding only one row."""
+    """How many weights a step reads: of an embedding that is not lm_head too, only a row."""
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in Llama(config).parameters())
     return count if config.tie_word_embeddings else count - config.vocab_size * config.hidden_size
@@ -168,7 +170,7 @@ def transformers_decoding(
 
 
 def llama_cpp_decoding(prompts: list[list[int]], tokens: int) -> Callable[[], None]:
-    """One text after the other, by llama.cpp's bindings (pip install llama-cpp-python), from the file that data/smollm2.py reads."""
+    """By llama.cpp's bindings (pip install llama-cpp-python), one text after the other."""
     import llama_cpp
 
     network = llama_cpp.Llama(
@@ -189,7 +191,7 @@ def llama_cpp_decoding(prompts: list[list[int]], tokens: int) -> Callable[[], No
 
 
 def bytes_a_step(config: LlamaConfig, batch: int, tokens: int, width: int) -> float:
-    """The least that a step must read of a network: its weights once, and the keys and values of half the tokens."""
+    """The least a step must read of a network: its weights, and half of all keys and values."""
     positions = batch * (PROMPT + tokens / 2)
     kept = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return width * (weights_of(config) + positions * kept)
@@ -218,7 +220,7 @@ def measure(
     contenders: list[str],
     dtype: str | None = None,
 ) -> dict[str, Result]:
-    """Each contender writes `tokens` tokens in every round; seconds are those of one token of all texts."""
+    """Each contender writes `tokens` tokens a round; seconds are of one token of all texts."""
     sizes = dict(value=value, base=base, batch=batch, tokens=tokens)
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
     steps = {name: functools.partial(decoding, name, dtype=dtype, **sizes) for name in contenders}
@@ -270,7 +272,7 @@ def conclusions(results: dict[str, Result]) -> str:
 
 
 def deepen(base: Llama, layers: int) -> Llama:
-    """The same function at the cost of more layers: those added write nothing into the residual stream."""
+    """The same function at the cost of more layers: the new ones add nothing to the residual."""
     deep = Llama(LlamaConfig(**vars(base.config) | {"num_hidden_layers": layers})).to(
         base.device, base.dtype
     )
@@ -287,7 +289,7 @@ DRAFTS = {"z_delta": "z_delta alone", "both": "tiny-s with z_delta"}
 
 
 def speculation(home: Path, layers: int, ahead: list[int], rounds: int, device: str) -> dict:
-    """Answers to the tiny world's development questions, plainly and by speculation in turn: seconds, of each K and draft."""
+    """Seconds of answers, plainly and by speculation in turn, of each K and draft."""
     small, base = [
         Llama.from_pretrained(home / name, torch.float32, device) for name in ("tiny-s", "tiny-l")
     ]

@@ -1,12 +1,14 @@
-"""What one GPU can check in nine minutes: is the kernel right, do the fast ways give the plain answers, and how fast is it all?
+"""What one GPU can check in nine minutes: is the kernel right, do the fast ways give the plain
+answers, and how fast is it all?
 
-    python -m bench.gpu                          # writes bench/GPU.md; on a CPU a rehearsal at toy sizes, which measures nothing
-    python -m bench.gpu --only kernel loss       # some of the steps
+    python -m bench.gpu                        # writes bench/GPU.md; on a CPU a rehearsal at toy sizes
+    python -m bench.gpu --only kernel loss     # some of the steps
 
-Steps are commands of bench/ and tests/, each with a time limit; what matters most comes first. The report is written before
-and after each of them, so a run that is stopped still says what was measured and what was not. Other libraries
-(transformers, Liger-Kernel) are left out, and named, where they are not installed. It uses one GPU, and does not measure
-the losses of pairs and of a teacher.
+Steps are commands of bench/ and tests/, each with a time limit; what matters most comes first. The
+report is written before and after each of them, so a run that is stopped still says what was
+measured and what was not. Other libraries (transformers, Liger-Kernel) are left out, and named,
+where they are not installed. It uses one GPU, and does not measure the losses of pairs and of a
+teacher.
 """
 
 import datetime
@@ -81,7 +83,7 @@ def steps_for(rehearsal: bool) -> list[Step]:
 
 
 def run_step(step: Step, outcome: Outcome, limit: float, folder: Path) -> None:
-    """Run a command for at most `limit` seconds; the outcome has what there is of it, also if this is stopped."""
+    """Run a command for at most `limit` seconds; if it is stopped, keep what there is of it."""
     log = folder / f"{step.name}.log"
     command = [sys.executable, "-m", *shlex.split(step.command)]
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONUNBUFFERED": "1"}
@@ -142,7 +144,7 @@ def report(head: str, outcomes: dict[str, Outcome]) -> str:
 def measure_all(
     steps: list[Step], head: str, out: Path, total: float = TOTAL
 ) -> dict[str, Outcome]:
-    """Run the steps one after the other within `total` seconds, and keep the report in `out` up to date."""
+    """Run the steps in turn within `total` seconds, and keep the report in `out` up to date."""
     started, outcomes = time.monotonic(), {step.name: Outcome() for step in steps}
 
     def save() -> None:

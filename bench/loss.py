@@ -1,13 +1,14 @@
-"""The loss at full size: its time and memory, beside other ways to compute it and beside a copy's bytes per second.
+"""The loss at full size: its time and memory, beside other ways to compute it and beside a copy's
+bytes per second.
 
-    python -m bench.loss                               # the sizes in bench/RESULTS.md, on a GPU if there is one
-    python -m bench.loss --rows 512 --vocab 32000      # others
-    python -m bench.loss --only settings               # the kernel with other BLOCK, WARPS and STAGES (on a GPU)
+    python -m bench.loss                              # the usual sizes, on a GPU if there is one
+    python -m bench.loss --rows 512 --vocab 32000     # others
+    python -m bench.loss --only settings              # the kernel with other BLOCK, WARPS, STAGES
 
-Two tables for each vocabulary. The first starts from logits and ends with the gradient of z_delta. It is limited by
-memory: for each pair of logits the kernel reads both twice and writes a gradient once (10 bytes in bf16), and any program
-has to move each at least once (6 bytes). The second starts from hidden states and includes both heads. There it shows
-that fast/loss.py never holds all logits.
+Two tables for each vocabulary. The first starts from logits and ends with the gradient of z_delta.
+It is limited by memory: for each pair of logits the kernel reads both twice and writes a gradient
+once (10 bytes in bf16), and any program has to move each at least once (6 bytes). The second starts
+from hidden states and includes both heads. There it shows that fast/loss.py never holds all logits.
 """
 
 import functools
@@ -45,7 +46,7 @@ def eager(z_base: Tensor, z_delta: Tensor, labels: Tensor) -> Tensor:
 
 
 def liger(z_base: Tensor, z_delta: Tensor, labels: Tensor) -> Tensor:
-    """Liger-Kernel's cross-entropy on the summed logits. It has no norm, so this computes less than the others."""
+    """Liger-Kernel's cross-entropy of the summed logits: without the norm, so it computes less."""
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     return liger_cross_entropy(z_base + z_delta, labels)
@@ -77,7 +78,7 @@ def with_settings(settings: tuple[int, int, int], **sizes) -> Callable:
 
 
 def from_hidden(loss: Callable | None, N: int, V: int, D: int, dtype: torch.dtype) -> Callable:
-    """A step from hidden states (N, D) to the gradients of the value network's hidden states and head.
+    """A step from hidden states (N, D) to the value network's gradients, hidden and head.
 
     `loss` None is fast/loss.py.
     """

@@ -1,8 +1,9 @@
-"""How the commands of bench/ measure: every contender in a process of its own, all of them timed in turn.
+"""How the commands of bench/ measure: every contender in a process of its own, all of them timed in
+turn.
 
-In a process of its own a contender has a peak memory of its own, and nothing is left over from a rival. (It inherits its
-parent's peak, so the parent must stay small.) Since they take turns, a pair of times of one round can be compared, even
-where the machine's speed drifts.
+In a process of its own a contender has a peak memory of its own, and nothing is left over from a
+rival. (It inherits its parent's peak, so the parent must stay small.) Since they take turns, a pair
+of times of one round can be compared, even where the machine's speed drifts.
 """
 
 import contextlib
@@ -42,9 +43,10 @@ class Result:
 def compare(
     contenders: dict[str, Callable], device: str, rounds: int, calls: int
 ) -> dict[str, Result]:
-    """Measure contenders: functions of a module, so that they can be pickled, that return a step to time.
+    """Measure contenders: functions of a module (they are pickled) that return a step to time.
 
-    In each round every contender in turn makes `calls` calls, on a GPU after one more that is not counted.
+    In each round every contender in turn makes `calls` calls, on a GPU after one more that is not
+    counted.
     """
     context = multiprocessing.get_context("spawn")
     results, workers = {name: Result() for name in contenders}, {}
@@ -97,7 +99,7 @@ def why(error: Exception) -> str:
 
 
 def serve(pipe, build: Callable, device: str) -> None:
-    """The worker: answers (why it failed, or "", and seconds). 0 calls: (peak, growth), and the end."""
+    """The worker: answers (why it failed, or ""; seconds). 0 calls: (peak, growth), the end."""
     try:
         with torch.device(device):
             torch.manual_seed(0)
@@ -148,7 +150,7 @@ def memory(device: str) -> int:
 
 
 def copy_bandwidth(device: str, threads: int | None = None) -> float:
-    """Bytes per second of a large copy, each byte counted once read and once written: the best of 20."""
+    """Bytes per second of a large copy, counting reads and writes: the best of 20."""
     size = 2**28 if device == "cpu" else 2**30
     result = compare({"copy": functools.partial(copy, size, threads)}, device, 20, 1)["copy"]
     return 2 * size / min(result.seconds)
@@ -217,7 +219,7 @@ def times(result: Result) -> str:
 
 
 def share(ours: list[float], theirs: list[float]) -> str:
-    """One time over another, round by round: the median and the extremes; "" where one was not measured."""
+    """One time over another, round by round: median and extremes; "" if one is missing."""
     ratios = sorted(a / b for a, b in zip(ours, theirs))
     return (
         f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" if ratios else ""

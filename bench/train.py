@@ -1,10 +1,12 @@
-"""A whole step of value training, its tokens per second and peak memory: by fast/loss.py ("ours") and by ValueModel.loss.
+"""A whole step of value training, its tokens per second and peak memory: by fast/loss.py ("ours")
+and by ValueModel.loss.
 
     python -m bench.train
 
-On a GPU the networks have the shapes of TinyLlama and Llama-2-7B, on a CPU small ones; weights are random. A step reads
-4096 tokens (on a CPU 1024), all of them supervised: the frozen base, the value network forward and back, gradient clipping
-and AdamW. On a GPU bases are bfloat16, and the value network computes in bfloat16 with float32 weights.
+On a GPU the networks have the shapes of TinyLlama and Llama-2-7B, on a CPU small ones; weights are
+random. A step reads 4096 tokens (on a CPU 1024), all of them supervised: the frozen base, the value
+network forward and back, gradient clipping and AdamW. On a GPU bases are bfloat16, and the value
+network computes in bfloat16 with float32 weights.
 """
 
 import functools
@@ -29,7 +31,8 @@ from model import Llama, LlamaConfig
 from run.cli import positive_int, run_cli
 from train import Objective, accumulate_gradient
 
-SHAPES = {  # as in the checkpoints' config.json: V, D, the MLP's width, layers, heads, heads of keys and values
+# as in the checkpoints' config.json: V, D, the MLP's width, layers, heads, key-value heads
+SHAPES = {
     "TinyLlama": LlamaConfig(32000, 2048, 5632, 22, 32, 4, max_position_embeddings=2048),
     "Llama-2-7B": LlamaConfig(32000, 4096, 11008, 32, 32, 32, max_position_embeddings=4096),
     "20M": LlamaConfig(

@@ -1,10 +1,12 @@
-"""Do captured steps, compiled steps and speculation give the same answers as the plain way of decoding, on this device?
+"""Do captured steps, compiled steps and speculation give the same answers as the plain way of
+decoding, on this device?
 
     python -m bench.twins
 
-Weights are random, in float32, so that near-ties are rare. An answer counts as differing if it leaves the plain answer at
-a token where the two best logits are at least 1e-4 apart. tests/test_decoding.py tests the same on a CPU with recorded
-operations; CUDA graphs can only be tried on a GPU.
+Weights are random, in float32, so that near-ties are rare. An answer counts as differing if it
+leaves the plain answer at a token where the two best logits are at least 1e-4 apart.
+tests/test_decoding.py tests the same on a CPU with recorded operations; CUDA graphs can only be
+tried on a GPU.
 """
 
 import copy
@@ -25,7 +27,7 @@ LONGEST_PROMPT = 40
 
 
 def network(shape: str, device: str) -> Llama:
-    """Random weights as large as trained ones. With a fresh network's weights it would only repeat its last token."""
+    """Random weights as large as trained ones, or it would only repeat its last token."""
     with torch.device(device):
         made = Llama(SHAPES[shape]).requires_grad_(False)
     for matrix in made.parameters():

@@ -1,8 +1,10 @@
-"""Vocabulary maps: how much faster fast/alignment.py runs Algorithm 1 than a plain loop, and what decoding through a map costs.
+"""Vocabulary maps: how much faster fast/alignment.py runs Algorithm 1 than a plain loop, and what
+decoding through a map costs.
 
-python -m bench.vocab_map --base-tokenizer A --value-tokenizer B --texts FILE    # on real tokenizers and texts
-python -m bench.vocab_map                                                        # on those of the tiny world
-python -m bench.vocab_map --decode out/seed0       # decoding, with networks that `python -m paper --seeds 1` makes
+python -m bench.vocab_map --base-tokenizer A --value-tokenizer B --texts FILE    # on real
+tokenizers and texts python -m bench.vocab_map
+# on those of the tiny world python -m bench.vocab_map --decode out/seed0       # decoding, with
+networks that `python -m paper --seeds 1` makes
 """
 
 import functools
@@ -127,7 +129,7 @@ def bench_alignment(source: tuple[list[str], Path | None], rounds: int) -> None:
 
 
 def decoding(name: str, home: Path, batch: int) -> tuple[Guided, Callable[[], None]]:
-    """A base guided by VALUE, and a step that answers `batch` questions at a time with 16 tokens each."""
+    """A base guided by VALUE, and a step that answers `batch` questions with 16 tokens each."""
     torch.set_num_threads(1)
     folders = home / FAMILIES[name], home / VALUE
     base, value = Llama.from_pretrained(folders[0]), ValueModel.from_pretrained(folders[1])

@@ -1,6 +1,7 @@
-"""Appendix B: how many of a text's value tokens a vocabulary map finds, as the overlap that the paper measures.
+"""Appendix B: how many of a text's value tokens a vocabulary map finds, as the overlap that the
+paper measures.
 
-    python -m paper.appendix_b                # the tiny families; for other tokenizers vocab_map.py has --eval
+    python -m paper.appendix_b     # the tiny families; for other tokenizers vocab_map.py has --eval
 
 The first half of the texts is counted in, the second half held out.
 """
@@ -23,7 +24,7 @@ ROWS = [*HOWS[1:], "first piece", HOWS[0]]  # by how much they find
 
 
 def section(seeds: int) -> str:
-    """For each pair of tokenizers and each way to make a map: the overlap on texts counted in, and on held-out ones."""
+    """The overlap of each pair of tokenizers, by each way to make a map."""
     found = {(pair, row): [] for pair in PAIRS for row in ROWS}  # (seeds, 2) each
     for world in map(World, range(seeds)):
         texts = [

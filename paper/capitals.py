@@ -1,11 +1,12 @@
-"""The paper's claim on a real language model: capitals of countries that no demonstration mentions, in the form asked for.
+"""The paper's claim on a real language model: capitals of countries that no demonstration mentions,
+in the form asked for.
 
     python -m data.smollm2 out/smollm2-135m
-    python -m paper.capitals --base out/smollm2-135m                            # seeds 0, 1, 2, on evaluation countries
-    python -m paper.capitals --base out/smollm2-135m --seeds 0 --l1 0 0.1 1     # the norm, on one split
+    python -m paper.capitals --base out/smollm2-135m                           # seeds 0, 1, 2
+    python -m paper.capitals --base out/smollm2-135m --seeds 0 --l1 0 0.1 1    # the norm
 
-A seed decides which countries are demonstrated and which are asked, and the order of training. What is trained and
-measured is kept.
+A seed decides which countries are demonstrated and which are asked, and the order of training. What
+is trained and measured is kept.
 """
 
 import json
@@ -44,7 +45,7 @@ def train(base: Path, seed: int, l1: float) -> Path:
 def measure(
     base: Path, value: Path, seed: int, dtype: str, device: str
 ) -> dict[str, dict[str, float]]:
-    """The metrics of base, base + value and the value network alone on a seed's evaluation countries."""
+    """The metrics of all three systems on a seed's evaluation countries."""
     file = value / "evaluation.json"
     if file.is_file():
         return read_json(file)

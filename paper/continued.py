@@ -3,8 +3,9 @@
     python -m paper.continued --base tiny-m                # makes out/seed0/tiny-m-continued
     python sample.py --base out/seed0/tiny-m-continued     # a value network plugged into it
 
-A third of the text is about new people, whom no other base has read of, a third about the old ones, the rest sums and
-unrelated sentences; the vocabulary grows by 16 tokens. A value network of the family, which has seen neither, is plugged in as it is.
+A third of the text is about new people, whom no other base has read of, a third about the old ones,
+the rest sums and unrelated sentences; the vocabulary grows by 16 tokens. A value network of the
+family, which has seen neither, is plugged in as it is.
 """
 
 import argparse
@@ -26,8 +27,8 @@ from sample import Guided
 from train import TINY_PRETRAINING, Job, first_weights, fit, language_loss, pretrain
 
 SETTINGS = TINY_PRETRAINING | dict(lr=2e-3, steps=780)  # 0.8M tokens
-# As CodeLlama's vocabulary extends Llama-2's by 16, so does this one: some documents begin with one of
-# these. A value network of the family has never seen them, and z_delta is 0 there.
+# As CodeLlama's vocabulary extends Llama-2's by 16, so does this one: some documents begin with one
+# of these. A value network of the family has never seen them, and z_delta is 0 there.
 MARKERS = [f"<doc{number}>" for number in range(16)]
 
 # ---------------------------------------------------------------------------------------------------------
@@ -37,7 +38,8 @@ MARKERS = [f"<doc{number}>" for number in range(16)]
 def continued_documents(world: World, rng: random.Random) -> Iterator[str]:
     """Endless documents: half of them drawn for new people, a tenth with a marker in front.
 
-    The other half is more of the old text, without which the old people would be forgotten. In both a third tells of nobody.
+    The other half is more of the old text, without which the old people would be forgotten. In both
+    a third tells of nobody.
     """
     for document in world.documents(rng):
         if rng.random() < 0.5:
@@ -51,8 +53,9 @@ def continued_documents(world: World, rng: random.Random) -> Iterator[str]:
 def add_pieces(model: bytes, pieces: list[str]) -> bytes:
     """A SentencePiece model with user-defined pieces behind its own.
 
-    A tokenizer.model is a protocol buffer, whose field 1, one message per piece (text, score, type), is
-    repeated; such fields may stand anywhere in the file, so what is appended is read as more pieces.
+    A tokenizer.model is a protocol buffer, whose field 1, one message per piece (text, score,
+    type), is repeated; such fields may stand anywhere in the file, so what is appended is read as
+    more pieces.
     """
     for piece in pieces:
         text = piece.encode()
@@ -64,7 +67,7 @@ def add_pieces(model: bytes, pieces: list[str]) -> bytes:
 
 
 class MarkedTokenizer(SentencePieceTokenizer):
-    """A tokenizer with the markers, which finds one in front of a document; loaded as any other, it looks for none."""
+    """A tokenizer with the markers; only this class looks for one in front of a document."""
 
     def __init__(self, model: bytes):
         super().__init__(add_pieces(model, MARKERS))

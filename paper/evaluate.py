@@ -1,13 +1,15 @@
-"""The paper's benchmarks on checkpoints by lm-evaluation-harness, the field's own: Table 1 without MT-Bench.
+"""The paper's benchmarks on checkpoints by lm-evaluation-harness, the field's own: Table 1 without
+MT-Bench.
 
     python -m paper.evaluate --base Llama-2-7b-hf/ --value out/seed0/value-residual-TinyLlama-1.1B --suite all --output out/table1
     python -m paper.evaluate --base out/smollm2-135m --suite few-shot --limit 50 --use-cache out/cache
     python -m paper.evaluate --base out/smollm2-135m --tasks mytask --include-path FOLDER
-    torchrun --nproc_per_node=4 -m paper.evaluate ...                     # the base divided between four GPUs
+    torchrun --nproc_per_node=4 -m paper.evaluate ...     # the base split between four GPUs
 
-Needs: pip install "lm_eval[ifeval]". Tasks, prompts, metrics, cache and result files are the harness's, and paper/guided_lm.py is what it
-asks of a model. A run that is stopped goes on from --use-cache. Tasks that execute what the model writes (MBPP, HumanEval) take the harness's own
-two consents: --confirm-run-unsafe-code, and HF_ALLOW_CODE_EVAL=1 in the environment.
+Needs: pip install "lm_eval[ifeval]". Tasks, prompts, metrics, cache and result files are the
+harness's, and paper/guided_lm.py is what it asks of a model. A run that is stopped goes on from
+--use-cache. Tasks that execute what the model writes (MBPP, HumanEval) take the harness's own two
+consents: --confirm-run-unsafe-code, and HF_ALLOW_CODE_EVAL=1 in the environment.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from sample import Speaker
 
 @dataclass(frozen=True)
 class Column:
-    """A benchmark: the harness's task and metric that come nearest, the paper's shots, and what is not the same."""
+    """A benchmark: the nearest task and metric of the harness, and how they differ."""
 
     name: str
     task: str
@@ -214,7 +216,7 @@ def system_of(args) -> dict[str, str]:
 
 
 def cache_of(stamp: str, args) -> str | None:
-    """The beginning of the names of the harness's cache files; another system's answers are never taken for this one's."""
+    """How the names of the harness's cache files begin: every system has its own."""
     return (
         args.use_cache
         and f"{args.use_cache}-{hashlib.sha256(repr([system_of(args), stamp]).encode()).hexdigest()[:8]}"
@@ -222,7 +224,7 @@ def cache_of(stamp: str, args) -> str | None:
 
 
 def copy_cache(cache: str, count: int) -> None:
-    """The harness keeps one for each of several processes, which have to find the same in it, wherever they were stopped."""
+    """Give every process the first one's answers: the harness has a cache for each."""
     if Path(f"{cache}_rank0.db").exists():
         for rank in range(1, count):
             with (
@@ -235,7 +237,7 @@ def copy_cache(cache: str, count: int) -> None:
 def evaluate(
     lm: GuidedLM, tasks: list[str], shots: int | None, chat: bool, speaker: Speaker, manager, args
 ) -> dict[str, dict]:
-    """The harness's results of some tasks, which it also prints and saves; none where this is not the first of several processes."""
+    """The harness's results, which it also prints and saves; {} but in the first process."""
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.utils import make_table

@@ -1,4 +1,5 @@
-"""Figure 2 (Section 3.2, Appendix A): do a few parameters on the base's logits, or fresh weights, suffice for z_delta?
+"""Figure 2 (Section 3.2, Appendix A): do a few parameters on the base's logits, or fresh weights,
+suffice for z_delta?
 
     python -m paper.fig2
 

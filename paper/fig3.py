@@ -1,4 +1,5 @@
-"""Figure 3b (Sections 4.1 and 5.4): which connection scheme transfers best? And a value network bigger than its base.
+"""Figure 3b (Sections 4.1 and 5.4): which connection scheme transfers best? And a value network
+bigger than its base.
 
 python -m paper.fig3
 """

@@ -1,4 +1,5 @@
-"""Figure 4 (Section 6): a value network plugged into bases with another tokenizer, through the paper's map and better ones.
+"""Figure 4 (Section 6): a value network plugged into bases with another tokenizer, through the
+paper's map and better ones.
 
 python -m paper.fig4
 """

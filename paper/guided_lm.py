@@ -1,9 +1,11 @@
-"""A guided base as lm-evaluation-harness asks for a model: log-likelihoods of continuations and of texts, and answers.
+"""A guided base as lm-evaluation-harness asks for a model: log-likelihoods of continuations and of
+texts, and answers.
 
     from paper.guided_lm import GuidedLM
     lm_eval.simple_evaluate(GuidedLM(Guided(base, value), tokenizer), tasks=["arc_challenge"], num_fewshot=25)
 
-paper/evaluate.py is the command. Tests hold every number and string against the harness's own `hf` backend.
+paper/evaluate.py is the command. Tests hold every number and string against the harness's own `hf`
+backend.
 """
 
 from collections.abc import Iterator
@@ -27,13 +29,16 @@ ALIKE = 0.8  # the shortest prompt of a batch over the longest, at least: paddin
 
 
 class ChatText(str):
-    """A conversation as the harness shows and caches it. `turns` are what is encoded: no text is read for special tokens."""
+    """A conversation as the harness shows and caches it. `turns` are what is encoded: no text is
+    read for special tokens.
+    """
 
     turns: list[Turn]
 
 
 class GuidedLM(TemplateLM):
-    """A guided base for lm-evaluation-harness. How a text falls into context and continuation is left to its TemplateLM.
+    """A guided base for lm-evaluation-harness. How a text falls into context and continuation is
+    left to its TemplateLM.
 
     Under torchrun every process computes the same, so each says that it is the only one.
     """
@@ -53,7 +58,8 @@ class GuidedLM(TemplateLM):
         self.llamas = list(dict.fromkeys([guided.base, *guided.llamas]))
         self.max_length = min(llama.config.max_position_embeddings for llama in self.llamas)
         self.room = room_for_batches(guided.base.device)
-        # A tokenizer.json says itself whether a text begins with BOS; the other two kinds always do.
+        # A tokenizer.json says itself whether a text begins with BOS; the other two kinds always
+        # do.
         self.adds_bos = tokenizer.kind != "json" or tokenizer.backend.encode("a").ids[:1] == [
             tokenizer.bos_id
         ]
@@ -88,7 +94,9 @@ class GuidedLM(TemplateLM):
         return text
 
     def chat_ids(self, turns: list[Turn]) -> list[int]:
-        """data.chat.encode_chat's tokens of a conversation; an assistant's turn at its end is one that goes on."""
+        """data.chat.encode_chat's tokens of a conversation; an assistant's turn at its end is one
+        that goes on.
+        """
         ids, _ = encode_chat(self.tokenizer, self.template, turns)
         if turns[-1][0] != "assistant":
             return ids
@@ -128,7 +136,8 @@ class GuidedLM(TemplateLM):
     # ---- how much at a time
 
     def fits(self, rows: int, longest: int, predicted: int) -> bool:
-        """Whether a batch fits: `rows` rows of `longest` positions in the caches, with logits of the last `predicted` of each.
+        """Whether a batch fits: `rows` rows of `longest` positions in the caches, with logits of
+        the last `predicted` of each.
 
         A cascade asks for the logits of all.
         """
@@ -157,7 +166,9 @@ class GuidedLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple], disable_tqdm: bool = False, **_
     ) -> list[tuple[float, bool]]:
-        """(text or None, context, continuation) each -> log-likelihood in nats, and whether greedy decoding says it."""
+        """(text or None, context, continuation) each -> log-likelihood in nats, and whether greedy
+        decoding says it.
+        """
         pairs = [self.cut(context, continuation) for _, context, continuation in requests]
         results: list = [None] * len(pairs)
         with self.bar(len(pairs), "log-likelihoods", disable_tqdm) as bar:
@@ -172,7 +183,9 @@ class GuidedLM(TemplateLM):
         return results
 
     def cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Less of the context where both are too long, from the left. The last token is never read, so there is room for one more."""
+        """Less of the context where both are too long, from the left. The last token is never read,
+        so there is room for one more.
+        """
         room = self.max_length + 1 - len(continuation)
         if room < 1:
             raise UsageError(
@@ -181,7 +194,9 @@ class GuidedLM(TemplateLM):
         return context[-room:], continuation
 
     def batches(self, pairs: list[tuple[list[int], list[int]]]) -> Iterator[list[int]]:
-        """Numbers of pairs, long contexts first; a context that comes again is in one batch, unless that would not fit."""
+        """Numbers of pairs, long contexts first; a context that comes again is in one batch, unless
+        that would not fit.
+        """
         order = sorted(
             range(len(pairs)),
             key=lambda number: (-len(pairs[number][0]), pairs[number][0], -len(pairs[number][1])),
@@ -206,9 +221,11 @@ class GuidedLM(TemplateLM):
             yield batch
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows as the harness cuts them: each token once, with as much before it as there is room for.
+        """Of whole texts, in windows as the harness cuts them: each token once, with as much before
+        it as there is room for.
 
-        Its rule puts prefix_token_id in front of what tok_encode says, so a tokenizer's own BOS is scored, too.
+        Its rule puts prefix_token_id in front of what tok_encode says, so a tokenizer's own BOS is
+        scored, too.
         """
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -236,7 +253,9 @@ class GuidedLM(TemplateLM):
     # ---- answers
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """Each request is a context and its settings; what is alike in settings is answered together, long contexts first."""
+        """Each request is a context and its settings; what is alike in settings is answered
+        together, long contexts first.
+        """
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             alike.setdefault(repr(request.args[1]), []).append(number)
@@ -269,7 +288,9 @@ class GuidedLM(TemplateLM):
         return answers
 
     def options(self, settings: dict) -> tuple[list[str], dict]:
-        """Stop strings, and what `generate` is told, of a request's settings; the harness's own defaults."""
+        """Stop strings, and what `generate` is told, of a request's settings; the harness's own
+        defaults.
+        """
         from lm_eval.models.utils import normalize_gen_kwargs
 
         settings = normalize_gen_kwargs(settings, 256)
@@ -313,7 +334,9 @@ class GuidedLM(TemplateLM):
 
 
 def room_for_batches(device: torch.device) -> float:
-    """Bytes for caches and logits: half of what a GPU has free, 1 GB on a CPU. The first process decides for all."""
+    """Bytes for caches and logits: half of what a GPU has free, 1 GB on a CPU. The first process
+    decides for all.
+    """
     room = [torch.cuda.mem_get_info()[0] / 2 if device.type == "cuda" else 1e9]
     if dist.is_initialized():
         dist.broadcast_object_list(room)

@@ -1,8 +1,10 @@
-"""Section 3.1's other losses: value networks trained on tiny-s by pairs and by a teacher, plugged into bigger bases.
+"""Section 3.1's other losses: value networks trained on tiny-s by pairs and by a teacher, plugged
+into bigger bases.
 
     python -m paper.losses                     # three seeds, as committed in paper/LOSSES.md
 
-The paper names these losses and shows no results of them, so the claims are ours. Trained networks are kept.
+The paper names these losses and shows no results of them, so the claims are ours. Trained networks
+are kept.
 """
 
 import sys
@@ -108,7 +110,9 @@ CLAIMS = [
 
 @torch.inference_mode()
 def measure_more(system: str, kept: Kept) -> dict[str, float]:
-    """`pair`, and `kl`: nats from the teacher's next-token probabilities to the system's, over the right answers' tokens."""
+    """`pair`, and `kl`: nats from the teacher's next-token probabilities to the system's, over the
+    right answers' tokens.
+    """
     guided, tokenizer = load(system, kept, "cpu")
     teacher, world = Llama.from_pretrained(kept.home / TEACHER), World(kept.seed)
     rows = [

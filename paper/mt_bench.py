@@ -1,11 +1,11 @@
 """MT-Bench: answers to its two-turn questions, in the form that FastChat's judge reads.
 
     python -m paper.mt_bench --questions question.jsonl --out model_answer/guided.jsonl --base B --value V
-    torchrun --nproc_per_node=4 -m paper.mt_bench ...                     # the base divided between four GPUs
+    torchrun --nproc_per_node=4 -m paper.mt_bench ...     # the base split between four GPUs
 
-question.jsonl is FastChat's (fastchat/llm_judge/data/mt_bench). The name of the file is the name of the model. A run that
-was stopped goes on when the same command is given again, with the question it was at. Judging takes FastChat and a key for
-GPT-4; the commands are printed at the end.
+question.jsonl is FastChat's (fastchat/llm_judge/data/mt_bench). The name of the file is the name of
+the model. A run that was stopped goes on when the same command is given again, with the question it
+was at. Judging takes FastChat and a key for GPT-4; the commands are printed at the end.
 """
 
 import argparse
@@ -71,7 +71,9 @@ def is_texts(turns) -> bool:
 
 
 def read_answers(path: Path) -> dict[int, dict]:
-    """The answers that are there by their questions' ids; a last line that was cut off while it was written is dropped."""
+    """The answers that are there by their questions' ids; a last line that was cut off while it was
+    written is dropped.
+    """
     if not path.exists():
         return {}
     whole, newline, cut = path.read_bytes().rpartition(b"\n")
@@ -93,7 +95,9 @@ def read_answers(path: Path) -> dict[int, dict]:
 
 
 def answer_turns(speaker: Speaker, question: dict, args) -> tuple[list[str], int]:
-    """The answers to a question's turns, each asked after those before it; and how many had no room."""
+    """The answers to a question's turns, each asked after those before it; and how many had no
+    room.
+    """
     asking = Namespace(
         temperature=TEMPERATURES.get(question.get("category"), 0.7),
         top_p=1.0,
@@ -149,7 +153,9 @@ def answer_all(
 
 
 def answer_id(settings: dict, question: dict) -> str:
-    """A name for an answer; FastChat's are random, this one is the same when the answer is made again."""
+    """A name for an answer; FastChat's are random, this one is the same when the answer is made
+    again.
+    """
     what = json.dumps([settings, question["question_id"]], sort_keys=True)
     return hashlib.blake2b(what.encode(), digest_size=11).hexdigest()
 

@@ -1,8 +1,10 @@
 """What paper/ trains and measures: made when it is not there, and kept under out/seedN.
 
-Every network is trained by a command that anybody can type, in a process of its own with one thread. A system is a base,
-alone or with something plugged in; each is measured once, on the evaluation people. A system has a name such as "tiny-l", "tiny-l + value-residual-tiny-s", "tiny-l + value-residual-tiny-s x 0.5" (alpha),
-"tiny-l + proxy-tiny-s" (proxy tuning) or "tiny-b-l + value-residual-tiny-m via pieces" (a vocabulary map of that kind).
+Every network is trained by a command that anybody can type, in a process of its own with one
+thread. A system is a base, alone or with something plugged in; each is measured once, on the
+evaluation people. A system has a name such as "tiny-l", "tiny-l + value-residual-tiny-s", "tiny-l +
+value-residual-tiny-s x 0.5" (alpha), "tiny-l + proxy-tiny-s" (proxy tuning) or "tiny-b-l +
+value-residual-tiny-m via pieces" (a vocabulary map of that kind).
 """
 
 import json
@@ -37,7 +39,8 @@ class Network:
 VALUE, S, M, L = "value-residual-tiny-s", "tiny-s", "tiny-m", "tiny-l"
 CONTINUED, INFINITY = "tiny-m-continued", "value-infinity-tiny-s"
 CURRICULUM = f"{VALUE}-on-tiny-s-tiny-m"
-# lambda. 1.0 is Table 5's, and the "norm" of every table. 0.04 weighs beside a supervised position what 1.0 does in the paper.
+# lambda. 1.0 is Table 5's, and the "norm" of every table. 0.04 weighs beside a supervised position
+# what 1.0 does in the paper.
 NORMS = [0.04, 0.3, 1.0]
 NORM = f"{VALUE}-l1-1"
 ON_M = "value-residual-tiny-m"
@@ -111,7 +114,9 @@ NETWORKS = {  # bases first, since the others wait for them
 
 
 def parts_of(system: str) -> tuple[str, str, float, str]:
-    """Base, what is plugged in ("" for nothing), alpha, and how the vocabulary map is made ("" for none)."""
+    """Base, what is plugged in ("" for nothing), alpha, and how the vocabulary map is made ("" for
+    none).
+    """
     system, _, how = system.partition(" via ")
     base, _, rest = system.partition(" + ")
     plug, _, alpha = rest.partition(" x ")
@@ -147,10 +152,12 @@ def with_needs(networks: Iterable[str]) -> list[str]:
 
 
 class Kept:
-    """out/seedN/measured: a file for each system measured, and networks.json with the networks whose command has ended.
+    """out/seedN/measured: a file for each system measured, and networks.json with the networks
+    whose command has ended.
 
-    Both record the time of the train.json of their networks, so a network trained anew is measured anew. Neither knows of
-    the code: after a change of it (of the tiny world, say) begin with a fresh out/.
+    Both record the time of the train.json of their networks, so a network trained anew is measured
+    anew. Neither knows of the code: after a change of it (of the tiny world, say) begin with a
+    fresh out/.
     """
 
     def __init__(self, seed: int):
@@ -172,7 +179,9 @@ class Kept:
         write(self.folder / "networks.json", self.ledger)
 
     def measured(self, system: str) -> dict[str, float] | None:
-        """The metrics of a system; None if they are not there, or of networks that have changed since."""
+        """The metrics of a system; None if they are not there, or of networks that have changed
+        since.
+        """
         file = self.folder / f"{system}.json"
         record = read_json(file) if file.is_file() else {}
         current = {network: self.made(network) for network in networks_of(system)}
@@ -239,7 +248,9 @@ def jobs_for(systems: Iterable[str], seed: int) -> list[Job]:
 
 
 def make(jobs: list[Job], processes: int) -> None:
-    """Run `processes` jobs at a time, each when its needs are there; UsageError with the reason if one fails."""
+    """Run `processes` jobs at a time, each when its needs are there; UsageError with the reason if
+    one fails.
+    """
     waiting, running, done = list(jobs), {}, []
     started, cores = time.monotonic(), 0.0
     try:

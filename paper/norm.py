@@ -1,4 +1,5 @@
-"""Section 4.2.1: lambda, the weight of the norm of z_delta, against transfer; and alpha, the weight of z_delta itself.
+"""Section 4.2.1: lambda, the weight of the norm of z_delta, against transfer; and alpha, the weight
+of z_delta itself.
 
 python -m paper.norm
 """
@@ -39,7 +40,8 @@ def farther(value: str):
     return lambda results: gain(value, L, "2-shot")(results) - gain(value, S, "2-shot")(results)
 
 
-CONCLUSIONS = {  # of the paper about the norm; the gap, by the value network that was trained with it
+# What the paper says of the norm: a gap, by the value network that was trained with it.
+CONCLUSIONS = {
     "more knowledge kept (`2-shot` on tiny-l)": lambda value: gain(value, L, "2-shot"),
     "more reasoning kept (`arith` on tiny-l)": lambda value: gain(value, L, "arith"),
     "less instruction following (`ins` on tiny-l)": cost,

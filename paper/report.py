@@ -1,4 +1,6 @@
-"""What the scripts of paper/ share: tables, claims, the one rule for verdicts, and what each does when it is run."""
+"""What the scripts of paper/ share: tables, claims, the one rule for verdicts, and what each does
+when it is run.
+"""
 
 import argparse
 import datetime
@@ -34,7 +36,9 @@ class Claim:
 def between(
     better: str, worse: str, metric: str, plus: float = 0.0
 ) -> Callable[[Results], np.ndarray]:
-    """The gap of one system to another in a metric; `plus` is how much worse still counts as a match."""
+    """The gap of one system to another in a metric; `plus` is how much worse still counts as a
+    match.
+    """
     return lambda results: results(better, metric) - results(worse, metric) + plus
 
 
@@ -63,9 +67,11 @@ STAND_INS = {
 
 
 def verdict(gaps: np.ndarray) -> str:
-    """The rule: the mean over seeds, and two standard errors on both sides of it, is an interval. One seed has none.
+    """The rule: the mean over seeds, and two standard errors on both sides of it, is an interval.
+    One seed has none.
 
-    "holds": all of the interval is above zero. "does not hold": all of it is below. "undecided": zero lies in it.
+    "holds": all of the interval is above zero. "does not hold": all of it is below. "undecided":
+    zero lies in it.
     """
     if len(gaps) < 2:
         return "no verdict on one seed"

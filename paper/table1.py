@@ -1,4 +1,5 @@
-"""Table 1 (Section 5.4): value networks on their own base, on bigger ones, and on one that was pretrained further.
+"""Table 1 (Section 5.4): value networks on their own base, on bigger ones, and on one that was
+pretrained further.
 
 python -m paper.table1
 """
@@ -92,7 +93,8 @@ SYSTEMS = [
     ),
 ]
 COMPARABLE = 0.05  # how much worse may still be called a match
-NEARLY_ALL = 0.75  # how much of full fine-tuning is a large portion; in the paper it is .78 on 7B and .76 on 13B
+# "A large portion" of full fine-tuning is at least this. In the paper it is .78 on 7B, .76 on 13B.
+NEARLY_ALL = 0.75
 
 
 def gap(better: tuple[str, str], worse: tuple[str, str], metric: str, plus: float = 0.0):

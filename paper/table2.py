@@ -1,4 +1,5 @@
-"""Table 2 (Section 6): a value network plain, with the norm, and trained on two bases in turn, on a third base.
+"""Table 2 (Section 6): a value network plain, with the norm, and trained on two bases in turn, on a
+third base.
 
 python -m paper.table2
 """

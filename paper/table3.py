@@ -1,9 +1,11 @@
-"""Table 3 (Appendix D): what a value network costs while decoding. The paper's times, ours beside them.
+"""Table 3 (Appendix D): what a value network costs while decoding. The paper's times, ours beside
+them.
 
     python -m paper.table3
 
-On a GPU of 80 GB or more the networks have the paper's shapes, on a CPU 23M and 110M parameters; weights are random.
-bench/decode.py measures, and can compare with other libraries and several texts at a time.
+On a GPU of 80 GB or more the networks have the paper's shapes, on a CPU 23M and 110M parameters;
+weights are random. bench/decode.py measures, and can compare with other libraries and several texts
+at a time.
 """
 
 import torch
@@ -13,7 +15,8 @@ from bench.measure import Result, bench_parser, describe, device_here, share, ta
 from run.cli import run_cli
 
 LENGTHS = (128, 512, 1024)  # new tokens
-PAPER = {  # seconds, and GB at the peak, of each length; bfloat16, flash-attention 2, an H800, one text
+# seconds, and GB at the peak, of each length; bfloat16, flash-attention 2, an H800, one text
+PAPER = {
     "1.1B": ((1.99, 2.09), (6.99, 2.09), (13.36, 2.10)),
     "7B": ((2.87, 12.65), (10.98, 12.84), (22.06, 13.09)),
     "1.1B + 7B": ((5.13, 14.79), (20.83, 15.33), (49.74, 15.91)),

@@ -1,4 +1,5 @@
-"""Table 4 (Appendix D): proxy tuning, which subtracts a small untuned model from a small tuned one, against ours.
+"""Table 4 (Appendix D): proxy tuning, which subtracts a small untuned model from a small tuned one,
+against ours.
 
 python -m paper.table4
 """
@@ -21,7 +22,8 @@ PAPER = {
     "TruthfulQA": (31.1, 33.4),
     "Winogrande": (66.2, 66.7),
 }
-# How much worse still counts as comparable: two standard errors of a difference over three seeds, of questions asked once.
+# How much worse still counts as comparable: two standard errors of a difference over three seeds,
+# of questions asked once.
 COMPARABLE = 0.05
 CLAIMS = [
     Claim(
