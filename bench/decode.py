@@ -99,7 +99,7 @@ def weights_of(config: LlamaConfig) -> int:
     return count if config.tie_word_embeddings else count - config.vocab_size * config.hidden_size
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The contenders
 
 
@@ -186,7 +186,7 @@ def llama_cpp_decoding(prompts: list[list[int]], tokens: int) -> Callable[[], No
     return step
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Table 3
 
 
@@ -239,7 +239,7 @@ def show(
     width: int,
     bandwidth: float,
 ) -> str:
-    """The table of a pair; `width` is the bytes of a weight, `bandwidth` a copy's bytes per second."""
+    """The table of a pair; `width`: bytes of a weight, `bandwidth`: a copy's bytes per second."""
     heads = ["tokens/s", "ms a token (range)", "times the base alone", "of a copy's bytes/s"]
     alone = results.get(ALONE, Result()).seconds
     reads = {name: bytes_a_step(SHAPES[name], batch, tokens, width) for name in (value, base)}
@@ -267,7 +267,7 @@ def conclusions(results: dict[str, Result]) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Speculation, with trained networks
 
 
@@ -392,7 +392,7 @@ def show_speculation(found: dict) -> str:
     return "\n".join([table(rows), "", *(f"- {line}" for line in lines)])
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def arguments() -> argparse.Namespace:

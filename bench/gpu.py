@@ -1,8 +1,8 @@
 """What one GPU can check in nine minutes: is the kernel right, do the fast ways give the plain
 answers, and how fast is it all?
 
-    python -m bench.gpu                        # writes bench/GPU.md; on a CPU a rehearsal at toy sizes
-    python -m bench.gpu --only kernel loss     # some of the steps
+    python -m bench.gpu                       # writes bench/GPU.md; on a CPU a rehearsal, toy-sized
+    python -m bench.gpu --only kernel loss    # some of the steps
 
 Steps are commands of bench/ and tests/, each with a time limit; what matters most comes first. The
 report is written before and after each of them, so a run that is stopped still says what was
@@ -36,7 +36,7 @@ TITLE, REHEARSAL = "# What ran on a GPU", "# A rehearsal without a GPU"
 LONGEST_OUTPUT = 20_000  # characters of a step's output that the report keeps, the last ones
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Steps
 
 
@@ -127,7 +127,7 @@ def without_paths(output: str) -> str:
     return output
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The report, and the run
 
 

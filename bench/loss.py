@@ -99,7 +99,7 @@ def from_hidden(loss: Callable | None, N: int, V: int, D: int, dtype: torch.dtyp
 
 
 def show(results: dict[str, Result], size: int, bandwidth: float, from_logits: bool) -> str:
-    """A table; `size` is the bytes of one tensor of logits. Only from logits memory is the limit."""
+    """A table; `size` is the bytes of one tensor of logits."""
     heads = ["ms (range)", "times faster than eager", "MB at the peak", "first call, s"]
     heads += ["of copy, 2 passes", "of copy, floor"] * from_logits
     eager = results.get("eager", Result()).seconds

@@ -29,16 +29,13 @@ ALIKE = 0.8  # the shortest prompt of a batch over the longest, at least: paddin
 
 
 class ChatText(str):
-    """A conversation as the harness shows and caches it. `turns` are what is encoded: no text is
-    read for special tokens.
-    """
+    """A chat as the harness shows it; `turns` are encoded, so text is never a special token."""
 
     turns: list[Turn]
 
 
 class GuidedLM(TemplateLM):
-    """A guided base for lm-evaluation-harness. How a text falls into context and continuation is
-    left to its TemplateLM.
+    """A guided base for lm-evaluation-harness, whose TemplateLM splits texts.
 
     Under torchrun every process computes the same, so each says that it is the only one.
     """
@@ -94,9 +91,7 @@ class GuidedLM(TemplateLM):
         return text
 
     def chat_ids(self, turns: list[Turn]) -> list[int]:
-        """data.chat.encode_chat's tokens of a conversation; an assistant's turn at its end is one
-        that goes on.
-        """
+        """A chat's tokens, by encode_chat; an assistant's turn at its end is left open."""
         ids, _ = encode_chat(self.tokenizer, self.template, turns)
         if turns[-1][0] != "assistant":
             return ids
@@ -136,8 +131,7 @@ class GuidedLM(TemplateLM):
     # ---- how much at a time
 
     def fits(self, rows: int, longest: int, predicted: int) -> bool:
-        """Whether a batch fits: `rows` rows of `longest` positions in the caches, with logits of
-        the last `predicted` of each.
+        """Whether `rows` rows of `longest` positions fit, with logits of the last `predicted`.
 
         A cascade asks for the logits of all.
         """
@@ -166,9 +160,7 @@ class GuidedLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple], disable_tqdm: bool = False, **_
     ) -> list[tuple[float, bool]]:
-        """(text or None, context, continuation) each -> log-likelihood in nats, and whether greedy
-        decoding says it.
-        """
+        """Each continuation's log-likelihood in nats, and whether it is the greedy answer."""
         pairs = [self.cut(context, continuation) for _, context, continuation in requests]
         results: list = [None] * len(pairs)
         with self.bar(len(pairs), "log-likelihoods", disable_tqdm) as bar:
@@ -183,9 +175,7 @@ class GuidedLM(TemplateLM):
         return results
 
     def cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Less of the context where both are too long, from the left. The last token is never read,
-        so there is room for one more.
-        """
+        """Where both are too long, the context loses its beginning. The last token is not read."""
         room = self.max_length + 1 - len(continuation)
         if room < 1:
             raise UsageError(
@@ -194,9 +184,7 @@ class GuidedLM(TemplateLM):
         return context[-room:], continuation
 
     def batches(self, pairs: list[tuple[list[int], list[int]]]) -> Iterator[list[int]]:
-        """Numbers of pairs, long contexts first; a context that comes again is in one batch, unless
-        that would not fit.
-        """
+        """Numbers of pairs, long contexts first; a context's pairs together, if they fit."""
         order = sorted(
             range(len(pairs)),
             key=lambda number: (-len(pairs[number][0]), pairs[number][0], -len(pairs[number][1])),
@@ -221,8 +209,7 @@ class GuidedLM(TemplateLM):
             yield batch
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows as the harness cuts them: each token once, with as much before
-        it as there is room for.
+        """Of whole texts, in the harness's windows: each token once, with what fits before it.
 
         Its rule puts prefix_token_id in front of what tok_encode says, so a tokenizer's own BOS is
         scored, too.
@@ -253,9 +240,7 @@ class GuidedLM(TemplateLM):
     # ---- answers
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """Each request is a context and its settings; what is alike in settings is answered
-        together, long contexts first.
-        """
+        """Answers; requests with the same settings are answered together, long contexts first."""
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             alike.setdefault(repr(request.args[1]), []).append(number)
@@ -288,9 +273,7 @@ class GuidedLM(TemplateLM):
         return answers
 
     def options(self, settings: dict) -> tuple[list[str], dict]:
-        """Stop strings, and what `generate` is told, of a request's settings; the harness's own
-        defaults.
-        """
+        """Stop strings and options of `generate`, from settings or the harness's defaults."""
         from lm_eval.models.utils import normalize_gen_kwargs
 
         settings = normalize_gen_kwargs(settings, 256)
@@ -334,8 +317,9 @@ class GuidedLM(TemplateLM):
 
 
 def room_for_batches(device: torch.device) -> float:
-    """Bytes for caches and logits: half of what a GPU has free, 1 GB on a CPU. The first process
-    decides for all.
+    """Bytes for caches and logits: half of a GPU's free memory, 1 GB on a CPU.
+
+    The first process decides for all.
     """
     room = [torch.cuda.mem_get_info()[0] / 2 if device.type == "cuda" else 1e9]
     if dist.is_initialized():

@@ -110,9 +110,7 @@ CLAIMS = [
 
 @torch.inference_mode()
 def measure_more(system: str, kept: Kept) -> dict[str, float]:
-    """`pair`, and `kl`: nats from the teacher's next-token probabilities to the system's, over the
-    right answers' tokens.
-    """
+    """`pair`; and `kl`, nats from the teacher to the system over the right answers' tokens."""
     guided, tokenizer = load(system, kept, "cpu")
     teacher, world = Llama.from_pretrained(kept.home / TEACHER), World(kept.seed)
     rows = [

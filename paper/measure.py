@@ -26,9 +26,7 @@ TIMES = 2
 
 
 def load(system: str, kept: Kept, device: str) -> tuple[Guided, Tokenizer]:
-    """The system, and the tokenizer that all its networks can read; with a vocabulary map, the
-    value network's.
-    """
+    """The system and its tokenizer; with a vocabulary map, the value network's."""
     base, plug, alpha, how = parts_of(system)
     folders = [kept.home / network for network in networks_of(system)]
     base_network, value = Llama.from_pretrained(folders[0], torch.float32, device), None
@@ -48,8 +46,7 @@ def load(system: str, kept: Kept, device: str) -> tuple[Guided, Tokenizer]:
 
 
 def measure(system: str, kept: Kept, device: str) -> dict[str, float]:
-    """data/tiny_world.py's metrics, and `2-shot`; `new exact` and `new 2-shot` on people of whom
-    only the further text tells.
+    """data/tiny_world.py's metrics, `2-shot`, and `new exact` and `new 2-shot` on new people.
 
     Through a vocabulary map only the tiny world's metrics, and the base's passes a token.
     """

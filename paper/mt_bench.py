@@ -40,7 +40,7 @@ TEMPERATURES = {  # FastChat's, by a question's category; 0.7 for others
 }
 SETTINGS = (*GUIDANCE, "max_new_tokens", "seed")
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Questions and answers as FastChat writes them
 
 
@@ -71,9 +71,7 @@ def is_texts(turns) -> bool:
 
 
 def read_answers(path: Path) -> dict[int, dict]:
-    """The answers that are there by their questions' ids; a last line that was cut off while it was
-    written is dropped.
-    """
+    """The answers so far, by question; a last line that was cut off is dropped."""
     if not path.exists():
         return {}
     whole, newline, cut = path.read_bytes().rpartition(b"\n")
@@ -90,14 +88,12 @@ def read_answers(path: Path) -> dict[int, dict]:
     return answers
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Answering
 
 
 def answer_turns(speaker: Speaker, question: dict, args) -> tuple[list[str], int]:
-    """The answers to a question's turns, each asked after those before it; and how many had no
-    room.
-    """
+    """The answers to a question's turns, in order, and how many turns had no room."""
     asking = Namespace(
         temperature=TEMPERATURES.get(question.get("category"), 0.7),
         top_p=1.0,
@@ -153,9 +149,7 @@ def answer_all(
 
 
 def answer_id(settings: dict, question: dict) -> str:
-    """A name for an answer; FastChat's are random, this one is the same when the answer is made
-    again.
-    """
+    """A name for an answer. FastChat's are random; this one is the same in every run."""
     what = json.dumps([settings, question["question_id"]], sort_keys=True)
     return hashlib.blake2b(what.encode(), digest_size=11).hexdigest()
 
@@ -191,7 +185,7 @@ def say_how_to_judge(path: Path) -> None:
     python show_result.py --model-list {path.stem}""")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def main():

@@ -114,9 +114,7 @@ NETWORKS = {  # bases first, since the others wait for them
 
 
 def parts_of(system: str) -> tuple[str, str, float, str]:
-    """Base, what is plugged in ("" for nothing), alpha, and how the vocabulary map is made ("" for
-    none).
-    """
+    """Base, what is plugged in, alpha, and how the vocabulary map is made ("" for none)."""
     system, _, how = system.partition(" via ")
     base, _, rest = system.partition(" + ")
     plug, _, alpha = rest.partition(" x ")
@@ -147,13 +145,12 @@ def with_needs(networks: Iterable[str]) -> list[str]:
     return [name for name in NETWORKS if name in wanted]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is kept
 
 
 class Kept:
-    """out/seedN/measured: a file for each system measured, and networks.json with the networks
-    whose command has ended.
+    """out/seedN/measured: a file a system, and networks.json with the networks made.
 
     Both record the time of the train.json of their networks, so a network trained anew is measured
     anew. Neither knows of the code: after a change of it (of the tiny world, say) begin with a
@@ -179,9 +176,7 @@ class Kept:
         write(self.folder / "networks.json", self.ledger)
 
     def measured(self, system: str) -> dict[str, float] | None:
-        """The metrics of a system; None if they are not there, or of networks that have changed
-        since.
-        """
+        """The metrics of a system; None if they are not there, or its networks are newer."""
         file = self.folder / f"{system}.json"
         record = read_json(file) if file.is_file() else {}
         current = {network: self.made(network) for network in networks_of(system)}
@@ -198,7 +193,7 @@ def write(file: Path, record: dict) -> None:
     write_text(file, json.dumps(record, indent=2) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Making what is not there
 
 
@@ -248,9 +243,7 @@ def jobs_for(systems: Iterable[str], seed: int) -> list[Job]:
 
 
 def make(jobs: list[Job], processes: int) -> None:
-    """Run `processes` jobs at a time, each when its needs are there; UsageError with the reason if
-    one fails.
-    """
+    """Run `processes` jobs at a time, each after its needs; UsageError if one fails."""
     waiting, running, done = list(jobs), {}, []
     started, cores = time.monotonic(), 0.0
     try:

@@ -36,9 +36,7 @@ class Claim:
 def between(
     better: str, worse: str, metric: str, plus: float = 0.0
 ) -> Callable[[Results], np.ndarray]:
-    """The gap of one system to another in a metric; `plus` is how much worse still counts as a
-    match.
-    """
+    """The gap of one system to another; `plus` is how much worse still counts as a match."""
     return lambda results: results(better, metric) - results(worse, metric) + plus
 
 
@@ -67,8 +65,7 @@ STAND_INS = {
 
 
 def verdict(gaps: np.ndarray) -> str:
-    """The rule: the mean over seeds, and two standard errors on both sides of it, is an interval.
-    One seed has none.
+    """The rule: two standard errors on both sides of the mean over seeds. One seed has none.
 
     "holds": all of the interval is above zero. "does not hold": all of it is below. "undecided":
     zero lies in it.
