@@ -8,7 +8,6 @@ the model. A run that was stopped goes on when the same command is given again, 
 was at. Judging takes FastChat and a key for GPT-4; the commands are printed at the end.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -189,12 +188,10 @@ def say_how_to_judge(path: Path) -> None:
 
 
 def main():
-    parser = ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--questions", type=Path, required=True, help="FastChat's question.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="model_answer/NAME.jsonl")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=1024, help="of an answer")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=1024, help="(default 1024)")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of sampling")
     args = measured_arguments(parser, temperature=0.7)
     questions = read_questions(args.questions)
