@@ -76,6 +76,7 @@ class Settings:
     base_hashes: tuple[str, ...] = ()  # of the bases' weights, and the teacher's
     held_out: int = 0  # conversations that are measured on and not trained on
     system: str = ""  # a system prompt for conversations that have none
+    reasoning: str = ""  # "drop": what was thought before an answer is left out of the data
 
 
 PRETRAINING_LENGTH = 64  # tokens a row

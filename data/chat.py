@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,7 @@ class ChatDataset:
     template: str
     max_length: int
     system: str = ""
+    reasoning: str = ""  # "drop": trained on the answers alone
 
     # what a record is, what reads it, and its rows in a batch
     what, read, row_count = "conversation", staticmethod(read_turns), 1
@@ -224,6 +226,9 @@ class ChatDataset:
     def __post_init__(self):
         self.path = Path(self.path)
         self.records = Records(self.path)
+        if self.template == "chatml" and "<think>" in self.tokenizer.specials:
+            self.reasoning = self.reasoning or "keep"
+        self.read = partial(type(self).read, reasoning=self.reasoning)
         usable = Usable(self.records, self.read, self.what)
         self.unused = usable.unused  # reason -> records that were dropped
         self.shortened: Counter[str] = Counter()  # what was left out -> records used without it
@@ -253,7 +258,7 @@ class ChatDataset:
         return len(self.keys)
 
     def turns(self, index: int) -> list[Turn]:
-        turns, _ = read_turns(self.records[int(self.keys[index])])
+        turns, _ = self.read(self.records[int(self.keys[index])])
         return with_system(self.system, turns)
 
     def rows(self, index: int) -> list[Sample]:
@@ -309,7 +314,7 @@ class PairDataset(ChatDataset):
 
     def turns(self, index: int) -> tuple[list[Turn], list[Turn]]:
         """The conversations with the chosen answer and with the rejected one."""
-        (chosen, rejected), _ = read_pair(self.records[int(self.keys[index])])
+        (chosen, rejected), _ = self.read(self.records[int(self.keys[index])])
         return with_system(self.system, chosen), with_system(self.system, rejected)
 
     def rows(self, index: int) -> list[Sample]:
@@ -513,6 +518,7 @@ def main():
     add("--tokenizer", required=True, help="a tokenizer.model or tokenizer.json, or its folder")
     add("--template", choices=TEMPLATES, help="default: from the tokenizer's kind")
     add("--system", metavar="TEXT", help="a system prompt for conversations that have none")
+    add("--reasoning", choices=["drop"], default="", help="leave out what was thought")
     add("--max-length", type=positive_int, default=4096, help="in tokens (default 4096)")
     add("--pairs", action="store_true", help="two answers each, as --loss pairwise takes them")
     add("--show", type=positive_int, default=3, help="how many (default 3)")
@@ -521,7 +527,7 @@ def main():
     template = args.template or default_template(tokenizer)
     system = system_of(tokenizer, template, args.system)
     kind = PairDataset if args.pairs else ChatDataset
-    dataset = kind(args.data, tokenizer, template, args.max_length, system)
+    dataset = kind(args.data, tokenizer, template, args.max_length, system, args.reasoning)
     print(f"template {template}" + (f", system prompt {system!r}" if system else ""))
     for index in range(min(args.show, len(dataset))):
         for ids, supervised in dataset.rows(index):

@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from data.errors import UsageError
@@ -55,6 +55,9 @@ SYSTEM = "system system_prompt system_message systemInstruction system_instructi
 # What no template here shows, of a record or a turn; and what belongs to a question beside its own text.
 UNSEEN = "tools functions image images image_path video videos audio audios".split()
 UNSEEN_BESIDE = "options choices documents".split()
+# What an assistant thought before it answered: fields of its turn, or types of a part.
+THOUGHTS = "reasoning_content thinking reasoning".split()
+EARLIER = "the reasoning of earlier answers, which the template leaves out"
 WEIGHTS = "weight loss_weight train loss trainable".split()  # of a turn or a record
 SIDES = ("chosen", "rejected")
 VERDICTS = [  # two answers, and what is below 0 where the first is the better one, above 0 where the second is
@@ -84,18 +87,19 @@ def first_of(fields: dict, names):
 # One record
 
 
-def read_turns(record) -> tuple[list[Turn], str]:
+def read_turns(record, reasoning: str = "") -> tuple[list[Turn], str]:
     """The turns of one record, and what was left out of it: an optional system turn, then whole exchanges.
 
-    Raises Unusable, UnknownForm, and UsageError for what is no demonstration at all.
+    Of reasoning "keep" writes it in front of the last answer as <think>...</think>, as Qwen3's template does, "drop" leaves
+    it out, and "" makes a record that has any Unusable. Raises Unusable, UnknownForm, and UsageError for what is no demonstration at all.
     """
     if isinstance(record, dict):
         refuse_preferences(present(record))
-    return keep_exchanges(all_turns(record))
+    return keep_exchanges(*all_turns(record, reasoning))
 
 
-def all_turns(record) -> list[Turn]:
-    """All turns of a record, as they stand in it."""
+def all_turns(record, reasoning: str) -> tuple[list[Turn], list[str]]:
+    """All turns of a record, as they stand in it, and what was left out of them."""
     if not isinstance(record, dict):
         raise UnknownForm("no object in it")
     record = present(record)
@@ -104,10 +108,40 @@ def all_turns(record) -> list[Turn]:
     if weight_of(record) == 0:
         raise Unusable("weight 0")
     turns = [read_turn(turn) for turn in found]
-    if turns and turns[0][0] == "system" and turns[0][1].strip():
-        return turns
-    texts = [text_of(record[name], "a system prompt") for name in SYSTEM if name in record]
-    return next(([("system", text), *turns] for text in texts if text.strip()), turns)
+    thoughts = [thought_of(turn) for turn in found]
+    left_out = []
+    if any(thoughts):
+        if not reasoning:
+            raise Unusable(
+                "reasoning, which is written in chatml with a tokenizer that has <think> (--reasoning drop trains on the "
+                "answers alone)"
+            )
+        if reasoning == "drop":
+            left_out = ["its reasoning"]
+        elif any(thoughts[:-1]):
+            left_out = [EARLIER]
+        if reasoning == "keep" and thoughts[-1]:
+            role, text = turns[-1]
+            turns[-1] = (role, f"<think>\n{thoughts[-1]}\n</think>\n\n{text.lstrip(chr(10))}")
+    if not turns or turns[0][0] != "system" or not turns[0][1].strip():
+        texts = [text_of(record[name], "a system prompt") for name in SYSTEM if name in record]
+        turns = [("system", text) for text in texts if text.strip()][:1] + turns
+    return turns, left_out
+
+
+def thought_of(turn: dict) -> str:
+    """The reasoning in a turn, as a field or as parts of its content; "" where there is none."""
+    content = first_of(present(turn), TEXT_KEYS)
+    parts = [part for part in content if is_thought(part)] if isinstance(content, list) else []
+    found = [part.get("thinking") or part.get("text") or part.get("reasoning") for part in parts]
+    found += [turn.get(name) for name in THOUGHTS]
+    text = next((text for text in found if isinstance(text, str) and text.strip()), "")
+    return text.strip("\n") if is_unicode(text) else ""
+
+
+def is_thought(part) -> bool:
+    """A part of type thinking, or one that Gemini marks as a thought."""
+    return isinstance(part, dict) and (part.get("type") in THOUGHTS or part.get("thought") is True)
 
 
 def find_turns(record: dict) -> tuple[str, list]:
@@ -226,7 +260,9 @@ def one_exchange(record: dict, question: str, answer: str) -> list:
         asked.append({"role": "user", "content": "\n".join(text for text in texts if text)})
     if not isinstance(record[answer], str) and (answered := conversation_of(record[answer])):
         return asked + answered
-    return [*asked, {"role": "assistant", "content": text_of(record[answer], repr(answer))}]
+    thoughts = {name: record[name] for name in THOUGHTS if name in record}
+    answered = {"role": "assistant", "content": text_of(record[answer], repr(answer))}
+    return [*asked, answered | thoughts]
 
 
 def refuse_unseen(fields: dict, names: list[str]) -> None:
@@ -283,7 +319,7 @@ def text_of(content, what: str) -> str:
     if isinstance(content, dict):  # Gemini's systemInstruction
         content = first_of(content, TEXT_KEYS)
     if isinstance(content, list):
-        content = "".join(map(part_text, content))
+        content = "".join(part_text(part) for part in content if not is_thought(part))
     if not isinstance(content, str):
         raise Unusable(f"{what} that is no text")
     if not is_unicode(content):
@@ -298,7 +334,7 @@ def part_text(part) -> str:
     return part["text"]
 
 
-def keep_exchanges(turns: list[Turn]) -> tuple[list[Turn], str]:
+def keep_exchanges(turns: list[Turn], notes: Sequence[str] = ()) -> tuple[list[Turn], str]:
     """An optional system turn and whole exchanges: of what comes otherwise, what stands before it."""
     system = [turn for turn in turns[:1] if turn[0] == "system" and turn[1].strip()]
     while turns and turns[0][0] == "system" and (not turns[0][1].strip() or turns[0] in system):
@@ -328,14 +364,14 @@ def keep_exchanges(turns: list[Turn]) -> tuple[list[Turn], str]:
         raise Unusable(odd if odd in left_out else "no answered question")
     if all(role != "assistant" for role, _ in exchanges):
         raise Unusable("no answer to learn from, as all have weight 0")
-    return system + exchanges, " and ".join(left_out)
+    return system + exchanges, " and ".join([*left_out, *notes])
 
 
 # ---------------------------------------------------------------------------------------------------------
 # One record of two answers
 
 
-def read_pair(record) -> tuple[tuple[list[Turn], list[Turn]], str]:
+def read_pair(record, reasoning: str = "") -> tuple[tuple[list[Turn], list[Turn]], str]:
     """The turns with the chosen answer, those with the rejected one, and what was left out of both.
 
     Nothing but the last turns differ, and nothing but they is learnt: earlier answers are context.
@@ -347,7 +383,8 @@ def read_pair(record) -> tuple[tuple[list[Turn], list[Turn]], str]:
         )
     both = []
     for side, answer in zip(SIDES, answers):
-        turns, left_out = keep_exchanges(all_turns(with_answer(record, answer, side)))
+        found, notes = all_turns(with_answer(record, answer, side), reasoning)
+        turns, left_out = keep_exchanges(found)
         if left_out not in ("", LEADING):
             raise Unusable(f"{left_out} in '{side}'")
         prompt = [(CONTEXT if role == "assistant" else role, text) for role, text in turns[:-1]]
@@ -359,7 +396,7 @@ def read_pair(record) -> tuple[tuple[list[Turn], list[Turn]], str]:
         raise Unusable("an answer of weight 0")
     if chosen[-1][1].strip() == rejected[-1][1].strip():
         raise Unusable("equal answers")
-    return (chosen, rejected), left_out
+    return (chosen, rejected), " and ".join(filter(None, [left_out, *notes]))
 
 
 def find_answers(record: dict) -> tuple | None:
@@ -627,4 +664,4 @@ def record_text(record) -> str:
         if not text.strip():
             raise Unusable("no text")
         return text
-    return "\n".join(text for _, text in read_turns(record)[0])
+    return "\n".join(text for _, text in read_turns(record, "drop")[0])

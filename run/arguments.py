@@ -76,7 +76,7 @@ VALUE_ONLY = [
 ]
 MEANS_NOTHING = {  # flags that a job has no use for
     "full": VALUE_ONLY,
-    "pretrain": [*VALUE_ONLY, "data", "template", "epochs", "system"],
+    "pretrain": [*VALUE_ONLY, "data", "template", "epochs", "system", "reasoning"],
     "value": [],
 }
 DOING = {
@@ -174,6 +174,13 @@ def train_arguments() -> argparse.Namespace:
         metavar="TEXT",
         help="a system prompt for conversations that have none; recorded (default: what the "
         "checkpoint's own chatml template says)",
+    )
+    data.add_argument(
+        "--reasoning",
+        choices=["drop"],
+        default="",
+        help="leave out what was thought before an answer (default: it is learnt in chatml with a tokenizer that has "
+        "<think>; elsewhere records that have it are dropped)",
     )
     data.add_argument(
         "--held-out",

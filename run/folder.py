@@ -390,6 +390,7 @@ LATER = {
     "teacher",
     "temperature",
     "l1_over",
+    "reasoning",
 }  # settings that runs made before them had at their defaults
 CHANGED = {
     "data_hash": "its data file has changed",

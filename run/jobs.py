@@ -230,7 +230,7 @@ def post_training(
     system = system_of(tokenizer, template, system)
     say_other_template(str(bases[0]), bases[0], template, "trained")
     kind = PairDataset if pairs else ChatDataset
-    dataset = kind(data, tokenizer, template, max_length, system)
+    dataset = kind(data, tokenizer, template, max_length, system, args.reasoning)
     train_on, held_out = list(range(len(dataset))), []
     if exam is None:
         train_on, held_out = hold_out(dataset, args.seed, args.held_out)
@@ -248,6 +248,7 @@ def post_training(
         base_hashes=tuple(map(digest_checkpoint, frozen)),
         held_out=len(held_out),
         system=system,
+        reasoning=args.reasoning,
         max_length=max_length,
         **with_usual(build, usual, flags, len(train_on)),
     )

@@ -80,6 +80,11 @@ def turns(*contents) -> list[dict]:
     return [{"role": role, "content": content} for role, content in zip(roles, contents)]
 
 
+def thought(question: str, answer: str, **more) -> list[dict]:
+    asked, answered = turns(question, answer)
+    return [asked, answered | more]
+
+
 ONE, TWO = lines([record()]), lines([record(0), record(1)])
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n"
 ARRAY = json.dumps([record(0), record(1)]).encode()
@@ -529,6 +534,39 @@ DATA = {  # a data file's name and content, the status of data.chat, and what it
         lines([{"messages": turns("q", str(number))} for number in range(24)]),
         0,
         "messages of role/content, 24 records\n",
+    ),
+    "reasoning beside an answer": (
+        "d.jsonl",
+        ONE + lines([{"messages": thought("q", "a", reasoning_content="hm")}]),
+        0,
+        "dropped 1: reasoning, which is written in chatml",
+    ),
+    "nothing but reasoning": (
+        "d.jsonl",
+        lines([{"messages": thought("q", "a", thinking="hm")}]),
+        2,
+        "(--reasoning drop trains on the answers alone)",
+    ),
+    "a part that is thinking": (
+        "d.jsonl",
+        ONE
+        + lines(
+            [{"messages": turns("q", [{"type": "thinking", "thinking": "hm"}, {"text": "a"}])}]
+        ),
+        0,
+        "dropped 1: reasoning",
+    ),
+    "reasoning beside an exchange": (
+        "d.jsonl",
+        ONE + lines([{"prompt": "q", "completion": "a", "reasoning": "hm"}]),
+        0,
+        "dropped 1: reasoning",
+    ),
+    "reasoning that is null": (
+        "d.jsonl",
+        lines([{"messages": thought("q", "a", reasoning_content=None, thinking="")}]),
+        0,
+        "d.jsonl: 1 conversations\n",
     ),
     "a NUL": ("d.jsonl", b"\0" * 10, 2, "line 1 is not JSON"),
     "too long": (
@@ -1377,6 +1415,33 @@ OUT = {  # what is done, the command, and what it says
     ),
     "help names the forms": (None, ["train.py", "--help"], 0, "data/README.md"),
     "help of texts": (None, ["vocab_map.py", "--help"], 0, "data/README.md"),
+    "reasoning left out": (
+        write(
+            "thoughts.jsonl",
+            ONE + lines([{"messages": thought("q", str(n), reasoning="hm")} for n in range(3)]),
+        ),
+        ["chat.py", "thoughts.jsonl", "--tokenizer", "base", "--reasoning", "drop"],
+        0,
+        "4 conversations; shortened 3 by its reasoning",
+    ),
+    "a run without its reasoning": (
+        write(
+            "chats.jsonl",
+            lines([{"messages": thought("q", str(n), thinking="hm")} for n in range(20)]),
+        ),
+        [*TRAIN, "--reasoning", "drop", "--out", "o"],
+        0,
+        "shortened 20 by its reasoning",
+    ),
+    "a run whose reasoning nobody can write": (
+        write(
+            "chats.jsonl",
+            lines([{"messages": thought("q", str(n), thinking="hm")} for n in range(20)]),
+        ),
+        [*TRAIN, "--out", "o"],
+        2,
+        "--reasoning drop",
+    ),
     "help of a file": (None, ["chat.py", "--help"], 0, "data/README.md"),
     "all held out": (
         None,

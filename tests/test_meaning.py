@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file, save_model
 
 from data.chat import ChatDataset, PairDataset, hold_out
 from data.errors import UsageError
+from data.records import Unusable, read_pair, read_turns
 from data.tiny_world import World
 from data.tokenizer import SentencePieceTokenizer
 from model import Llama
@@ -297,6 +298,50 @@ def test_copies_of_a_piece_and_pairs(tokenizer, tmp_path):
 def test_a_file_of_one_conversation_many_times_can_be_trained_on(tokenizer, tmp_path):
     dataset = dataset_of([exchange(0)] * 40, tokenizer, tmp_path)
     assert [len(part) for part in hold_out(dataset, 0)] == [36, 4]
+
+
+# ---- reasoning
+
+THOUGHTS = {  # what an assistant's turn is, its text "a", its thought "x\ny"
+    "reasoning_content": {"content": "a", "reasoning_content": "x\ny"},
+    "thinking, in lines": {"content": "\n\na", "thinking": "\nx\ny\n"},
+    "a part": {
+        "content": [{"type": "thinking", "thinking": "x\ny"}, {"type": "text", "text": "a"}]
+    },
+    "Gemini's": {"parts": [{"text": "x\ny", "thought": True}, {"text": "a"}]},
+    "null beside": {"content": "a", "reasoning_content": "x\ny", "thinking": None},
+}
+
+
+def asked_twice(turn: dict, earlier: dict) -> dict:
+    user = {"role": "user", "content": "q"}
+    return {"messages": [user, earlier | {"role": "model"}, user, turn | {"role": "model"}]}
+
+
+@pytest.mark.parametrize("case", THOUGHTS)
+def test_reasoning_stands_before_the_last_answer_alone(case):
+    record = asked_twice(THOUGHTS[case], {"content": "b"})
+    kept, left_out = read_turns(record, "keep")
+    assert kept[-1] == ("assistant", "<think>\nx\ny\n</think>\n\na") and not left_out
+    kept, left_out = read_turns(record, "drop")
+    assert kept[-1][1].strip() == "a" and left_out == "its reasoning"
+    with pytest.raises(Unusable, match="--reasoning drop"):
+        read_turns(record)
+    kept, left_out = read_turns(asked_twice({"content": "b"}, THOUGHTS[case]), "keep")
+    assert kept[1][1].strip() == "a" and kept[-1][1] == "b" and "earlier answers" in left_out
+
+
+def test_of_pairs_both_sides_may_have_reasoning():
+    sides = {
+        side: {"role": "assistant", "content": side, "reasoning_content": "x"}
+        for side in ("chosen", "rejected")
+    }
+    (chosen, rejected), _ = read_pair({"prompt": "q"} | sides, "keep")
+    assert chosen[-1][1] == "<think>\nx\n</think>\n\nchosen"
+    assert rejected[-1][1] == "<think>\nx\n</think>\n\nrejected"
+    both, left_out = read_pair({"prompt": "q"} | sides, "drop")
+    assert [turns[-1][1] for turns in both] == ["chosen", "rejected"]
+    assert left_out == "its reasoning"
 
 
 # ---- sampling
