@@ -302,6 +302,7 @@ class Job:
     held_out: Sequence[int] = ()  # conversations of it to measure on, and not to train on
     info: dict = field(default_factory=dict)  # what ivl.json will say of a value network
     full_metrics: dict = field(default_factory=dict)  # of a full fine-tuning, to stand beside
+    watch: Callable = lambda items, what: items  # goes through them and says how far it is
     shows_alone: bool = False  # whether a value network is also measured without a base
 
     def publish(self, network: nn.Module, metrics: dict) -> None:
@@ -425,7 +426,7 @@ def held_out_ce(objective: nn.Module, base: Llama | None, job: Job) -> float | N
     None when none of them fits.
     """
     total, count = 0.0, 0
-    for index in job.held_out:
+    for index in job.watch(job.held_out, "examining: held-out conversations"):
         rows = job.dataset.rows(index)
         if not rows:
             continue

@@ -7,9 +7,10 @@ import argparse
 import math
 import os
 import re
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from safetensors import SafetensorError
 
 from data.errors import UsageError
 from data.records import is_unicode
+
+CLEAR = "\r\x1b[K"  # to the line's beginning, and away with what stands there
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -80,7 +83,9 @@ def run_cli(main: Callable[[], None]) -> None:
     if len(message) > 1000:  # somebody's file may have much in it
         message = f"{message[:800]} ... {message[-150:]}"
     if sys.stderr is not None:
-        print(f"{Path(sys.argv[0]).name}: {message}".replace("\n", "\\n"), file=sys.stderr)
+        begin = CLEAR if sys.stderr.isatty() else ""  # a line about how it went may stand there
+        message = f"{Path(sys.argv[0]).name}: {message}".replace("\n", "\\n")
+        print(begin + message, file=sys.stderr)
     sys.exit(status)
 
 
@@ -199,6 +204,40 @@ def cpu_has_bf16() -> bool:
         getattr(torch.cpu, name, lambda: False)()
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
+
+
+def show_progress(text: str, keep: bool = False) -> None:
+    """A line about how it goes. On a terminal the next one is written over it, unless it is to be kept."""
+    if not sys.stdout.isatty():
+        print(text, flush=True)
+        return
+    width = shutil.get_terminal_size().columns - 1
+    print(f"{CLEAR}{text[:width]}", end="\n" if keep else "\r", flush=True)
+
+
+def watch(items: Sequence, what: str) -> Iterator:
+    """The items in turn, and every two seconds a line about how many are done and the time left."""
+    started = shown = time.monotonic()
+    for done, item in enumerate(items):
+        if done and time.monotonic() - shown > 2:
+            shown = time.monotonic()
+            left = (shown - started) / done * (len(items) - done)
+            show_progress(f"{what}: {done} of {len(items)}, {clock(left)} left")
+        yield item
+    clear_progress()
+
+
+def clear_progress() -> None:
+    if sys.stdout.isatty():
+        print(CLEAR, end="", flush=True)
+
+
+def rate(per_second: float) -> str:
+    """A number a second with two or three digits: 3.8, 38, 1.2k, 3.4M."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if per_second >= 0.9995 * size:
+            return f"{per_second / size:.{1 if per_second < 99.5 * size else 0}f}{letter}"
+    return f"{per_second:.{1 if per_second < 9.95 else 0}f}"
 
 
 def clock(seconds: float) -> str:

@@ -2,8 +2,9 @@
 
     python train.py --resume        # go on where a run was stopped, or killed
 
-OUT.training holds a lock, settings.json and one step-N folder, the newest checkpoint: state.safetensors,
-state.json. Checkpoints and OUT appear by one atomic rename each, so a reader never meets half of one.
+OUT.training holds a lock, settings.json, log.jsonl and one step-N folder, the newest checkpoint:
+state.safetensors, state.json. log.jsonl has a line a step; OUT keeps it, and run/curves.py draws it.
+Checkpoints and OUT appear by one atomic rename each, so a reader never meets half of one.
 """
 
 import itertools
@@ -29,9 +30,21 @@ from data.files import check_regular, read_json, replacing, write_text
 from data.tokenizer import Tokenizer, load_tokenizer
 from ivl import ValueModel
 from model import Llama
-from run.cli import clock
+from run.cli import clock, rate, show_progress
 from run.processes import Alone
-from train import Settings
+from train import Settings, learning_rate
+
+COLUMNS = {  # what is shown of a step: a metric's title, and what it is
+    "ce": ("ce", "cross-entropy of base and value network together"),
+    "l1": ("|z_delta|", "mean size of the value network's logits"),
+    "base_ce": ("base ce", "cross-entropy of the base alone"),
+    "acc": ("accuracy", "share of pairs whose chosen answer is ahead"),
+    "margin": ("margin", "distance by which it is ahead"),
+    "kl": ("kl", "divergence from the teacher"),
+    "base_kl": ("base kl", "base's own divergence"),
+}
+
+BESIDE = {"ce": "base_ce", "acc": "margin"}  # shown only beside these
 
 
 class Run:
@@ -47,6 +60,8 @@ class Run:
             processes,
         )
         self.work = out.with_name(out.name + ".training")
+        self.log = self.work / "log.jsonl"
+        self.later = 0.0  # how many tokens the command trains on when this network is done, about
         saved = self.work / "settings.json"
         self.refuse_foreign(saved)
         if self.finished:
@@ -72,7 +87,9 @@ class Run:
         for path in (self.out, self.work):
             if path.is_symlink():
                 raise UsageError(f"{path}: a symbolic link; give the folder itself as --out")
-        ours = re.compile(r"lock|settings\.json|step-\d{1,12}|[\w.-]+\.tmp|settings\.new")
+        ours = re.compile(
+            r"lock|settings\.json|log\.jsonl|step-\d{1,12}|[\w.-]+\.tmp|settings\.new"
+        )
         if self.work.exists():
             if not self.work.is_dir():
                 raise UsageError(
@@ -124,13 +141,16 @@ class Run:
         )  # the first batch shows that the data can be used
         if not self.has_settings:
             self.processes.first_does(self.take)
-        self.started, self.first, self.reported, self.tokens = (
-            time.monotonic(),
-            state["step"],
-            0.0,
-            0,
-        )
+        self.first = state["step"]
+        self.processes.first_does(self.cut_log)
+        self.started = self.stepped = time.monotonic()
+        self.reported, self.tokens, self.unreported = 0.0, 0, []
         return state["step"], stream
+
+    def cut_log(self) -> None:
+        """Keep of the log what came before the first step to do."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        write_text(self.log, "".join(f"{line}\n" for line in lines[: self.first]))
 
     def take(self) -> None:
         made = [folder for folder in (self.work, *self.work.parents) if not folder.exists()]
@@ -187,26 +207,37 @@ class Run:
         )
 
     def report(self, step: int, metrics: dict[str, float], tokens: int) -> None:
-        """A line about how it goes, every two seconds."""
+        """A line in the log and, every two seconds, one to read, of means over the steps since."""
         self.tokens += tokens  # padding included
-        elapsed, done = time.monotonic() - self.started, step + 1
-        if elapsed - self.reported < 2 and done < self.settings.steps and step > self.first:
+        self.unreported.append(metrics)
+        now, done = time.monotonic(), step + 1
+        record = {"step": done, **metrics, "lr": learning_rate(self.settings, step)}
+        record["tokens/s"] = round(tokens / max(now - self.stepped, 1e-9), 1)
+        self.stepped = now
+        if self.processes.rank == 0:
+            with self.log.open("a") as log:
+                log.write(json.dumps(record) + "\n")
+        elapsed, last = now - self.started, done == self.settings.steps
+        if elapsed - self.reported < 2 and not last and step > self.first:
             return
-        self.reported = elapsed
-        shown = [f"loss {metrics['loss']:.3f}"]
-        if "base_ce" in metrics:
-            shown += [
-                f"ce {metrics['ce']:.3f}",
-                f"|z_delta| {metrics['l1']:.3f}",
-                f"base ce {metrics['base_ce']:.3f}",
-            ]
-        if "margin" in metrics:
-            shown += [f"accuracy {metrics['acc']:.3f}", f"margin {metrics['margin']:.3f}"]
-        if "base_kl" in metrics:
-            shown += [f"kl {metrics['kl']:.3f}", f"base kl {metrics['base_kl']:.3f}"]
+        mean = {
+            name: sum(each[name] for each in self.unreported) / len(self.unreported)
+            for name in metrics
+        }
+        self.reported, self.unreported = elapsed, []
+        shown = [name for name in COLUMNS if name in mean and BESIDE.get(name, name) in mean]
+        if step == self.first:
+            explained = [f"{COLUMNS[name][0]}, the {COLUMNS[name][1]}" for name in shown]
+            what = "; ".join(["loss, what training makes smaller", *explained])
+            print(f"means since the line before, in nats a token: {what}")
+        texts = [f"{COLUMNS[name][0]} {mean[name]:.3f}" for name in shown]
         left = elapsed / (done - self.first) * (self.settings.steps - done)
-        shown += [f"{self.tokens / elapsed / 1000:.1f}k tokens/s", f"{clock(left)} left"]
-        print(f"step {done:5d}/{self.settings.steps}  " + "  ".join(shown), flush=True)
+        eta = f"{clock(left)} left"
+        if self.later:
+            eta += f", of all about {clock(left + self.later * elapsed / self.tokens)}"
+        texts = [f"loss {mean['loss']:.3f}", *texts, f"{rate(self.tokens / elapsed)} tokens/s"]
+        line = "  ".join([f"step {done:5d}/{self.settings.steps}", eta, *texts])
+        show_progress(line, keep=last or step == self.first)
 
     # -- checkpoints
 
@@ -359,6 +390,7 @@ class Run:
                 tokenizer.kind == "json" and not (final / "tokenizer_config.json").exists()
             ):  # what config.json alone said
                 (final / "tokenizer_config.json").write_text(json.dumps(tokenizer.ends()) + "\n")
+            shutil.copy(self.log, final)
             (final / "train.json").write_text(json.dumps(vars(self.settings), indent=2) + "\n")
             (final / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         self.lock.release()

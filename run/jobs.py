@@ -28,12 +28,13 @@ from data.tiny_world import TEMPLATE, TINY_SIZES, World, print_metrics, world_of
 from data.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
 from ivl import SCHEMES, Probe
 from model import Llama, LlamaConfig, read_config
-from run.cli import pick_device
+from run.cli import pick_device, watch
 from run.folder import Run, read_metrics
 from run.plug import (
     check_recorded,
     check_same_family,
     find_tiny,
+    newest_value,
     refuse_value_network,
     say_other_template,
 )
@@ -53,6 +54,7 @@ from train import (
 )
 
 TINY_LIMIT = 256  # tokens that a tiny network is made for
+TINY_CONVERSATION = 28  # tokens of a demonstration in a batch, padding included
 
 # --------------------------------------------------------------------------------------------------
 # Which jobs
@@ -67,6 +69,7 @@ def complete(args, processes: Alone) -> None:
     if args.gradient_checkpointing is None:  # the capitals' conversations are short
         args.gradient_checkpointing = not args.tiny and args.data != "capitals"
     args.bases = [folder_of(name, args) for name in args.base]
+    args.begun, args.costs = 0, training_costs(args)
 
 
 def folder_of(name: str, args) -> Path:
@@ -86,13 +89,34 @@ def bases_to_pretrain(args) -> list[tuple[str, Path]]:
         return [(name, args.out or args.home / name) for name in args.base]
     names = dict.fromkeys([*args.base, args.teacher, args.value])  # each once
     needed = [(name, args.home / name) for name in names if name in TINY_SIZES]
-    return [(name, path) for name, path in needed if not (path / "train.json").is_file()]
+    return [(name, path) for name, path in needed if not is_finished(path)]
 
 
 def compares_with_full(args) -> bool:
     """Whether a value network's table has full fine-tuning in it."""
     is_usual = not args.data and not args.no_full and args.loss != "pairwise"
     return args.job == "value" and is_usual
+
+
+def training_costs(args) -> list[float]:
+    """About how many tokens each network of the command is trained on, in turn, for the time left.
+
+    Finished ones are left out. A value network's tokens count for a third more: the base reads them.
+    """
+    post = float(TINY_POST_TRAINING["steps"] * TINY_POST_TRAINING["batch_size"] * TINY_CONVERSATION)
+    bases = bases_to_pretrain(args)
+    costs = [float(TINY_SIZES[name][1]) for name, out in bases if not is_finished(out)]
+    if args.job not in ("pretrain", "value"):
+        costs.append(post)
+    if args.job == "value":
+        if compares_with_full(args) and not is_finished(full_folder(args)):
+            costs.append(post)
+        costs.append(post * 4 / 3)
+    return costs
+
+
+def is_finished(out: Path) -> bool:
+    return (out / "train.json").is_file()
 
 
 def pretraining_job(name: str, out: Path, args, processes: Alone) -> Job | None:
@@ -282,11 +306,16 @@ def make_job(
     held_out: Sequence[int] = (),
 ) -> Job:
     settings = run.settings
+    args.begun += 1
+    args.next = next_command(run, isinstance(exam, World))
+    run.later = sum(args.costs[args.begun :])
+    place = f"{args.begun} of {len(args.costs)}: " if len(args.costs) > 1 else ""
 
     def prepare(network: nn.Module) -> None:
         for part in network.modules():
             if hasattr(part, "gradient_checkpointing"):
                 part.gradient_checkpointing = args.gradient_checkpointing
+        print(place, end="")
         announce(run, network, dataset, held_out)
         if settings.l1:
             weigh_the_norm(settings, dataset, train_on)
@@ -310,6 +339,7 @@ def make_job(
         info=value_info(settings, tokenizer),
         dataset=dataset,
         held_out=held_out,
+        watch=watch,
     )
 
 
@@ -408,6 +438,33 @@ def announce(
     if settings.loss == "kl":
         says += f", teacher {settings.teacher}, temperature {settings.temperature:g}"
     print(f"{says} -> {run.out}", flush=True)
+
+
+def next_command(run: Run, tiny: bool) -> str:
+    """What there is to do when this network is done."""
+    settings, out = run.settings, run.out
+    seed = f" --seed {settings.seed}" if settings.seed else ""
+    if settings.job == "pretrain":
+        value = newest_value(out.name) if out.name in TINY_SIZES else None
+        if value is not None and value.parent == out.parent:
+            return f"python sample.py --base {out.name}"
+        name = out.name if out.name in TINY_SIZES else out
+        return f"python train.py --base {name} --value{seed}"
+    base = Path(settings.bases[0])
+    command = "python sample.py"
+    if settings.job == "full":
+        command += f" --expert {out}"
+    elif out.parts[0] != "out":  # elsewhere than where the newest is looked for
+        command += f" --value {out}"
+    if not tiny:
+        return f"{command} --base {base} --chat"
+    bigger = f"{base.name[:-1]}l"
+    if bigger == base.name or bigger not in TINY_SIZES:
+        return command
+    command += f" --base {bigger}"
+    if is_finished(base.parent / bigger):
+        return command
+    return f"python train.py --base {bigger}{seed} && {command}"
 
 
 def weigh_the_norm(settings: Settings, dataset: ChatDataset, train_on: Sequence[int]) -> None:

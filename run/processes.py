@@ -40,6 +40,8 @@ def join_processes(args) -> Iterator["Alone"]:
     with join_decoders(args.device, args.shard) as processes:
         yield processes
         print_core_seconds()
+        if getattr(args, "next", ""):
+            print(f"next: {args.next}")
 
 
 @contextmanager
@@ -80,7 +82,7 @@ def join_decoders(device: str | None = None, shard: bool = False) -> Iterator["A
 
 def print_core_seconds() -> None:
     """What this process and those it started have computed so far."""
-    print(f"{sum(os.times()[:4]):.0f} core-seconds")
+    print(f"{sum(os.times()[:4]):.0f} core-seconds (the time that all processor cores worked)")
 
 
 class Alone(OneProcess):

@@ -28,6 +28,7 @@ from data.tiny_world import (
 )
 from data.tokenizer import StreamDecoder, Tokenizer
 from model import Llama
+from run.cli import clear_progress, clock, rate, show_progress, watch
 from run.plug import Plugged, plug_in
 from sample import Guided, Speaker, generate, score
 
@@ -55,24 +56,62 @@ def examine(
     """The metrics of a base or a guided base in the tiny world (data/tiny_world.py, evaluate), on capitals, or on held-out pairs."""
     if isinstance(exam, HeldOutPairs):
         rows = [row for index in exam.indices for row in exam.dataset.rows(index)]
-        return {
-            "pair": share_preferred(partial(score, guided, batch_size=2), rows) if rows else None
-        }  # they may be long
-    answer = partial(
-        generate, guided, max_new_tokens=48, stop_ids=stop_ids(tokenizer, template, guided.llamas)
-    )
+        scored = partial(score_aloud, guided, batch_size=2)  # they may be long
+        return {"pair": share_preferred(scored, rows) if rows else None}
+
+    def answer(prompts: list[list[int]]) -> list[list[int]]:
+        return generate_aloud(
+            guided, prompts, stop_ids=stop_ids(tokenizer, template, guided.llamas)
+        )
+
     if isinstance(exam, Capitals):
         return exam.evaluate(tokenizer, answer, split, template, system)
     return evaluate(
         exam,
         tokenizer,
-        lambda prompts: answer(prompts),
-        partial(score, guided),
+        answer,
+        partial(score_aloud, guided),
         split,
         template,
         system,
         pairs,
     )
+
+
+def generate_aloud(
+    guided: Guided, prompts: list[list[int]], stop_ids: set[int], longest: int = 48
+) -> list[list[int]]:
+    """Answers of at most `longest` tokens, and every two seconds a line about how far they are."""
+    lengths = [0] * len(prompts)
+    started = shown = time.monotonic()
+
+    def on_token(prompt: int, token: int) -> None:
+        nonlocal shown
+        lengths[prompt] += 1
+        if time.monotonic() - shown > 2:
+            shown, done = time.monotonic(), max(lengths)
+            left = (shown - started) / done * (longest - done)
+            show_progress(
+                f"examining: token {done} of {len(prompts)} answers, at most {clock(left)} left"
+            )
+
+    if sys.stdout.isatty():
+        show_progress("examining ...")
+    answers = generate(
+        guided, prompts, max_new_tokens=longest, stop_ids=stop_ids, on_token=on_token
+    )
+    clear_progress()
+    return answers
+
+
+def score_aloud(
+    guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: int = 256
+) -> list[tuple[float, bool]]:
+    """What score returns, and every two seconds a line about how far it is."""
+    results = []
+    for first in watch(range(0, len(pairs), batch_size), "examining: batches of choices"):
+        results += score(guided, pairs[first : first + batch_size], batch_size)
+    return results
 
 
 @torch.inference_mode()
@@ -245,7 +284,8 @@ def answer_aloud(speaker: Speaker, turns: list[Turn], args) -> str:
     said = speaker.answer(turns, args, on_token)
     print(decoder.finish())
     print(
-        f"    {count} tokens, {count / (time.monotonic() - started):.1f} tokens/s", file=sys.stderr
+        f"    {count} tokens, {rate(count / (time.monotonic() - started))} tokens/s",
+        file=sys.stderr,
     )
     return said
 

@@ -1,6 +1,11 @@
 """What somebody who is new here would run into: each was met once."""
 
+import csv
 import json
+import re
+import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +14,16 @@ import torch.nn as nn
 
 import model
 from data.errors import UsageError
+from data.tiny_world import TINY_SIZES
 from ivl import ValueModel
 from model import Llama
-from run import cli, plug
+from run import cli, curves, plug
+from run.folder import Run
+from run.jobs import training_costs
+from run.processes import Alone
 from sample import Guided, generate
 from tests.helpers import SHORT, VALUE, inside, refused, small, stop_at, value_network, weights
+from train import TINY_POST_TRAINING
 
 # ---- what is trained is what is measured, and what is saved
 
@@ -181,3 +191,135 @@ def test_that_it_is_the_newest_is_said(home):
     says = "(residual; the newest, --value names another)"
     assert says in inside(home, *ask)[1]
     assert says not in inside(home, *ask, "--value", VALUE)[1]
+
+
+# ---- what is shown while training
+
+
+def test_rates_have_two_or_three_digits():
+    numbers = [0.04, 3.8, 9.97, 38.4, 999.6, 1234, 99_700, 123_456, 3.4e6]
+    assert [cli.rate(number) for number in numbers] == [
+        *("0.0", "3.8", "10", "38", "1.0k", "1.2k", "100k", "123k", "3.4M")
+    ]
+
+
+def test_progress_is_one_line_on_a_terminal_and_plain_lines_elsewhere(monkeypatch, capsys):
+    cli.show_progress("one")
+    assert capsys.readouterr().out == "one\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "20")
+    cli.show_progress("step 1 " * 5)
+    cli.show_progress("step 2", keep=True)
+    clock = iter(range(0, 100, 3))
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert list(cli.watch([7, 8, 9], "examining")) == [7, 8, 9]
+    first, *rest = capsys.readouterr().out.split(cli.CLEAR)[1:]
+    assert len(first) == 20 and first.endswith("\r")
+    assert rest[0] == "step 2\n" and rest[1].startswith("examining: 1 of 3, ") and rest[-1] == ""
+
+
+def test_the_main_job_says_which_network_it_trains_how_long_it_takes_and_what_is_next(
+    home, tmp_path, short_exam, monkeypatch
+):
+    shutil.copytree(home / "out/seed0/tiny-s", tmp_path / "out/seed0/tiny-s")
+    for name in ("run.jobs.TINY_POST_TRAINING", "train.TINY_POST_TRAINING"):
+        monkeypatch.setattr(name, TINY_POST_TRAINING | dict(steps=3, batch_size=4))
+    status, output, errors = inside(tmp_path, "train.py")
+    assert status == 0, errors
+    begun = [line.partition(", ")[0] for line in output.splitlines() if re.match(r"\d of", line)]
+    assert begun == ["1 of 2: training in full", "2 of 2: training a value network (residual)"]
+    shown = [line for line in output.splitlines() if line.startswith("step")]
+    assert " left, of all about " in shown[0] and " of all" not in shown[-1]
+    assert "|z_delta|, the mean size of the value network's logits" in output
+    *_, seconds, following = output.splitlines()
+    assert re.match(r"\d+ core-seconds \(", seconds)
+    assert following == "next: python train.py --base tiny-l && python sample.py --base tiny-l"
+
+
+def test_what_is_finished_is_not_counted(tmp_path, home):
+    """The networks of a command, by what they cost."""
+    given = dict(job="value", base=["tiny-s"], value="", teacher="", data=None, no_full=False)
+    args = SimpleNamespace(**given, loss="ce", home=tmp_path, bases=[Path("tiny-s")], out=None)
+    assert len(training_costs(args)) == 3
+    args.base = ["tiny-s", "tiny-m"]
+    assert training_costs(args)[:2] == [TINY_SIZES["tiny-s"][1], TINY_SIZES["tiny-m"][1]]
+    args.home = home / "out/seed0"
+    assert len(training_costs(args)) == 3  # tiny-s is there
+    args.no_full = True
+    assert len(training_costs(args)) == 2
+    args.job, args.base = "pretrain", ["tiny-s"]
+    assert training_costs(args) == []
+
+
+def test_a_log_has_each_step_once_also_of_a_resumed_run_and_is_drawn(home, tmp_path, monkeypatch):
+    (tmp_path / "out/seed0").mkdir(parents=True)
+    (tmp_path / "out/seed0/tiny-s").symlink_to(home / "out/seed0/tiny-s")
+    command = ["train.py", "--base", "--value", "--no-full", "--steps", "9", "--batch-size", "2"]
+    command += ["--save-every", "3", "--out"]
+    monkeypatch.setattr("run.jobs.examine", lambda guided, *rest, **options: {"exact": 0.0})
+    assert inside(tmp_path, *command, "whole")[0] == 0
+    report = Run.report
+
+    def stop(self, step, *rest):
+        report(self, step, *rest)
+        if step == 4:  # two steps behind the checkpoint
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "report", stop)
+        assert inside(tmp_path, *command, "parts")[0] == 130
+    assert len(curves.read_log(tmp_path / "parts")) == 5
+    assert inside(tmp_path, *command, "parts", "--resume")[0] == 0
+    whole, parts = [curves.read_log(tmp_path / name) for name in ("whole", "parts")]
+    assert [step["step"] for step in whole] == list(range(1, 10))
+    for one, other in zip(whole, parts, strict=True):
+        assert {**one, "tokens/s": 0} == {**other, "tokens/s": 0}
+    assert {"loss", "ce", "base_ce", "l1", "lr", "tokens/s"} <= whole[0].keys()
+    curves.write_csv({"whole": whole, "parts": parts}, tmp_path / "curves.csv")
+    rows = list(csv.DictReader((tmp_path / "curves.csv").open()))
+    assert len(rows) == 18 and float(rows[0]["loss"]) == whole[0]["loss"]
+    assert curve_of(whole) == ([1.5, 3.5, 5.5, 7.5, 9.0], pytest.approx(pairs_of(whole)))
+
+
+def curve_of(steps: list[dict]) -> tuple[list[float], list[float]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "POINTS", 5)
+        return curves.curve(steps, "loss")
+
+
+def pairs_of(steps: list[dict]) -> list[float]:
+    losses = [step["loss"] for step in steps]
+    return [sum(losses[at : at + 2]) / len(losses[at : at + 2]) for at in range(0, 9, 2)]
+
+
+def test_curves_are_a_picture_with_matplotlib(tmp_path):
+    pytest.importorskip("matplotlib")
+    steps = [{"step": step, "loss": 3 / step, "lr": 0.1} for step in range(1, 500)]
+    curves.draw({"a": steps}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_without_a_log_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no log.jsonl"):
+        curves.read_log(tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2}\nnothing\n{"step": 2}\n')
+    with pytest.raises(UsageError, match="line 2"):
+        curves.read_log(tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2}\n{"ste')
+    assert curves.read_log(tmp_path) == [{"step": 1, "loss": 2}]
+
+
+def test_a_line_is_a_mean_over_the_steps_since_the_one_before(tmp_path, capsys, monkeypatch):
+    """By a clock on which a step takes 0.7 s: lines of steps 1, 4, 7 and the last."""
+    settings = SimpleNamespace(steps=10, lr=1.0, warmup=0.04, floor=0.0)
+    run = Run(tmp_path / "run", settings, False, 100, Alone())
+    run.work.mkdir()
+    run.first, run.tokens, run.unreported = 0, 0, []
+    now = [0.0]
+    monkeypatch.setattr("run.folder.time", SimpleNamespace(monotonic=lambda: now[0]))
+    run.started = run.stepped = run.reported = 0.0
+    for step in range(10):
+        now[0] += 0.7
+        run.report(step, {"loss": float(step), "ce": 0.0}, 7)
+    shown = re.findall(r"step +(\d+)/10 .* loss ([\d.]+)  10 tokens/s", capsys.readouterr().out)
+    assert shown == [("1", "0.000"), ("4", "2.000"), ("7", "5.000"), ("10", "8.000")]
