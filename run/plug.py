@@ -291,7 +291,7 @@ def load_alone(args, processes: Alone) -> tuple[Path, Speaker]:
         tokenizer,
         template,
         system_of(tokenizer, template, args.system),
-        stamp(path),
+        stamp=stamp(path),
     )
 
 
