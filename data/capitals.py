@@ -1,10 +1,11 @@
 """The real world's small examination: capitals of countries, in five forms of answer.
 
-    python -m data.capitals                                                # a few lines of everything
-    python train.py --base out/smollm2-135m --value --data capitals        # demonstrations of 30 countries; the others are asked
+    python -m data.capitals                                            # a few lines of everything
+    python train.py --base out/smollm2-135m --value --data capitals    # 30 countries are demonstrated
 
-A language model of 135M parameters knows many capitals and does not keep to a form it is told to answer in. Demonstrations are about
-30 countries; half of the others are there to choose by (development), half to report on (evaluation).
+A language model of 135M parameters knows many capitals and does not keep to a form it is told to
+answer in. Demonstrations are about 30 countries; half of the others are there to choose by
+(development), half to report on (evaluation).
 """
 
 import random
@@ -19,8 +20,9 @@ from data.files import write_lines
 from data.tokenizer import Tokenizer
 
 DEMONSTRATED = 30  # countries
-# Table 5's settings are for 86,000 conversations; these are 150. Chosen by 18 of seed 0's development countries, at a constant rate of 1e-4:
-# exact .43, .44, .60 after 8, 16, 32 steps, of .00 to .11 without; a cosine over 48 steps does as much. Higher rates cost knowledge.
+# Table 5's settings are for 86,000 conversations; these are 150. Chosen by 18 of seed 0's
+# development countries, at a constant rate of 1e-4: exact .43, .44, .60 after 8, 16, 32 steps, of
+# .00 to .11 without; a cosine over 48 steps does as much. Higher rates cost knowledge.
 CAPITALS_TRAINING = dict(steps=48, batch_size=8, grad_accum=1, lr=1e-4)
 CAPITALS_PAIRS = dict(
     steps=24, batch_size=8, grad_accum=1, lr=2e-5
@@ -170,7 +172,8 @@ class Item:
 
     def has_form(self, text: str) -> bool:
         """Whether a text has the form asked for, whatever capital it names."""
-        name = r"[^\W\d_a-z][\w'’-]*( [^\W\d_a-z][\w'’-]*){0,2}"  # one to three words that begin with a capital letter
+        # one to three words that begin with a capital letter
+        name = r"[^\W\d_a-z][\w'’-]*( [^\W\d_a-z][\w'’-]*){0,2}"
         pattern = (
             re.escape(self.fill("CAPITAL"))
             .replace("CAPITAL", f"(?P<name>{name})", 1)
@@ -214,7 +217,9 @@ class Capitals:
         return records
 
     def preferences(self) -> list[dict]:
-        """Pairs in ShareGPT's form: each demonstrated question, answered in the form asked for, and in another form."""
+        """Pairs in ShareGPT's form: each demonstrated question, answered in the form asked for, and
+        in another form.
+        """
         rng, pairs = random.Random(f"pairs of {self.name}"), []
         for item, record in zip(asked_of(self.demonstrated), self.demonstrations()):
             question, chosen = record["conversations"]
@@ -235,9 +240,12 @@ class Capitals:
         template: str,
         system: str,
     ) -> dict[str, float]:
-        """Examine a system, which answers prompts of token ids; every metric is a share between 0 and 1.
+        """Examine a system, which answers prompts of token ids; every metric is a share between 0
+        and 1.
 
-        exact  the whole answer and its end    know  the capital is in the answer    ins  the form asked for, and the end
+        exact  the whole answer and its end
+        know   the capital is in the answer
+        ins    the form asked for, and the end
         """
         items, end = self.items(split), end_token(tokenizer, template)
         prompts = [

@@ -207,10 +207,11 @@ Sample = tuple[list[int], list[bool]]  # token ids, and for each whether it is s
 
 @dataclass(eq=False)
 class ChatDataset:
-    """The conversations of a .json or .jsonl file (data/records.py), tokenised when they are asked for.
+    """The conversations of a .json or .jsonl file (data/records.py), tokenised when they are asked
+    for.
 
-    Every record is checked before training starts. `system` is put in front of conversations that have
-    no system turn of their own.
+    Every record is checked before training starts. `system` is put in front of conversations that
+    have no system turn of their own.
     """
 
     path: str | Path
@@ -251,7 +252,9 @@ class ChatDataset:
         self.wholes = find_wholes(names, prompts)
 
     def prompt(self, turns: list[Turn]):
-        """What records have in common that stay on one side of a split: all turns of a conversation."""
+        """What records have in common that stay on one side of a split: all turns of a
+        conversation.
+        """
         return turns
 
     def __len__(self) -> int:
@@ -262,7 +265,9 @@ class ChatDataset:
         return with_system(self.system, turns)
 
     def rows(self, index: int) -> list[Sample]:
-        """What a record is in a batch: token ids and mask; of a long conversation, the first exchanges that fit; nothing when none does."""
+        """What a record is in a batch: token ids and mask; of a long conversation, the first
+        exchanges that fit; nothing when none does.
+        """
         segments = list(segments_of(self.tokenizer, self.template, self.turns(index)))
         length, kept = 0, 0  # an exchange ends with its answer
         for at, (tokens, role) in enumerate(segments, 1):
@@ -304,7 +309,9 @@ class ChatDataset:
 
 
 class PairDataset(ChatDataset):
-    """Pairs of a chosen and a rejected answer to the same prompt, in the same way: two rows each, the last answer supervised."""
+    """Pairs of a chosen and a rejected answer to the same prompt, in the same way: two rows each,
+    the last answer supervised.
+    """
 
     what, read, row_count = "pair", staticmethod(read_pair), 2
 
@@ -318,7 +325,9 @@ class PairDataset(ChatDataset):
         return with_system(self.system, chosen), with_system(self.system, rejected)
 
     def rows(self, index: int) -> list[Sample]:
-        """Chosen and rejected, or none when one of them is too long: nothing of a pair can be cut off."""
+        """Chosen and rejected, or none when one of them is too long: nothing of a pair can be cut
+        off.
+        """
         both = [encode_chat(self.tokenizer, self.template, turns) for turns in self.turns(index)]
         if max(len(ids) for ids, _ in both) > self.max_length:
             self.too_long.add(index)
@@ -330,7 +339,9 @@ PIECES = 16  # a conversation has few pieces; a source has many records
 
 
 def name_of_whole(record: dict) -> tuple[str, int | None]:
-    """What names the conversation that a record is a piece of, and its number there: by ShareGPT's ids X_0, X_1 and so on."""
+    """What names the conversation that a record is a piece of, and its number there: by ShareGPT's
+    ids X_0, X_1 and so on.
+    """
     id = record.get("conversation_id")
     if type(id) in (str, int):
         return f"conversation {id}", None
@@ -342,10 +353,12 @@ def name_of_whole(record: dict) -> tuple[str, int | None]:
 
 
 def find_wholes(names: list[tuple[str, int | None]], prompts: list[int]) -> np.ndarray:
-    """For each record the number of a record that stands for its conversation: of the same name, or with the same content.
+    """For each record the number of a record that stands for its conversation: of the same name, or
+    with the same content.
 
-    Pieces of a conversation follow each other, are numbered from 0 on, and are few. Mixtures of data number the records
-    of a source in the same way, or give all of them one id: those are many, or do not follow each other.
+    Pieces of a conversation follow each other, are numbered from 0 on, and are few. Mixtures of
+    data number the records of a source in the same way, or give all of them one id: those are many,
+    or do not follow each other.
     """
     sizes = Counter(name for name, _ in names)
     most = max(PIECES, len(names) // 10)
@@ -377,11 +390,14 @@ def number_of(name: str) -> int:
 
 
 Score = Callable[[list[tuple[list[int], list[int]]]], list[tuple[float, bool]]]
-# (context, continuation) pairs -> (log-likelihood of the continuation, is each of its tokens the arg-max)
+# (context, continuation) pairs -> (log-likelihood of the continuation, is each of its tokens the
+# arg-max)
 
 
 def share_preferred(score: Score, rows: list[Sample]) -> float:
-    """The share of pairs, rows chosen, rejected, chosen, ..., whose chosen answer is likelier than the rejected one."""
+    """The share of pairs, rows chosen, rejected, chosen, ..., whose chosen answer is likelier than
+    the rejected one.
+    """
     starts = [supervised.index(True) for _, supervised in rows]
     stops = [len(supervised) - supervised[::-1].index(True) for _, supervised in rows]
     found = score(
@@ -391,7 +407,7 @@ def share_preferred(score: Score, rows: list[Sample]) -> float:
     return sum(right) / len(right)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Batches
 
 Position = tuple[int, int, int]  # epoch, window, batch within the window
@@ -405,10 +421,11 @@ def stream_batches(
     seed: int,
     position: Position = (0, 0, 0),
 ) -> Iterator[tuple[Position, list[Sample]]]:
-    """Endless batches of records' rows, of like length, each with the position behind it, from which to go on.
+    """Endless batches of records' rows, of like length, each with the position behind it, from
+    which to go on.
 
-    The order is a function of seed and epoch: shuffled, then sorted by length within windows, whose batches are
-    shuffled again. So padding is small, and no length is seen before another.
+    The order is a function of seed and epoch: shuffled, then sorted by length within windows, whose
+    batches are shuffled again. So padding is small, and no length is seen before another.
     """
     epoch, window, skip = position
     width = WINDOW * batch_size
@@ -452,7 +469,9 @@ def chat_batches(
     seed: int,
     position: list[int] | None,
 ) -> Iterator[tuple[list[int], list[tuple[Tensor, Tensor]]]]:
-    """stream_batches as tensors, each batch in some parts: the position behind it, and (tokens, labels) per part."""
+    """stream_batches as tensors, each batch in some parts: the position behind it, and (tokens,
+    labels) per part.
+    """
     for behind, samples in stream_batches(
         dataset, indices, batch_size, seed, tuple(position or (0, 0, 0))
     ):
@@ -468,7 +487,8 @@ def chat_batches(
 def hold_out(
     dataset: ChatDataset, seed: int, count: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """Indices to train on, and of some conversations to measure on: `count`, or 1%, at least 16, at most a tenth.
+    """Indices to train on, and of some conversations to measure on: `count`, or 1%, at least 16, at
+    most a tenth.
 
     Pieces and copies of one conversation stay on one side (find_wholes).
     """
@@ -496,7 +516,9 @@ def hold_out(
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T) padded on the right, and labels (B, T) already shifted: row t's label is token t + 1, or -100."""
+    """Tokens (B, T) padded on the right, and labels (B, T) already shifted: row t's label is token
+    t + 1, or -100.
+    """
     length = max(len(ids) for ids, _ in samples) - 1
     tokens = torch.zeros(len(samples), length, dtype=torch.long)
     labels = torch.full((len(samples), length), IGNORE)

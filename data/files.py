@@ -1,4 +1,5 @@
-"""Files that other programs wrote, and files that we write: what is refused, and nothing half written.
+"""Files that other programs wrote, and files that we write: what is refused, and nothing half
+written.
 
 python -c "from data.files import read_json; print(read_json('out/seed0/tiny-s/config.json'))"
 """
@@ -21,7 +22,7 @@ from typing import BinaryIO
 
 from data.errors import UsageError
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
 
 LFS = b"version https://git-lfs"
@@ -48,7 +49,9 @@ UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def check_regular(path: str | Path) -> Path:
-    """The path, if it is a file that can be read, more than once; UsageError for folders, pipes and devices."""
+    """The path, if it is a file that can be read, more than once; UsageError for folders, pipes and
+    devices.
+    """
     path = Path(path)
     try:
         mode = path.stat().st_mode
@@ -68,7 +71,9 @@ def check_regular(path: str | Path) -> Path:
 
 
 def refuse_foreign(path: Path, start: bytes) -> None:
-    """UsageError if a file that begins like this is of a kind that people mistake for what is wanted."""
+    """UsageError if a file that begins like this is of a kind that people mistake for what is
+    wanted.
+    """
     is_page = start.lower().startswith((b"<!doctype html", b"<html")) and path.suffix != ".txt"
     for magic, says in FOREIGN.items():
         if start.startswith(magic) or is_page and magic == b"<html":
@@ -124,7 +129,9 @@ def json_fault(error: ValueError | RecursionError, one_line: bool = False) -> st
 
 
 def open_text(path: str | Path) -> BinaryIO:
-    """A file of text as UTF-8 that can be sought in; .gz and UTF-16 are turned into it, in a file without a name."""
+    """A file of text as UTF-8 that can be sought in; .gz and UTF-16 are turned into it, in a file
+    without a name.
+    """
     path = check_regular(path)
     try:
         file: BinaryIO = open(path, "rb")
@@ -154,7 +161,9 @@ def spool(source, to_bytes: Callable) -> BinaryIO:
 
 
 def hub_hint(path: Path) -> str:
-    """Where the checkpoint may be that is not in this folder, in words: in Hugging Face's cache, or on its hub."""
+    """Where the checkpoint may be that is not in this folder, in words: in Hugging Face's cache, or
+    on its hub.
+    """
     if path.is_dir():
         snapshots = (
             [] if (path / "config.json").exists() else sorted(path.glob("snapshots/*/config.json"))
@@ -179,7 +188,9 @@ def hub_hint(path: Path) -> str:
 
 
 def base_folder(path: Path) -> Path:
-    """The folder that a checkpoint's weights are in: of a LoRA adapter alone, the one that it names as its base's."""
+    """The folder that a checkpoint's weights are in: of a LoRA adapter alone, the one that it names
+    as its base's.
+    """
     file = path / "adapter_config.json"
     if not file.is_file() or (path / "config.json").exists():
         return path
@@ -203,13 +214,15 @@ def digest(path: str | Path) -> str:
     return found.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing
 
 
 @contextmanager
 def replacing(path: str | Path, temporary: Path | None = None) -> Iterator[Path]:
-    """Where to write a file or folder that takes its place all at once; nothing of it is left if that fails."""
+    """Where to write a file or folder that takes its place all at once; nothing of it is left if
+    that fails.
+    """
     path = Path(path)
     temporary = temporary or path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -236,7 +249,8 @@ def write_lines(path: Path, records: Iterable[dict]) -> Path:
 
 
 def check_output(flag: str, path: Path, kind: str, is_ours: Callable[[bytes], bool]) -> None:
-    """UsageError unless a file can be written there and nothing is lost by it: what is there has to be of the same kind.
+    """UsageError unless a file can be written there and nothing is lost by it: what is there has to
+    be of the same kind.
 
     `is_ours` is asked about the first 64 kB of a file that is there.
     """

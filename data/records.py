@@ -2,8 +2,9 @@
 
     python -m data.chat FILE --tokenizer out/seed0/tiny-s      # what comes of a file
 
-data/README.md has every form, and what is dropped or refused, in one table. One rule for all of it: a record of a
-known form that cannot be used is dropped and counted by reason; a file of which no record has a known form is refused.
+data/README.md has every form, and what is dropped or refused, in one table. One rule for all of it:
+a record of a known form that cannot be used is dropped and counted by reason; a file of which no
+record has a known form is refused.
 """
 
 import json
@@ -19,11 +20,12 @@ from data.files import json_fault, open_text
 
 Turn = tuple[str, str]  # (role, text), role one of "system", "user", "assistant", and CONTEXT
 LEADING = "a leading answer"
-CONTEXT = "context"  # the role of an assistant's turn that is in the prompt, and that nothing is learnt from
+CONTEXT = "context"  # the role of an assistant's turn that is in the prompt and not learnt
 ANSWERED = ("assistant", CONTEXT)
 
-# ---------------------------------------------------------------------------------------------------------
-# The forms. A field that is null is absent, everywhere: `datasets` writes all columns into every record.
+# --------------------------------------------------------------------------------------------------
+# The forms. A field that is null is absent, everywhere: `datasets` writes all columns into every
+# record.
 
 LISTS = ("conversations", "conversation", "messages", "contents", "data")  # where turns are
 ROLE_KEYS, TEXT_KEYS = ("from", "role"), ("value", "content", "text", "parts")
@@ -52,7 +54,8 @@ human assistant
 user assistant""".splitlines()
 ]
 SYSTEM = "system system_prompt system_message systemInstruction system_instruction".split()
-# What no template here shows, of a record or a turn; and what belongs to a question beside its own text.
+# What no template here shows, of a record or a turn; and what belongs to a question beside its own
+# text.
 UNSEEN = "tools functions image images image_path video videos audio audios".split()
 UNSEEN_BESIDE = "options choices documents".split()
 # What an assistant thought before it answered: fields of its turn, or types of a part.
@@ -60,7 +63,7 @@ THOUGHTS = "reasoning_content thinking reasoning".split()
 EARLIER = "the reasoning of earlier answers, which the template leaves out"
 WEIGHTS = "weight loss_weight train loss trainable".split()  # of a turn or a record
 SIDES = ("chosen", "rejected")
-VERDICTS = [  # two answers, and what is below 0 where the first is the better one, above 0 where the second is
+VERDICTS = [  # two answers, and a number that is below 0 where the first is the better one
     ("response1", "response2", "overall_preference"),  # HelpSteer3
     ("response_1", "response_2", "preference_strength"),  # HelpSteer2
     ("conversation_a", "conversation_b", "winner"),  # Chatbot Arena
@@ -83,15 +86,17 @@ def first_of(fields: dict, names):
     return next((fields[name] for name in names if name in fields), None)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One record
 
 
 def read_turns(record, reasoning: str = "") -> tuple[list[Turn], str]:
-    """The turns of one record, and what was left out of it: an optional system turn, then whole exchanges.
+    """The turns of one record, and what was left out of it: an optional system turn, then whole
+    exchanges.
 
-    Of reasoning "keep" writes it in front of the last answer as <think>...</think>, as Qwen3's template does, "drop" leaves
-    it out, and "" makes a record that has any Unusable. Raises Unusable, UnknownForm, and UsageError for what is no demonstration at all.
+    Of reasoning "keep" writes it in front of the last answer as <think>...</think>, as Qwen3's
+    template does, "drop" leaves it out, and "" makes a record that has any Unusable. Raises
+    Unusable, UnknownForm, and UsageError for what is no demonstration at all.
     """
     if isinstance(record, dict):
         refuse_preferences(present(record))
@@ -204,7 +209,9 @@ def is_turn(value) -> bool:
 
 
 def list_turns(value, key: str) -> list:
-    """The turns under a key: objects, exchanges, or texts that alternate; all of it may be a string of JSON."""
+    """The turns under a key: objects, exchanges, or texts that alternate; all of it may be a string
+    of JSON.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -226,7 +233,9 @@ def list_turns(value, key: str) -> list:
 
 
 def conversation_of(value) -> list | None:
-    """The turns of a list of them, of a single one, or of a transcript as HH-RLHF's and guanaco's; None for other texts."""
+    """The turns of a list of them, of a single one, or of a transcript as HH-RLHF's and guanaco's;
+    None for other texts.
+    """
     if isinstance(value, list) and value and is_turn(value[0]):
         return value
     if is_turn(value):
@@ -243,7 +252,9 @@ def conversation_of(value) -> list | None:
 
 
 def one_exchange(record: dict, question: str, answer: str) -> list:
-    """A question, or the turns that lead to it, and its answer; alpaca's input and history, and other names of them."""
+    """A question, or the turns that lead to it, and its answer; alpaca's input and history, and
+    other names of them.
+    """
     asked = conversation_of(record[question])
     if asked is None:
         texts = [text_of(record[question], repr(question))] + [
@@ -335,7 +346,7 @@ def part_text(part) -> str:
 
 
 def keep_exchanges(turns: list[Turn], notes: Sequence[str] = ()) -> tuple[list[Turn], str]:
-    """An optional system turn and whole exchanges: of what comes otherwise, what stands before it."""
+    """An optional system turn and whole exchanges: of anything else, what stands before it."""
     system = [turn for turn in turns[:1] if turn[0] == "system" and turn[1].strip()]
     while turns and turns[0][0] == "system" and (not turns[0][1].strip() or turns[0] in system):
         turns = turns[1:]
@@ -367,7 +378,7 @@ def keep_exchanges(turns: list[Turn], notes: Sequence[str] = ()) -> tuple[list[T
     return system + exchanges, " and ".join([*left_out, *notes])
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One record of two answers
 
 
@@ -400,7 +411,9 @@ def read_pair(record, reasoning: str = "") -> tuple[tuple[list[Turn], list[Turn]
 
 
 def find_answers(record: dict) -> tuple | None:
-    """The better and the worse answer of a record; of a ranked list of them, the best and the worst."""
+    """The better and the worse answer of a record; of a ranked list of them, the best and the
+    worst.
+    """
     for names in (SIDES, ("chosen_response", "rejected_response")):
         if record.keys() >= set(names):
             return record[names[0]], record[names[1]]
@@ -422,7 +435,8 @@ def find_answers(record: dict) -> tuple | None:
 def with_answer(record: dict, answer, side: str) -> dict:
     """The demonstration that a record is with one of its answers in the usual place.
 
-    An answer is a text, a turn, turns behind a prompt, or a whole conversation, which then says all.
+    An answer is a text, a turn, turns behind a prompt, or a whole conversation, which then says
+    all.
     """
     places = {
         *SIDES,
@@ -457,11 +471,13 @@ def with_answer(record: dict, answer, side: str) -> dict:
 
 
 def is_unicode(text: str) -> bool:
-    """JSON, and a command line, can spell half a surrogate pair, which is no character and has no UTF-8."""
+    """JSON, and a command line, can spell half a surrogate pair, which is no character and has no
+    UTF-8.
+    """
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # All records of a file
 
 NO_RECORDS = {
@@ -474,7 +490,8 @@ NO_RECORDS = {
 class Records:
     """The records of a .json or .jsonl file, by keys that iterating yields.
 
-    A file that begins with "[" is JSON and read whole; any other is JSON lines, whose keys are byte offsets.
+    A file that begins with "[" is JSON and read whole; any other is JSON lines, whose keys are byte
+    offsets.
     """
 
     def __init__(self, path: str | Path):
@@ -495,7 +512,7 @@ class Records:
             )
 
     def read_whole(self, several: str):
-        """The file as one JSON text; UsageError where it is none, or several (what is then said)."""
+        """The file as one JSON text; UsageError where it is none, or several."""
         self.file.seek(0)
         try:
             return json.loads(self.file.read().decode("utf-8-sig"))
@@ -506,7 +523,9 @@ class Records:
             ) from None
 
     def __iter__(self) -> Iterator[tuple[int, str, object]]:
-        """Key, place in words, and record; every one is read, so that a broken line is not met after a day."""
+        """Key, place in words, and record; every one is read, so that a broken line is not met
+        after a day.
+        """
         if self.whole is not None:
             for number, record in enumerate(self.whole):
                 yield number, f"record {number + 1}", record
@@ -585,7 +604,8 @@ def kind_of(path: Path) -> str:
 
 
 class Usable:
-    """Which records of a file can be used: iterating yields the key of each, and what `read` makes of it.
+    """Which records of a file can be used: iterating yields the key of each, and what `read` makes
+    of it.
 
     `unused` counts the others by reason. Raises UsageError where nothing can be used.
     """
@@ -626,14 +646,16 @@ class Usable:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Plain texts, for vocab_map.py
 
 LONGEST_TEXT = 2_000  # characters; Algorithm 1 takes time and memory in the square of a text
 
 
 def read_texts(file: Path) -> list[str]:
-    """The texts of a .txt, cut at blank lines, or of the records of a .json or .jsonl: `text`, or all turns of a conversation."""
+    """The texts of a .txt, cut at blank lines, or of the records of a .json or .jsonl: `text`, or
+    all turns of a conversation.
+    """
     notes = []
     if kind_of(file) == ".txt":
         try:

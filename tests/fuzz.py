@@ -1,9 +1,10 @@
 """Random damage to every file that the product reads, and random flags: is the promise kept?
 
-    python -m tests.fuzz                          # 1000 mutations of seed 0; a count for each family of files
+    python -m tests.fuzz                          # 1000 mutations of seed 0, counted by file
     python -m tests.fuzz --seed 1 --only flags    # some
-The promise: an answer, or one clear line on stderr and status 2; no traceback, no hang, and no file lost, changed or left behind.
-Each mutation runs in a process forked from one that has imported everything, in a fresh copy of a small house.
+The promise: an answer, or one clear line on stderr and status 2; no traceback, no hang, and no file
+lost, changed or left behind. Each mutation runs in a process forked from one that has imported
+everything, in a fresh copy of a small house.
 """
 
 import argparse

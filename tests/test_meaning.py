@@ -1,4 +1,6 @@
-"""What people's files mean: checkpoints and data in the shape of public ones, beside the libraries that made them."""
+"""What people's files mean: checkpoints and data in the shape of public ones, beside the libraries
+that made them.
+"""
 
 import json
 import math
@@ -103,7 +105,9 @@ def test_two_dictionaries_that_disagree_are_refused(scaling, parameters, theta, 
 
 
 def adapter(folder, base, **changes) -> dict[str, torch.Tensor]:
-    """Write a LoRA adapter as peft does, without it, and give the weights of the base with it merged."""
+    """Write a LoRA adapter as peft does, without it, and give the weights of the base with it
+    merged.
+    """
     folder.mkdir(exist_ok=True)
     torch.manual_seed(1)
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "bias": "none"}
