@@ -39,7 +39,7 @@ IGNORE = -100  # the label of a position that is not supervised
 # ---------------------------------------------------------------------------------------------------------
 # Templates
 
-TEMPLATES = ("llama-2", "llama-3", "chatml", "zephyr")
+TEMPLATES = ("llama-2", "llama-3", "chatml", "zephyr", "mistral")
 NEEDED = {
     "llama-3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "chatml": ["<|im_start|>", "<|im_end|>"],
@@ -47,13 +47,15 @@ NEEDED = {
 
 
 def default_template(tokenizer: Tokenizer) -> str:
-    """By the special tokens that the tokenizer has; where it has those of several, by its checkpoint's own chat_template."""
+    """By the special tokens that the tokenizer has; where it has those of several, by its checkpoint's own chat_template.
+
+    A Mistral's [INST] is plain text in its first tokenizers; there its chat_template tells it from Llama-2's.
+    """
+    own = tokenizer.chat_template
+    if "[INST]" in tokenizer.specials or ("[INST]" in own and "<<SYS>>" not in own):
+        return "mistral"
     able = [name for name in NEEDED if can_speak(tokenizer, name)]
-    told = [
-        name
-        for name in able
-        if NEEDED[name][1] in tokenizer.chat_template or NEEDED[name][0] in tokenizer.chat_template
-    ]
+    told = [name for name in able if NEEDED[name][1] in own or NEEDED[name][0] in own]
     return (told or able or ["llama-2"])[0]
 
 
@@ -99,8 +101,11 @@ def encode_chat(
     llama-3    <|begin_of_text|>, then <|start_header_id|>role<|end_header_id|>, blank line, text<|eot_id|> per turn
     chatml     <|im_start|>role, new line, text<|im_end|>, new line, per turn (SmolLM2, Yi, Hermes, Qwen)
     zephyr     <|role|>, new line, text</s>, new line, per turn, the first in plain text (TinyLlama-Chat)
+    mistral    <s> once, then [INST] question [/INST] answer</s> for each exchange; where [INST] is a token of the
+               tokenizer (from v3 on), [INST] question[/INST] answer</s>, and without spaces if it is byte-level
 
-    A system turn may come first. Texts are stripped as the vendors do it, in the last two not at all.
+    A system turn may come first; mistral has it before the first question, with a blank line between them.
+    Texts are stripped as the vendors do it, in chatml and zephyr not at all, in mistral the answers alone.
     """
     return with_mask(segments_of(tokenizer, template, turns))
 
@@ -121,14 +126,15 @@ def with_mask(segments: Iterable[Segment]) -> tuple[list[int], list[bool]]:
 def segments_of(tokenizer: Tokenizer, template: str, turns: list[Turn]) -> Iterator[Segment]:
     if not can_speak(tokenizer, template):
         raise UsageError(
-            f"the {template} template needs the special tokens {', '.join(NEEDED[template])}, which this tokenizer lacks; use "
-            "another --template, llama-2 for instance"
+            f"the {template} template needs the special tokens {', '.join(NEEDED[template])}, which this tokenizer lacks; "
+            f"--template takes {', '.join(name for name in TEMPLATES if can_speak(tokenizer, name))} with it"
         )
     kinds = {
         "llama-2": llama2_segments,
         "llama-3": llama3_segments,
         "chatml": chatml_segments,
         "zephyr": zephyr_segments,
+        "mistral": mistral_segments,
     }
     return kinds[template](tokenizer, turns)
 
@@ -185,6 +191,29 @@ def zephyr_segments(tokenizer: Tokenizer, turns: list[Turn]) -> Iterator[Segment
         yield [*body, tokenizer.eos_id], role
         line = "\n"
     yield tokenizer.encode(f"{line}<|assistant|>\n" if turns[-1][0] == "user" else line), "header"
+
+
+def mistral_segments(tokenizer: Tokenizer, turns: list[Turn]) -> Iterator[Segment]:
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    start, end = (tokenizer.specials.get(name) for name in ("[INST]", "[/INST]"))
+    # A space follows each mark, but for byte-level tokenizers that have [INST] as a token. Most others
+    # write it in front of a text by themselves; not where the text has one (Metaspace), so it is told.
+    if tokenizer.space_in_front:
+        space = " " if tokenizer.encode(" a") == tokenizer.encode("a") else ""
+    else:
+        space = " " if start is None else ""
+    system = ""
+    for role, text in turns:
+        if role == "system":
+            system = f"{text}\n\n"
+        elif role == "user" and start is not None:
+            yield [*begin, start, *tokenizer.encode(space + system + text), end], role
+        elif role == "user":
+            yield [*begin, *tokenizer.encode(f"[INST] {system + text} [/INST]")], role
+        else:
+            yield tokenizer.encode(space + text.strip(), eos=True), role
+        if role == "user":
+            begin, system = [], ""
 
 
 def split_text(tokenizer: Tokenizer, header: str, text: str) -> tuple[list[int], list[int]]:

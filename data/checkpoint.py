@@ -47,18 +47,25 @@ def name_of(path: Path) -> str:
     return path.name
 
 
-CHAT_MARKS = {
-    "llama-3": "<|start_header_id|>",
-    "llama-2": "[INST]",
-    "chatml": "<|im_start|>",
-    "zephyr": "<|user|>",
+CHAT_MARKS = {  # what a template of each kind has, and what of that would make it another
+    "llama-3": ("<|start_header_id|>", None),
+    "llama-2": ("<<SYS>>", None),
+    "mistral": ("[INST]", "<<SYS>>"),
+    "chatml": ("<|im_start|>", None),
+    "zephyr": ("<|user|>", "<|end|>"),  # Phi-3's turns end with that
 }
 
 
 def own_template(path: Path) -> str | None:
-    """Which chat template a checkpoint's own chat_template looks like; None where it has none, or none that we know."""
+    """Which chat template a checkpoint's own chat_template looks like, or that it is none of ours; None where it has none."""
     text = read_chat_template(path)
-    return next((name for name, mark in CHAT_MARKS.items() if mark in text), None)
+    for name, (mark, unless) in CHAT_MARKS.items():
+        if mark in text and (unless is None or unless not in text):
+            return name
+    if not text.strip():
+        return None
+    mark = re.search(r"<[^<>\s'{}]+>", text)
+    return f"none of {', '.join(TEMPLATES)}" + (f" (it has {mark[0]})" if mark else "")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
     python -c "from data.tokenizer import load_tokenizer; print(load_tokenizer('out/seed0/tiny-s').encode('Hello!'))"
 
-Text is never searched for special tokens: "</s>" in a user's message is four harmless characters here.
+Text is never searched for special tokens: "</s>" in a user's message is four harmless characters here. A tokenizer.json
+may have added tokens that are not special (Qwen3's <think>): they are pieces of text like any other, and are matched.
 """
 
 import base64
 import codecs
+import functools
 import hashlib
 import json
 import re
@@ -43,7 +45,6 @@ class SentencePieceTokenizer:
     kind = "sentencepiece"
     file_name = "tokenizer.model"
     byte_level = False
-    specials: dict[str, int] = {}  # none that a chat template could use
     default_system = chat_template = ""
 
     def __init__(self, model: bytes):
@@ -61,6 +62,12 @@ class SentencePieceTokenizer:
         self.space_in_front = marked.startswith("\u2581")
         self.end_of_turn_id, self.unknown_id = self.eos_id, self.processor.unk_id()
         self._bytes = [self._piece_bytes(id) for id in range(self.vocab_size)]
+        controls = filter(self.processor.is_control, range(self.vocab_size))
+        self.specials = {  # that a chat template could use, as Mistral's [INST]
+            self.processor.id_to_piece(id): id
+            for id in controls
+            if id not in (self.bos_id, self.eos_id)
+        }
 
     def _piece_bytes(self, id: int) -> bytes:
         if self.processor.is_control(id):
@@ -241,60 +248,33 @@ class JsonTokenizer:
 
     def __init__(self, model: bytes, config: dict | None = None):
         self.model = model
-        raw = json.loads(model)
-        if (
-            not isinstance(raw, dict)
-            or not isinstance(raw.get("model"), dict)
-            or raw["model"].get("type", "BPE") != "BPE"
-        ):
+        try:
+            self.backend = tokenizers.Tokenizer.from_buffer(model.removeprefix(codecs.BOM_UTF8))
+        except Exception:  # the library raises no narrower class
+            refuse_other_models(json.loads(model))
+            raise
+        if not isinstance(self.backend.model, tokenizers.models.BPE):
             raise ValueError("it is no byte-pair encoding")
-        if not isinstance(raw["model"].get("vocab"), dict) or not isinstance(
-            raw["model"].get("merges"), list
-        ):
-            raise ValueError("its model has no vocab, or no merges")
-        added = {token["content"]: token["id"] for token in raw.get("added_tokens") or []}
-        silent = {
-            token["content"] for token in raw.get("added_tokens") or [] if token.get("special")
-        }  # they stand for no text
-        for token in (
-            raw.get("added_tokens") or []
-        ):  # none is looked for in a text, but for runs of white space
-            token["special"] = bool(token["content"].strip())
-        self.backend = tokenizers.Tokenizer.from_str(json.dumps(raw))
-        self.backend.encode_special_tokens = True
+        self.backend.encode_special_tokens = True  # special tokens are not looked for in a text
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.byte_level = '"ByteLevel"' in json.dumps(
-            [raw.get("pre_tokenizer"), raw.get("decoder")]
-        )
-        if not self.byte_level and not raw["model"].get("byte_fallback"):
+        parts = (self.backend.pre_tokenizer, self.backend.decoder)
+        self.byte_level = any(b'"ByteLevel"' in part.__getstate__() for part in parts if part)
+        if not self.byte_level and not self.backend.model.byte_fallback:
             raise ValueError("neither a byte-level BPE nor one with byte fallback")
-        vocabulary = self.backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
-        self.specials = {name: id for name, id in added.items() if name.strip()}
-        self.unknown_id = (
-            vocabulary.get(raw["model"].get("unk_token")) if not self.byte_level else None
-        )
-        self._bytes = [b""] * self.vocab_size  # also of ids that no token has
-        for piece, id in vocabulary.items():
-            self._bytes[id] = (
-                b""
-                if piece in silent
-                else piece.encode()
-                if piece in added
-                else self._piece_bytes(piece)
-            )
+        added = self.backend.get_added_tokens_decoder()
+        self.specials = {token.content: id for id, token in added.items() if token.content.strip()}
+        pieces = pieces_of(self.backend)  # of each id; "" where no token has it
+        self.vocab_size = len(pieces)
+        self._bytes = [self._piece_bytes(piece) for piece in pieces]
+        for id, token in added.items():  # special ones stand for no text, others for their own
+            self._bytes[id] = b"" if token.special else token.content.encode()
+        unknown = None if self.byte_level else self.backend.model.unk_token
+        self.unknown_id = None if unknown is None else self.backend.token_to_id(unknown)
         if self.unknown_id is not None:
             self._bytes[self.unknown_id] = " \u2047 ".encode()  # as SentencePiece decodes it
-        pairs = [
-            pair.split(" ") if isinstance(pair, str) else pair for pair in raw["model"]["merges"]
-        ]
-        self._ranks: dict[int, int] = {}
-        for rank, (a, b) in enumerate(pairs):
-            self._ranks.setdefault(vocabulary[a + b], rank)
         config = config or {}
-        self.bos_id = vocabulary.get(config.get("bos"), config.get("bos_id"))
-        self.eos_id = vocabulary.get(config.get("eos"), config.get("eos_id"))
+        self.bos_id, self.eos_id = self._id_of(config, "bos"), self._id_of(config, "eos")
         if self.eos_id is None:
             raise ValueError(
                 "nothing beside it says which token ends a text: no eos_token in tokenizer_config.json, no eos_token_id in "
@@ -304,6 +284,10 @@ class JsonTokenizer:
             (self.specials[name] for name in ("<|eot_id|>", "<|im_end|>") if name in self.specials),
             self.eos_id,
         )
+        # What begins or ends a text or a turn is never looked for, even where the file says it is not special.
+        never = (self.bos_id, self.eos_id, self.end_of_turn_id)
+        marks = [name for name, id in self.specials.items() if id in never or name in TURN_MARKS]
+        self.backend.add_special_tokens(marks)
         for id in (self.bos_id, self.eos_id):
             if id is not None and id >= self.vocab_size:
                 raise ValueError(
@@ -322,16 +306,31 @@ class JsonTokenizer:
             for name, id in (("bos_token", self.bos_id), ("eos_token", self.eos_id))
         }
 
+    def _id_of(self, config: dict, side: str) -> int | None:
+        """The token that begins (bos) or ends (eos) a text: by its name, or else by its id."""
+        id = self.backend.token_to_id(config[side]) if side in config else None
+        return config.get(f"{side}_id") if id is None else id
+
     def _piece_bytes(self, piece: str) -> bytes:
         if self.byte_level:
-            return (
-                bytes(BYTE_OF[character] for character in piece)
-                if set(piece) <= BYTE_OF.keys()
-                else piece.encode()
-            )
-        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            if piece.isascii():  # what can be seen stands for itself
+                return piece.encode()
+            try:
+                return piece.translate(BYTE_LEVEL).encode("latin-1")
+            except UnicodeEncodeError:  # not spelled in the characters that stand for bytes
+                return piece.encode()
+        if is_byte_piece(piece):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
+
+    @functools.cached_property
+    def _ranks(self) -> dict[int, int]:
+        """Of each token that is made of two others, the first rank; only vocabulary maps ask for it."""
+        ranks: dict[int, int] = {}
+        for rank, pair in enumerate(json.loads(self.model)["model"]["merges"]):
+            first, second = pair.split(" ") if isinstance(pair, str) else pair
+            ranks.setdefault(self.backend.token_to_id(first + second), rank)
+        return ranks
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Token ids; with no token that begins a text, bos adds none."""
@@ -342,12 +341,9 @@ class JsonTokenizer:
         return [each.ids for each in self.backend.encode_batch(texts, add_special_tokens=False)]
 
     def is_byte(self, id: int) -> bool:
-        piece = self.backend.id_to_token(id) or ""
-        return (
-            len(self._bytes[id]) == 1
-            if self.byte_level
-            else re.fullmatch("<0x[0-9A-F]{2}>", piece) is not None
-        )
+        if self.byte_level:
+            return len(self._bytes[id]) == 1
+        return is_byte_piece(self.backend.id_to_token(id) or "")
 
     def merge_rank(self, id: int) -> float | None:
         """For a single character, which is made of nothing, the last rank."""
@@ -362,6 +358,36 @@ class JsonTokenizer:
     fingerprint, decode = fingerprint, decode
 
 
+TURN_MARKS = (
+    *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),  # llama-3
+    *("<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"),  # chatml, mistral
+    *("<start_of_turn>", "<end_of_turn>", "<｜User｜>", "<｜Assistant｜>"),  # Gemma, DeepSeek
+)
+
+
+def pieces_of(backend: tokenizers.Tokenizer) -> list[str]:
+    """The piece of each id up to the largest one; "" where no token has it."""
+    pieces = list(map(backend.id_to_token, range(backend.get_vocab_size())))
+    if None in pieces:  # the ids have holes, and go on behind them
+        ids = backend.get_vocab().values()
+        pieces = list(map(backend.id_to_token, range(max(ids) + 1)))
+        pieces = [piece or "" for piece in pieces]
+    return pieces
+
+
+def is_byte_piece(piece: str) -> bool:
+    return len(piece) == 6 and re.fullmatch("<0x[0-9A-F]{2}>", piece) is not None
+
+
+def refuse_other_models(raw) -> None:
+    """ValueError where a tokenizer.json that the library does not read is visibly of another kind."""
+    model = raw.get("model") if isinstance(raw, dict) else None
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        raise ValueError("it is no byte-pair encoding")
+    if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
+        raise ValueError("its model has no vocab, or no merges")
+
+
 def byte_characters() -> dict[str, int]:
     """The character that a byte-level BPE writes for each byte, as GPT-2 does: itself if it can be seen, else one from 256 on."""
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -372,6 +398,10 @@ def byte_characters() -> dict[str, int]:
 
 
 BYTE_OF = byte_characters()
+# For str.translate; what stands for no byte goes where latin-1 ends.
+BYTE_LEVEL = dict.fromkeys(range(256), "\uffff") | {
+    ord(character): chr(byte) for character, byte in BYTE_OF.items()
+}
 
 
 def read_token_config(folder: Path) -> dict:
@@ -454,6 +484,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{path}: no tokenizer.model, no original/tokenizer.model, and no tokenizer.json{hub_hint(path)}"
         )
     first = read_tokenizer(found[0])
+    first.chat_template = read_chat_template(path)
     if found[-1].name != "tokenizer.json" or len(found) == 1:
         return first
     second = read_tokenizer(found[-1])

@@ -1,6 +1,7 @@
 """Write tests/golden with transformers, an independent program: small checkpoints, their logits, and token ids.
 
     python -m tests.make_golden                         # checkpoints and logits, with transformers 5
+    python -m tests.make_golden --vendors               # token ids in the templates of VENDORS, with transformers 5
     python -m tests.make_golden --tokenizers FOLDER     # token ids, with transformers 4 and protobuf, from
                                                         # llama2-tokenizer.model and llama3-tokenizer.model in FOLDER
     python -m tests.make_golden --tokenizers FOLDER --templates TEMPLATES    # hashes of the token ids of 500 conversations, with the
@@ -13,6 +14,7 @@ import argparse
 import hashlib
 import json
 import random
+import tempfile
 from pathlib import Path
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -157,6 +159,87 @@ def odd_conversations(count: int = 500) -> list[list[tuple[str, str]]]:
             turns += [("user", text()), ("assistant", text())]
         found.append(turns)
     return found
+
+
+# Chat templates that render as the vendors' do. Mistral's are of its tokenizers v1 (v0.1, v0.2 of the
+# 7B: [INST] is text), v3 (v0.3: [INST] is a token) and v3-tekken (Nemo: byte-level, no spaces).
+SYSTEM_FIRST = (
+    "{% set ns = namespace(system='') %}{{ bos_token }}{% for turn in messages %}"
+    "{% if turn.role == 'system' %}{% set ns.system = turn.content + '\n\n' %}"
+    "{% elif turn.role == 'user' %}QUESTION{% set ns.system = '' %}"
+    "{% else %}ANSWER{% endif %}{% endfor %}"
+)
+MISTRAL_V1 = SYSTEM_FIRST.replace(
+    "QUESTION", "{{ '[INST] ' + ns.system + turn.content + ' [/INST]' }}"
+).replace("ANSWER", "{{ ' ' + turn.content | trim + eos_token }}")
+MISTRAL_V3 = MISTRAL_V1.replace("' [/INST]'", "'[/INST]'")
+MISTRAL_TEKKEN = MISTRAL_V3.replace("'[INST] '", "'[INST]'").replace("' ' + turn", "turn")
+QWEN25 = (
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\n"
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{% for turn in messages %}{{ '<|im_start|>' + turn.role + '\n' + turn.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+VENDORS = {  # a vendor's template, and the golden tokenizer that it is rendered with
+    "mistral-v1": (MISTRAL_V1, "json-pieces"),
+    "mistral-v3": (MISTRAL_V3, "json-pieces"),
+    "mistral-tekken": (MISTRAL_TEKKEN, "json-bytes"),
+    "qwen2.5": (QWEN25, "json-bytes"),
+}
+
+
+def write_vendors_tokenizer(name: str, folder: Path) -> None:
+    """The small golden tokenizer of a vendor's template as a folder, with what it needs in it."""
+    template, golden = VENDORS[name]
+    raw = json.loads((GOLDEN / golden / "tokenizer.json").read_text())
+    config = json.loads((GOLDEN / golden / "tokenizer_config.json").read_text())
+    if name in ("mistral-v3", "mistral-tekken"):
+        size = len(raw["model"]["vocab"]) + 10
+        more = [raw["added_tokens"][0] | {"content": mark} for mark in ("[INST]", "[/INST]")]
+        raw["added_tokens"] += [token | {"id": size + n} for n, token in enumerate(more)]
+    if name == "mistral-v3":  # as transformers writes what was no legacy tokenizer
+        raw["normalizer"] = None
+        raw["pre_tokenizer"] = {
+            "type": "Metaspace",
+            "replacement": "\u2581",
+            "prepend_scheme": "first",
+            "split": False,
+        }
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+
+
+def vendors_ids(folder: Path, turns: list[tuple[str, str]], **options) -> list[int]:
+    """A conversation as transformers renders and encodes it with a folder's own template."""
+    from transformers import PreTrainedTokenizerFast
+
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    ends = {side: config.get(f"{side}_token") for side in ("bos", "eos")}
+    ends = {
+        f"{side}_token": end["content"] if isinstance(end, dict) else end
+        for side, end in ends.items()
+    }
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **ends)
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return tokenizer.apply_chat_template(
+        messages, chat_template=config["chat_template"], return_dict=False, **options
+    )
+
+
+def harmless_conversations() -> list[list[tuple[str, str]]]:
+    """200 of odd_conversations in which nobody writes [INST], which transformers takes for the token."""
+    return [turns for turns in odd_conversations() if "[INST]" not in str(turns)][:200]
+
+
+def write_vendors() -> None:
+    hashes = {}
+    for name in VENDORS:
+        with tempfile.TemporaryDirectory() as folder:
+            write_vendors_tokenizer(name, Path(folder))
+            hashes[name] = [
+                hash_ids(vendors_ids(Path(folder), turns)) for turns in harmless_conversations()
+            ]
+    (GOLDEN / "chats_of_vendors.json").write_text(json.dumps(hashes) + "\n")
 
 
 def hash_ids(ids: list[int]) -> str:
@@ -324,8 +407,16 @@ if __name__ == "__main__":
     parser.add_argument(
         "--json", action="store_true", help="write the small files of tokenizer.json"
     )
+    parser.add_argument(
+        "--vendors",
+        action="store_true",
+        help="write the hashes of conversations in the templates of VENDORS",
+    )
     args = parser.parse_args()
     if args.json:
         write_tokenizer_json()
+        raise SystemExit
+    if args.vendors:
+        write_vendors()
         raise SystemExit
     write_token_ids(args.tokenizers, args.templates) if args.tokenizers else write_checkpoints()

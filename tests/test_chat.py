@@ -17,13 +17,23 @@ from data.chat import (
     hold_out,
     share_preferred,
     stream_batches,
+    system_of,
+    with_system,
 )
+from data.checkpoint import own_template
 from data.errors import UsageError
 from data.records import UnknownForm, Unusable, read_pair, read_turns
 from data.tiny_world import World
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
 from tests.helpers import REAL, byte_pairs, needs_real
-from tests.make_golden import hash_ids, odd_conversations
+from tests.make_golden import (
+    GOLDEN,
+    VENDORS,
+    harmless_conversations,
+    hash_ids,
+    odd_conversations,
+    write_vendors_tokenizer,
+)
 
 CONVERSATION = [
     ("system", "Be brief."),
@@ -144,8 +154,46 @@ def test_500_conversations_have_the_ids_of_transformers_with_the_vendors_templat
     assert not different, (len(different), odd_conversations()[different[0]])
 
 
+@pytest.mark.parametrize("name", VENDORS)
+def test_200_conversations_have_the_ids_of_transformers_with_other_templates(name, tmp_path):
+    golden = json.loads((GOLDEN / "chats_of_vendors.json").read_text())[name]
+    write_vendors_tokenizer(name, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    template = default_template(tokenizer)
+    assert template == ("chatml" if name == "qwen2.5" else "mistral") == own_template(tmp_path)
+    system = system_of(tokenizer, template, None)
+    for turns, theirs in zip(harmless_conversations(), golden, strict=True):
+        ids, supervised = encode_chat(tokenizer, template, with_system(system, turns))
+        assert hash_ids(ids) == theirs, (turns, tokenizer.decode(ids))
+        runs = visible(tokenizer, ids, supervised)
+        assert len(runs) == sum(role == "assistant" for role, _ in turns)
+
+
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [
+        ("<start_of_turn>user", "none of llama-2, llama-3, chatml, zephyr, mistral"),
+        ("{{ '<|user|>' }}...<|end|>", "none of llama-2, llama-3, chatml, zephyr, mistral"),
+        ("{{ '<|user|>' + eos_token }}", "zephyr"),
+        ("[INST] <<SYS>>", "llama-2"),
+        ("[INST]", "mistral"),
+        ("", None),
+    ],
+)
+def test_a_checkpoints_own_template_is_named(theirs, ours, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": theirs}))
+    own = own_template(tmp_path)
+    assert own == ours or (
+        own.startswith(ours) and own.endswith(f" (it has {theirs[:1] and mark(theirs)})")
+    )
+
+
+def mark(template: str) -> str:
+    return template[template.index("<") : template.index(">") + 1]
+
+
 def test_llama3_needs_its_special_tokens(sentence_piece):
-    with pytest.raises(UsageError, match="llama-3 template"):
+    with pytest.raises(UsageError, match="llama-3 template .*takes llama-2, zephyr, mistral with"):
         encode_chat(sentence_piece, "llama-3", CONVERSATION)
 
 

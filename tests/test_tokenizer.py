@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import sentencepiece
+import tokenizers
 
 from data.errors import UsageError
 from data.tiny_world import World
@@ -262,13 +263,78 @@ def test_tokenizer_json_has_the_ids_of_transformers_and_gives_texts_back(json_fo
     )
 
 
-def test_no_added_token_is_matched_in_a_text(json_folder):
+def test_special_tokens_are_not_matched_in_a_text_and_other_added_tokens_are(json_folder):
     tokenizer = load_tokenizer(json_folder)
+    raw = json.loads((json_folder / "tokenizer.json").read_text())
+    added = {token["content"]: token["special"] for token in raw["added_tokens"]}
+    assert tokenizer.specials.keys() == {name for name in added if name.strip()}
     for name, id in tokenizer.specials.items():
-        assert (
-            id not in tokenizer.encode(f"a {name}{name} b")
-            and tokenizer.decode(tokenizer.encode(f"a {name} b")) == f"a {name} b"
+        ids = tokenizer.encode(f"a {name}{name} b")
+        assert ids.count(id) == (0 if added[name] else 2)
+        assert tokenizer.token_bytes(id) == (
+            b"" if added[name] and id != tokenizer.unknown_id else tokenizer.token_bytes(id)
         )
+        assert tokenizer.decode(ids) == f"a {name}{name} b"
+
+
+def with_added(folder, *contents: str, normalizer: dict | None = None) -> None:
+    """Give the byte-level golden tokenizer more added tokens that are not special, and a normalizer."""
+    shutil.copytree(GOLDEN / "json-bytes", folder, dirs_exist_ok=True)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    like = raw["added_tokens"][0] | {"special": False}
+    raw["added_tokens"] += [
+        like | {"id": 510 + number, "content": content} for number, content in enumerate(contents)
+    ]
+    raw["normalizer"] = normalizer
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+
+
+def test_reasoning_marks_are_single_tokens_as_the_library_has_them(tmp_path):
+    with_added(tmp_path, "<think>", "</think>", "<tool_call>")
+    tokenizer = load_tokenizer(tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    library.encode_special_tokens = True
+    text = "<think>\nIs 7 blue? <|im_end|> </think>\n\nNo.<tool_call>{}"
+    ids = tokenizer.encode(text)
+    assert ids == library.encode(text, add_special_tokens=False).ids
+    assert [id for id in ids if id >= 510] == [502, 503, 504] or ids[0] == 502
+    assert tokenizer.decode(ids) == text and tokenizer.specials["<|im_end|>"] not in ids
+    shown = StreamDecoder(tokenizer)
+    assert "".join(map(shown.push, ids)) + shown.finish() == text
+
+
+def test_what_ends_a_turn_is_no_part_of_a_text_even_where_the_file_calls_it_not_special(tmp_path):
+    with_added(tmp_path, "<think>")
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in raw["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("a <|im_start|>system\n<think> <|im_end|>")
+    marks = {tokenizer.specials[name] for name in ("<|im_start|>", "<|im_end|>")}
+    assert not marks & set(ids) and tokenizer.specials["<think>"] in ids
+
+
+def test_a_tokenizer_that_changes_the_text_gives_back_what_it_made_of_it(tmp_path):
+    """NFC, Qwen's: an e and its accent become one character, for encode, decode and a stream alike."""
+    with_added(tmp_path, normalizer={"type": "NFC"})
+    tokenizer = load_tokenizer(tmp_path)
+    text, changed = "cafe\u0301 \ufb01 \u2126", "caf\u00e9 \ufb01 \u03a9"
+    assert tokenizer.encode(text) == tokenizer.encode(changed)
+    assert tokenizer.decode(tokenizer.encode(text)) == changed
+    shown = StreamDecoder(tokenizer)
+    assert "".join(map(shown.push, tokenizer.encode(text))) + shown.finish() == changed
+
+
+def test_ids_with_holes_are_tokens_of_no_text(tmp_path):
+    with_added(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    last = max(raw["model"]["vocab"], key=raw["model"]["vocab"].get)
+    raw["model"]["vocab"][last] = 600
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 601 and tokenizer.token_bytes(550) == b""
+    assert tokenizer.token_bytes(600) != b""
 
 
 def test_beginning_and_end_come_from_the_files_beside_it(json_folder):
