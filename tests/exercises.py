@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.files import read_json, write_text
-from tests.rounding import HOME, ROOT, ROUNDINGS, measured, read_table, run
+from tests.rounding import HOME, ROOT, ROUNDINGS, by_frequency, measured, read_table, run
 
 WORK = Path("out/exercises")
 TRAIN = "train.py --base --value --no-full --seed {seed} --out out/seed{seed}/mine"
@@ -79,15 +79,22 @@ EXERCISES = {
             )
         ],
     ),
+    "3, without the edit": Exercise(
+        "",
+        "",
+        "",
+        {"": f"{TRAIN} --l1 0.3", "look": LOOK},
+        [("look: tiny-l + value, know", "plain: tiny-l + value, know")],
+    ),
     "3": Exercise(
         "ivl.py",
         "            z_base = base(tokens)  # (B, T, Vb), Eq. (1)",
         "            z_base = 0 * base(tokens)  # (B, T, Vb), Eq. (1)",
-        {"": TRAIN, "look": LOOK},
+        {"": f"{TRAIN} --l1 0.3", "look": LOOK},
         [
-            ("plain: tiny-l + value, exact", "look: tiny-l + value, exact"),
-            ("plain: tiny-l + value, know", "look: tiny-l + value, know"),
-            ("plain: tiny-l + value, fk", "look: tiny-l + value, fk"),
+            (f"without the edit: {system}, {metric}", f"look: {system}, {metric}")
+            for system in ("tiny-s + value", "tiny-l + value")
+            for metric in ("exact", "know")
         ],
     ),
     "4": Exercise(
@@ -140,14 +147,18 @@ def do(name: str, rounding: str, seed: int) -> dict[str, float]:
             output = run(command.format(seed=seed), house, rounding, house.resolve())
             if label:
                 for row, metrics in read_table(output, "exact").items():
-                    system = ROWS.get(row, row)
-                    numbers |= {
-                        f"{label}: {system}, {key}": value for key, value in metrics.items()
-                    }
+                    for metric, value in metrics.items():
+                        numbers[f"{label}: {ROWS.get(row, row)}, {metric}"] = value
+                if "--base tiny-l" in command:
+                    for name, value in by_frequency(output).items():
+                        numbers[f"{label}: {name}"] = value
         shutil.rmtree(house)
         write_text(kept, json.dumps(numbers, indent=2) + "\n")
-    plain = {f"plain: {key}": value for key, value in measured(rounding, seed).items()}
-    return plain | read_json(kept)
+    before = {f"plain: {key}": value for key, value in measured(rounding, seed).items()}
+    if f"{name}, without the edit" in EXERCISES:
+        without = do(f"{name}, without the edit", rounding, seed)
+        before |= {key.replace("look:", "without the edit:"): without[key] for key in without}
+    return before | read_json(kept)
 
 
 def show(name: str, found: list[dict[str, float]]) -> None:
@@ -166,12 +177,12 @@ def show(name: str, found: list[dict[str, float]]) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", nargs="+", choices=EXERCISES, default=list(EXERCISES))
+    parser.add_argument("--only", nargs="+", choices=EXERCISES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--roundings", nargs="+", choices=ROUNDINGS, default=ROUNDINGS)
     args = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
-    for name in args.only:
+    for name in args.only or EXERCISES:
         found = []
         for rounding in args.roundings:
             for seed in args.seeds:

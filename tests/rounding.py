@@ -142,10 +142,16 @@ def measured(variation: str, seed: int) -> dict[str, float]:
         for metric in metrics:
             gain = systems[better][metric] - systems[worse][metric]
             numbers[f"{better}{LESS}{worse}, {metric}"] = gain
-    by_frequency = read_table(looked, "often")
-    del by_frequency["questions"]
-    for row, shares in by_frequency.items():
-        numbers |= {f"{row}, {group}": share for group, share in shares.items()}
+    return numbers | by_frequency(looked)
+
+
+def by_frequency(looked: str) -> dict[str, float | None]:
+    """The numbers of the table by frequency in what `sample.py --base tiny-l` printed."""
+    numbers = {}
+    for row, shares in read_table(looked, "often").items():
+        for group, share in shares.items():
+            if row != "questions" and (group != "all" or row.startswith("where")):
+                numbers[f"{row}, {group}"] = share
     return numbers
 
 
