@@ -16,7 +16,7 @@ import stat
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -134,16 +134,24 @@ def open_text(path: str | Path) -> BinaryIO:
     """
     path = check_regular(path)
     try:
-        file: BinaryIO = open(path, "rb")
-        for _ in range(2):  # a .gz may hold UTF-16
-            start = file.read(64)
-            file.seek(0)
-            refuse_foreign(path, start)
-            if start.startswith(b"\x1f\x8b"):
-                file = spool(gzip.GzipFile(fileobj=file), bytes)
-            elif start.startswith(UTF16):
-                file = spool(io.TextIOWrapper(file, "utf-16", newline=""), str.encode)
-        return file
+        with ExitStack() as opened:
+            file: BinaryIO = opened.enter_context(open(path, "rb"))
+            for _ in range(2):  # a .gz may hold UTF-16
+                start = file.read(64)
+                file.seek(0)
+                refuse_foreign(path, start)
+                source = file
+                if start.startswith(b"\x1f\x8b"):
+                    source = gzip.GzipFile(fileobj=file)
+                elif start.startswith(UTF16):
+                    source = io.TextIOWrapper(file, "utf-16", newline="")
+                if source is not file:
+                    copy = opened.enter_context(tempfile.TemporaryFile())
+                    spool(source, copy)
+                    file.close()
+                    file = copy
+            opened.pop_all()  # nothing was wrong, so the last one stays open
+            return file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UsageError(f"{path}: damaged or truncated gzip ({error})") from None
     except UnicodeError:
@@ -152,12 +160,11 @@ def open_text(path: str | Path) -> BinaryIO:
         raise UsageError(f"{path}: {error.strerror}") from None
 
 
-def spool(source, to_bytes: Callable) -> BinaryIO:
-    copy = tempfile.TemporaryFile()
+def spool(source, copy: BinaryIO) -> None:
+    """Write all of a file of bytes, or as UTF-8 one of text, and go back to the beginning."""
     while block := source.read(2**20):
-        copy.write(to_bytes(block))
+        copy.write(block.encode() if isinstance(block, str) else block)
     copy.seek(0)
-    return copy
 
 
 def hub_hint(path: Path) -> str:

@@ -11,6 +11,7 @@ import json
 import re
 import sys
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -499,6 +500,7 @@ class Records:
         if says := NO_RECORDS.get(kind_of(self.path)):
             raise UsageError(f"{path}: {says}")
         self.file = open_text(path)
+        weakref.finalize(self, self.file.close)
         start = self.file.read(4096).removeprefix(b"\xef\xbb\xbf")
         while not start.strip() and (more := self.file.read(2**20)):
             start = more
@@ -659,7 +661,8 @@ def read_texts(file: Path) -> list[str]:
     notes = []
     if kind_of(file) == ".txt":
         try:
-            texts = re.split(r"\n\s*\n", open_text(file).read().decode("utf-8-sig"))
+            with open_text(file) as text:
+                texts = re.split(r"\n\s*\n", text.read().decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise UsageError(f"{file}: {json_fault(error)}") from None
         texts = [text for text in texts if text.strip()]

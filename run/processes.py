@@ -69,7 +69,7 @@ def join_decoders(device: str | None = None, shard: bool = False) -> Iterator["A
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
     with contextlib.ExitStack() as stack:  # an error that leaves it can be told
         if dist.get_rank():
-            nowhere = open(os.devnull, "w")
+            nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         yield SeveralProcesses(device, shard)

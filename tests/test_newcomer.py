@@ -1,9 +1,11 @@
 """What somebody who is new here would run into: each was met once."""
 
 import csv
+import gzip
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,17 @@ from run.folder import Run
 from run.jobs import training_costs
 from run.processes import Alone
 from sample import Guided, generate
-from tests.helpers import SHORT, VALUE, inside, refused, small, stop_at, value_network, weights
+from tests.helpers import (
+    ROOT,
+    SHORT,
+    VALUE,
+    inside,
+    refused,
+    small,
+    stop_at,
+    value_network,
+    weights,
+)
 from train import TINY_POST_TRAINING
 
 # ---- what is trained is what is measured, and what is saved
@@ -323,3 +335,39 @@ def test_a_line_is_a_mean_over_the_steps_since_the_one_before(tmp_path, capsys, 
         run.report(step, {"loss": float(step), "ce": 0.0}, 7)
     shown = re.findall(r"step +(\d+)/10 .* loss ([\d.]+)  10 tokens/s", capsys.readouterr().out)
     assert shown == [("1", "0.000"), ("4", "2.000"), ("7", "5.000"), ("10", "8.000")]
+
+
+# ---- files are closed
+
+
+def test_files_of_records_are_closed_also_those_that_are_refused(tmp_path):
+    """By a Python that tells of files left open."""
+    record = (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    (tmp_path / "plain.jsonl").write_text(record)
+    (tmp_path / "wide.jsonl").write_text(record, encoding="utf-16")
+    (tmp_path / "small.jsonl.gz").write_bytes(gzip.compress(record.encode("utf-16")))
+    (tmp_path / "damaged.jsonl.gz").write_bytes(gzip.compress(record.encode())[:-9])
+    (tmp_path / "foreign.jsonl").write_bytes(b"PAR1" + bytes(90))
+    program = f"""
+from pathlib import Path
+from data.errors import UsageError
+from data.records import Records
+for path in sorted(Path({str(tmp_path)!r}).iterdir()):
+    try:
+        print(path.name, len(list(Records(path))))
+    except UsageError as error:
+        print(path.name, "refused")
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "always::ResourceWarning", "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        *("damaged.jsonl.gz refused", "foreign.jsonl refused", "plain.jsonl 1"),
+        *("small.jsonl.gz 1", "wide.jsonl 1"),
+    ]
