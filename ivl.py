@@ -499,7 +499,7 @@ if triton is not None:
 
 # Columns at a time; threads / 32 of a program, so that each thread has 8 columns, 16 bytes of bf16;
 # and blocks under way at once: while one is added up, the next three are already being fetched.
-# bench/sweep.py tries others.
+# `python -m bench.loss --only settings` tries others.
 BLOCK, WARPS, STAGES = 1024, 4, 4
 
 

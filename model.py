@@ -7,10 +7,11 @@ Mistral, Qwen2 and Qwen3 share its skeleton and are read too; their `if`s stand 
 Submodules carry the names of Hugging Face checkpoints, so a state dict loads without renaming, and
 what we save is read by transformers, vLLM and lm-eval as it is.
 
-Shapes stand at the end of the lines that change them, in one alphabet for the whole repository (the F
-with a dot is torch.nn.functional): B batch, T time (positions of this call), S positions in the cache,
-D model width, H query heads, K key-value heads, F head width, V vocabulary (Vb the base's, Vv the value
-network's, Vt a teacher's), N rows of a loss, P pairs (of answers, or of tokens in a vocabulary map).
+Shapes stand at the end of the lines that change them, in one alphabet for the whole repository (the
+F with a dot is torch.nn.functional): B batch, T time (positions of this call), S positions in the
+cache, D model width, H query heads, K key-value heads, F head width, V vocabulary (Vb the base's,
+Vv the value network's, Vt a teacher's), N rows of a loss, P pairs (of answers, or of tokens in a
+vocabulary map).
 """
 
 import json
@@ -30,17 +31,20 @@ from data.checkpoint import check_weights, explain_mismatch, is_computed, merge_
 from data.checkpoint import read_config as read_config_json
 from data.errors import UsageError
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configuration
 
-# MLP's activation, by its name in torch.nn.functional. config.json records it, and a checkpoint that was
-# trained with another is refused.
+# MLP's activation, by its name in torch.nn.functional. config.json records it, and a checkpoint
+# that was trained with another is refused.
 HIDDEN_ACT = "silu"
 
 
 @dataclass
 class LlamaConfig:
-    """The architecture, in Hugging Face's own field names. data/checkpoint.py refuses impossible ones."""
+    """The architecture, in Hugging Face's own field names.
+
+    data/checkpoint.py refuses impossible ones.
+    """
 
     vocab_size: int  # V, the rows of lm_head; a tokenizer may know fewer tokens
     hidden_size: int  # D
@@ -83,7 +87,7 @@ class LlamaConfig:
         return cls(**fields)
 
     def to_dict(self) -> dict:
-        """The dict that save_pretrained writes: the spelling of transformers 4, which transformers 5 reads too."""
+        """The dict that save_pretrained writes, in transformers 4's spelling, which 5 reads too."""
         fixed = {
             "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
             "hidden_act": HIDDEN_ACT,
@@ -95,11 +99,11 @@ class LlamaConfig:
 
 
 def read_config(path: str | Path) -> LlamaConfig:
-    """The architecture of a checkpoint folder; UsageError where its config.json is of no such model."""
+    """The architecture of a checkpoint folder; UsageError where config.json is of another model."""
     return LlamaConfig.from_dict(read_config_json(path, HIDDEN_ACT))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Layers
 
 
@@ -112,8 +116,8 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
         return frequencies
     if scaling["rope_type"] == "linear":
         return frequencies / scaling["factor"]
-    # llama3: waves that fit often into the original context stay, the long ones are slowed by `factor`,
-    # and those between the two thresholds are blended.
+    # llama3: waves that fit often into the original context stay, the long ones are slowed by
+    # `factor`, and those between the two thresholds are blended.
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -143,7 +147,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """weight * x / sqrt(mean(x^2) + eps): one kernel on a GPU, in fp32 within it whatever x's dtype."""
+        """weight * x / sqrt(mean(x^2) + eps): one kernel on a GPU, in fp32 within it."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -174,7 +178,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D); queries and keys are turned by cos and sin (1 or B, 1, T, F).
 
-        mask (B, 1, T, S) says which keys each token may see; None: causal, or of a single token all that is stored.
+        mask (B, 1, T, S) says which keys each token may see; None: causal, or of a single token all
+        that is stored.
         """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, F)
@@ -231,9 +236,11 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.window = config.sliding_window
-        # A plain attribute, not a buffer: Module.to(bfloat16) would round a buffer, and far positions with it.
+        # A plain attribute, not a buffer: Module.to(bfloat16) would round a buffer, and far
+        # positions with it.
         self.frequencies = rope_frequencies(config)
-        # True saves memory in training: layers forget what they computed, and compute it again for gradients.
+        # True saves memory in training: layers forget what they computed, and compute it again for
+        # gradients.
         self.gradient_checkpointing = False
 
     def forward(
@@ -276,7 +283,8 @@ class Llama(nn.Module):
         self.config = config
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # 0.02 everywhere, smaller where a layer writes into the residual stream, so that depth does not add up.
+        # 0.02 everywhere, smaller where a layer writes into the residual stream, so that depth does
+        # not add up.
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -320,7 +328,8 @@ class Llama(nn.Module):
     ) -> "Llama":
         """Load config.json and safetensors from a folder; the weights keep their dtype unless one is given.
 
-        Raises UsageError, naming the file or tensor, when anything is absent, left over or misshapen.
+        Raises UsageError, naming the file or tensor, when anything is absent, left over or
+        misshapen.
         """
         config = read_config(path)
         with torch.device(
@@ -387,15 +396,15 @@ def load_weights(
         raise
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # KV cache
 
 
 class KVCache:
     """Keys and values of what was read, preallocated for `capacity` positions of `batch` rows.
 
-    Rows may differ in length. Prompts of different length are fed padded on the right and then cropped
-    to their true lengths; what comes next overwrites the padding.
+    Rows may differ in length. Prompts of different length are fed padded on the right and then
+    cropped to their true lengths; what comes next overwrites the padding.
     """
 
     def __init__(self, llama: Llama, batch: int, capacity: int):
@@ -412,7 +421,8 @@ class KVCache:
         )  # (layers, B, K, capacity, F)
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=llama.device)  # (B,)
-        # What the host knows without asking the device: the longest row's length, and whether all are as long.
+        # What the host knows without asking the device: the longest row's length, and whether all
+        # are as long.
         self.used, self.level = 0, True
 
     @property
@@ -420,13 +430,13 @@ class KVCache:
         return self.keys.shape[3]
 
     def begin(self, T: int) -> tuple[Tensor, Tensor | None]:
-        """Before a pass over T tokens: their positions (B, T), and which keys each may see (B, 1, T, S)."""
+        """Before a pass over T tokens: their positions (B, T), and the mask (B, 1, T, S)."""
         if self.used + T > self.capacity:
             raise ValueError(f"KV cache of {self.capacity} positions is full")
         self.place(T, self.used + T)
         if self.used == 0 or (self.level and T == 1):
-            # No mask: of an empty cache plain causal is right, since padding comes last; with rows of one length a
-            # single token sees all that is stored.
+            # No mask: of an empty cache plain causal is right, since padding comes last; with rows
+            # of one length a single token sees all that is stored.
             return self.positions, None
         return self.positions, self.seen()[:, None]
 
@@ -442,7 +452,7 @@ class KVCache:
         return torch.arange(self.stored, device=self.lengths.device) <= self.positions[:, :, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, K, T, F) of this pass behind each row's length; all of the layer's (B, K, S, F)."""
+        """Store k and v (B, K, T, F) behind each row's length; return the layer's (B, K, S, F)."""
         keys, values = self.keys[layer], self.values[layer]  # (B, K, capacity, F)
         keys[self.rows, :, self.positions] = k.transpose(1, 2)  # at (B, T): (B, T, K, F)
         values[self.rows, :, self.positions] = v.transpose(1, 2)
@@ -453,7 +463,7 @@ class KVCache:
         self.used += T
 
     def crop(self, lengths: Tensor | int) -> None:
-        """Forget what lies beyond `lengths` (B,), or one length for all rows: padding, or rejected drafts."""
+        """Forget what lies beyond `lengths` (B,), or one for all: padding, or rejected drafts."""
         self.lengths.clamp_(max=lengths)
         if self.level and isinstance(lengths, int):  # nobody need ask the device
             self.used = min(self.used, lengths)

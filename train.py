@@ -114,7 +114,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 class OneProcess:
-    """What the loop asks of processes that train together: here one. run/processes.py has several."""
+    """What the loop asks of processes that train together. Here is one; run/processes.py has more."""
 
     rank, count, shard = 0, 1, False
 

@@ -2,8 +2,9 @@
 
     python sample.py --base tiny-l --web --screenshot playground.png
 
-Chromium is told what to do over a pipe, in the words of its DevTools protocol (chromedevtools.github.io/devtools-protocol):
-JSON each way, and a zero byte behind each message. That takes no package, and opens no port.
+Chromium is told what to do over a pipe, in the words of its DevTools protocol
+(chromedevtools.github.io/devtools-protocol): JSON each way, and a zero byte behind each message.
+That takes no package, and opens no port.
 """
 
 import base64
@@ -62,7 +63,10 @@ class Browser:
         self.call("Page.navigate", url=address)
 
     def call(self, method: str, **parameters) -> dict:
-        """The result of one command. Messages end with a zero byte; events, which have no id, are skipped."""
+        """The result of one command.
+
+        Messages end with a zero byte; events, which have no id, are skipped.
+        """
         self.count += 1
         message = {"id": self.count, "method": method, "params": parameters, **self.session}
         os.write(self.commands, json.dumps(message).encode() + b"\0")

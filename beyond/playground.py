@@ -4,10 +4,10 @@
     python sample.py --base tiny-l --web --port 0                   # any port that is free
     python sample.py --base tiny-l --web --screenshot picture.png   # a picture of it, by Chromium
 
-A question goes to the server as JSON, and the answer comes back as a line of JSON for each token, with what
-beyond/attribution.py has to say of it. An answer may begin with given tokens, which is how one branches.
-The page is playground.html, and browser.py drives the browser for a picture of it. This machine alone is served, one
-question at a time, and nothing is fetched from anywhere.
+A question goes to the server as JSON, and the answer comes back as a line of JSON for each token,
+with what beyond/attribution.py has to say of it. An answer may begin with given tokens, which is
+how one branches. The page is playground.html, and browser.py drives the browser for a picture of
+it. This machine alone is served, one question at a time, and nothing is fetched from anywhere.
 """
 
 import json
@@ -43,7 +43,7 @@ from data.records import is_unicode
 from data.tiny_world import TINY_SIZES
 from data.tokenizer import StreamDecoder, Tokenizer, is_same_family, load_tokenizer
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is asked
 
 LONGEST_QUESTION = 4000  # characters
@@ -110,7 +110,7 @@ def first_questions(world) -> list[str]:
     return questions_of(world) if world else []
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is answered
 
 
@@ -153,7 +153,8 @@ class Playground:
     ) -> None:
         """Tell a record for each token and, last, what the base alone answers. tell and check raise when nobody listens.
 
-        Of an answer that goes on from a prefix, the first record has the text of each token in the prefix.
+        Of an answer that goes on from a prefix, the first record has the text of each token in the
+        prefix.
         """
         plugged = self.load(asked.base)
         speaker, guided, tokenizer = plugged.guided, plugged.guided.guided, plugged.guided.tokenizer
@@ -184,7 +185,10 @@ class Playground:
 
 
 def fitting_bases(plugged, args) -> dict[str, Path]:
-    """The bases on offer: the one asked for, the one trained on, and what is there of the same family of tokenizers."""
+    """The bases on offer.
+
+    The one asked for, the one trained on, and what is there of the same family of tokenizers.
+    """
     bases = {name_of(plugged.base_path): plugged.base_path}
     if args.vocab_map:  # it is made for that base
         return bases
@@ -217,7 +221,7 @@ def describe(record: Attribution, tokenizer: Tokenizer, text: str) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The server
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -319,7 +323,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.refuse(400, str(error))
 
     def is_foreign(self) -> bool:
-        """Whether it is another site's page that asks: openly, or by a name of its own for this machine (DNS rebinding)."""
+        """Whether it is another site's page that asks.
+
+        Openly, or by a name of its own for this machine (DNS rebinding).
+        """
         host = self.headers.get("Host", "")
         is_ours = host.removesuffix(f":{self.server.server_port}") in LOOPBACK
         return not is_ours or self.headers.get("Origin", f"http://{host}") != f"http://{host}"
@@ -370,7 +377,7 @@ def serve(plugged, args, plug_in: Callable) -> None:
         server.stop()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A picture of it
 
 HAS_ANSWERED = 'document.getElementById("said").textContent.startsWith("of ")'

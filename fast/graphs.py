@@ -3,17 +3,19 @@
     python sample.py --base PATH --value PATH --chat                  # on a GPU, where checkpoints take it by themselves
     python sample.py --base PATH --value PATH --chat --compile        # and with fewer, larger operations in it
 
-`CapturedGuided` replaces sample.Guided, and answers the same, says tests/test_decoding.py: on a CPU it
-records a step's operations and replays them on the same memory, as a CUDA graph does. `CompiledGuided`
-takes the same place.
+`CapturedGuided` replaces sample.Guided, and answers the same, says tests/test_decoding.py: on a CPU
+it records a step's operations and replays them on the same memory, as a CUDA graph does.
+`CompiledGuided` takes the same place.
 
-A small model's step keeps a GPU busy for less time than Python takes to ask for it. So the operations of
-a step, base and value network in one, are recorded once and then replayed. A replay reads and writes the
-same memory each time, hence three things: caches that stay where they are, a step that finds its place in
-them by `lengths` on the device alone, and as many stored positions read as the graph was made for.
+A small model's step keeps a GPU busy for less time than Python takes to ask for it. So the
+operations of a step, base and value network in one, are recorded once and then replayed. A replay
+reads and writes the same memory each time, hence three things: caches that stay where they are, a
+step that finds its place in them by `lengths` on the device alone, and as many stored positions
+read as the graph was made for.
 
-What is left is a layer's thirty or so operations, most of which take a GPU longer to begin than to do.
-torch.compile joins them to a dozen, and takes a while to tune each, the first time on a machine.
+What is left is a layer's thirty or so operations, most of which take a GPU longer to begin than to
+do. torch.compile joins them to a dozen, and takes a while to tune each, the first time on a
+machine.
 """
 
 import contextlib
@@ -33,7 +35,10 @@ LONGEST_CAPTURED = (
 
 
 def window_for(length: int) -> int:
-    """How many positions a captured step reads of its caches: the next power of two, and at least 256."""
+    """How many positions a captured step reads of its caches.
+
+    The next power of two, and at least 256.
+    """
     return max(256, 1 << (length - 1).bit_length())
 
 
@@ -78,7 +83,10 @@ class CapturedGuided(Guided):
         ] = {}  # by all that goes into a step but its tokens; None: seen once
 
     def allocate(self, batch: int, capacity: int) -> None:
-        """Graphs go with the memory that they were captured on: keep it where it is large enough."""
+        """Graphs go with the memory that they were captured on.
+
+        Keep it where it is large enough.
+        """
         capacity = window_for(capacity)
         if (
             self.caches
@@ -165,14 +173,17 @@ def side_by_side(one: Callable[[], Tensor], other: Callable[[], Tensor]) -> tupl
 
 
 def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Record what `step` would do on the GPU, without doing it; return what replays it, and where its result will be."""
+    """Record what `step` would do on the GPU, without doing it.
+
+    Return what replays it, and where its result will be.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()
     return graph.replay, result
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fewer operations
 
 
@@ -192,8 +203,8 @@ class CompiledGuided(CapturedGuided):
 def compiled_block() -> Callable:
     """Block.forward, compiled when it is called: once for all layers of a network, and for caches of any length.
 
-    By the first option products of a matrix and a vector become sums, which Inductor tunes; by the second that vector is
-    computed before them, and not anew for every row of the matrix.
+    By the first option products of a matrix and a vector become sums, which Inductor tunes; by the
+    second that vector is computed before them, and not anew for every row of the matrix.
     """
     return torch.compile(
         Block.forward,

@@ -4,12 +4,12 @@
 
 `value_loss` replaces ValueModel.loss in ivl.py, `teacher_loss` ValueModel.teacher_loss,
 `language_loss` the one in train.py. They give the same loss, metrics and gradients, says
-tests/test_loss.py. The first two call ivl_loss and distillation_loss for each chunk of rows, so what
-you change in those formulas changes here too; on a GPU the kernel of ivl.py takes ivl_loss's place.
-Pairs have no faster version: the loss of a pair is no mean over its rows.
+tests/test_loss.py. The first two call ivl_loss and distillation_loss for each chunk of rows, so
+what you change in those formulas changes here too; on a GPU the kernel of ivl.py takes ivl_loss's
+place. Pairs have no faster version: the loss of a pair is no mean over its rows.
 
-4096 tokens of two networks with 32000 logits are 1 GB in fp32, and the plain loss makes five or more
-tensors of that size on its way. Here one chunk's logits are made, the loss is taken and
+4096 tokens of two networks with 32000 logits are 1 GB in fp32, and the plain loss makes five or
+more tensors of that size on its way. Here one chunk's logits are made, the loss is taken and
 differentiated, and they are forgotten. What remains is the gradient for the hidden states and for
 the head.
 """
@@ -31,8 +31,9 @@ from ivl import (
 )
 from model import Llama
 
-# Logits of a chunk. On a GPU each chunk costs a pass over the head's gradient, so it has many rows: 2097 of
-# 32000 logits, 128 MB in bf16. On a CPU it has as few as keep the matrix products fast, but never under 64.
+# Logits of a chunk. On a GPU each chunk costs a pass over the head's gradient, so it has many rows:
+# 2097 of 32000 logits, 128 MB in bf16. On a CPU it has as few as keep the matrix products fast, but
+# never under 64.
 CHUNK, CHUNK_ON_CPU = 2**26, 2_400_000
 
 
@@ -132,7 +133,10 @@ def value_loss_from_hidden(
     l1: float = 0.0,
     chunk: int | None = None,
 ) -> Loss:
-    """ivl_loss of h_base @ W_base^T and h_value @ W_value^T: (N, Db), (Vb, Db), (N, Dv), (Vv, Dv), labels (N,)."""
+    """ivl_loss of h_base @ W_base^T and h_value @ W_value^T.
+
+    (N, Db), (Vb, Db), (N, Dv), (Vv, Dv), labels (N,).
+    """
 
     def loss_of(z_base: Tensor, z_delta: Tensor, rows: slice) -> Loss:
         return faster_ivl_loss(z_base, z_delta, labels[rows], l1)

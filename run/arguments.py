@@ -60,7 +60,7 @@ def add_twins(parser: argparse.ArgumentParser, compiles: bool = False) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # train.py
 
 VALUE_ONLY = [
@@ -291,7 +291,7 @@ def train_arguments() -> argparse.Namespace:
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # sample.py
 
 
@@ -365,7 +365,10 @@ def add_guidance(parser: argparse.ArgumentParser, unguided: str = "the newest un
 
 
 def add_asking(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
-    """The flags that say what is asked, and how answers are picked; returns the group of ways to ask."""
+    """The flags that say what is asked, and how answers are picked.
+
+    Returns the group of ways to ask.
+    """
     ask = parser.add_mutually_exclusive_group()
     ask.add_argument(
         "--prompt",
@@ -495,7 +498,7 @@ def sample_arguments() -> argparse.Namespace:
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # vocab_map.py
 
 

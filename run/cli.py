@@ -38,7 +38,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script; a user's mistake is one line on stderr and status 2, a bug of ours keeps its traceback."""
+    """Run a script.
+
+    A user's mistake is one line on stderr and status 2, a bug of ours keeps its traceback.
+    """
     if sys.stdout is None:  # closed
         sys.stdout = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):  # the name of a file may be no text
@@ -90,7 +93,10 @@ def run_cli(main: Callable[[], None]) -> None:
 
 
 def drop_output() -> None:
-    """Write out what was printed; what cannot be written, as to a full disk, is dropped, or Python would complain again."""
+    """Write out what was printed.
+
+    What cannot be written, as to a full disk, is dropped, or Python would complain again.
+    """
     try:
         sys.stdout.flush()
     except OSError:
@@ -100,7 +106,10 @@ def drop_output() -> None:
 def number(
     kind: type, lowest: float, phrase: str, below: float = math.inf
 ) -> Callable[[str], float]:
-    """An argparse type: a number between these bounds; the phrase tells a user what it should be."""
+    """An argparse type.
+
+    A number between these bounds; the phrase tells a user what it should be.
+    """
 
     def parse(text: str):
         try:
@@ -129,8 +138,8 @@ DEVICES = ["cpu", "cuda", "mps"]
 def pick_device(dtype: str | None, tiny: bool, wanted: str | None = None) -> tuple[str, str]:
     """The device and the dtype that were asked for, or their defaults; both are printed with the reason.
 
-    Tiny networks get one thread on a CPU: the numbers are then the same on any number of cores. Two threads are
-    1.4 to 1.6 times as fast on a quiet machine, and many times slower on a busy one.
+    Tiny networks get one thread on a CPU: the numbers are then the same on any number of cores. Two
+    threads are 1.4 to 1.6 times as fast on a quiet machine, and many times slower on a busy one.
     """
     device, reason = find_device(wanted)
     halves = (
@@ -199,7 +208,10 @@ def agrees_with_cpu(device: str) -> bool:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor has instructions for bfloat16: AVX512-BF16 or AMX. Without them it is slower than float32."""
+    """Whether the processor has instructions for bfloat16.
+
+    AVX512-BF16 or AMX. Without them it is slower than float32.
+    """
     return any(
         getattr(torch.cpu, name, lambda: False)()
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -207,7 +219,10 @@ def cpu_has_bf16() -> bool:
 
 
 def show_progress(text: str, keep: bool = False) -> None:
-    """A line about how it goes. On a terminal the next one is written over it, unless it is to be kept."""
+    """A line about how it goes.
+
+    On a terminal the next one is written over it, unless it is to be kept.
+    """
     if not sys.stdout.isatty():
         print(text, flush=True)
         return

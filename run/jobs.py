@@ -78,7 +78,10 @@ def folder_of(name: str, args) -> Path:
 
 
 def bases_to_pretrain(args) -> list[tuple[str, Path]]:
-    """Names and folders of the tiny bases to make first: what is asked for, or needed and missing."""
+    """Names and folders of the tiny bases to make first.
+
+    What is asked for, or needed and missing.
+    """
     if args.job == "pretrain":
         for name in args.base:
             if name not in TINY_SIZES:
@@ -101,7 +104,8 @@ def compares_with_full(args) -> bool:
 def training_costs(args) -> list[float]:
     """About how many tokens each network of the command is trained on, in turn, for the time left.
 
-    Finished ones are left out. A value network's tokens count for a third more: the base reads them.
+    Finished ones are left out. A value network's tokens count for a third more: the base reads
+    them.
     """
     post = float(TINY_POST_TRAINING["steps"] * TINY_POST_TRAINING["batch_size"] * TINY_CONVERSATION)
     bases = bases_to_pretrain(args)
@@ -471,8 +475,8 @@ def weigh_the_norm(settings: Settings, dataset: ChatDataset, train_on: Sequence[
     """Print which lambda of the paper this one weighs like, measured on the first conversations.
 
     The paper's norm is a mean over all positions of rows padded to max_length. It stands beside a
-    cross-entropy that is a mean over supervised positions, as ours does. So what counts is the share
-    that these have of the positions that the norm is a mean of.
+    cross-entropy that is a mean over supervised positions, as ours does. So what counts is the
+    share that these have of the positions that the norm is a mean of.
     """
     rows = []
     for index in train_on[:1000]:

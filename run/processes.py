@@ -3,12 +3,14 @@
     torchrun --nproc_per_node=8 train.py --base PATH --value --data chats.json --shard
     torchrun --nproc_per_node=4 sample.py --base PATH --value FOLDER --chat          # the base divided: run/tensor_parallel.py
 
-Every process reads the same batches and computes its own share of their parts. With DDP each holds the
-whole network, and gradients are averaged. With --shard each holds a slice of every weight, gradient and
-moment, and of the frozen base's weights, and a layer is put together just before it computes.
+Every process reads the same batches and computes its own share of their parts. With DDP each holds
+the whole network, and gradients are averaged. With --shard each holds a slice of every weight,
+gradient and moment, and of the frozen base's weights, and a layer is put together just before it
+computes.
 
-The loop in train.py knows OneProcess, whose methods are identities; SeveralProcesses fills them. While decoding, all
-processes read the same, compute the same logits and pick the same tokens, and the first prints them.
+The loop in train.py knows OneProcess, whose methods are identities; SeveralProcesses fills them.
+While decoding, all processes read the same, compute the same logits and pick the same tokens, and
+the first prints them.
 """
 
 import contextlib
@@ -46,7 +48,10 @@ def join_processes(args) -> Iterator["Alone"]:
 
 @contextmanager
 def join_decoders(device: str | None = None, shard: bool = False) -> Iterator["Alone"]:
-    """One process or, under torchrun, this one among the others, with a GPU of its own; the first does the talking."""
+    """One process or, under torchrun, this one among the others, with a GPU of its own.
+
+    The first does the talking.
+    """
     if "LOCAL_RANK" not in os.environ:
         yield Alone()
         return
@@ -202,7 +207,10 @@ class SeveralProcesses(Alone):
 
 
 def is_slice(tensor: Tensor) -> bool:
-    """Whether each process holds a part of it. What deals with that is imported late: it takes a second, and one process has no use for it."""
+    """Whether each process holds a part of it.
+
+    What deals with that is imported late: it takes a second, and one process has no use for it.
+    """
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)

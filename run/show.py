@@ -1,4 +1,4 @@
-"""What a person sees: questions with every system's answer, tables, a chat, and what beyond/ has to say of an answer."""
+"""What a person sees: questions with every system's answer, tables, a chat, and beyond/'s pages."""
 
 import importlib
 import sys
@@ -32,7 +32,7 @@ from run.cli import clear_progress, clock, rate, show_progress, watch
 from run.plug import Plugged, plug_in
 from sample import Guided, Speaker, generate, score
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The tiny world
 
 
@@ -126,8 +126,8 @@ def text_cross_entropy(folder: Path, ids: list[int], dtype: str) -> float:
 def show_world(plugged: Plugged, count: int = 6) -> None:
     """Questions of the development split with every system's answer, then the metrics of all of them.
 
-    The first questions as they come; of a bigger base, such as only it answers rightly when guided, and one that only
-    the smaller base does.
+    The first questions as they come; of a bigger base, such as only it answers rightly when guided,
+    and one that only the smaller base does.
     """
     speakers = plugged.speakers
     if plugged.on_its_own:  # what does the bigger base add?
@@ -229,7 +229,7 @@ def answer_all(speaker: Speaker, questions: list[str]) -> list[str]:
     return [speaker.tokenizer.decode(ids).strip() for ids in answers]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Questions that somebody asks
 
 
@@ -290,7 +290,7 @@ def answer_aloud(speaker: Speaker, turns: list[Turn], args) -> str:
     return said
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is past the paper
 
 

@@ -2,14 +2,15 @@
 
     torchrun --nproc_per_node=4 sample.py --base Llama-2-70b-hf --value FOLDER --chat
 
-Each process has some heads of every layer, a part of every MLP and some rows of the vocabulary, and reads no
-more than these from the files. Twice a layer the processes add up what they have computed, and at the end all
-logits go to all of them. What is plugged in stays whole in each. model.py knows nothing of it: it sees a Llama
-with fewer heads, and hooks do the talking.
+Each process has some heads of every layer, a part of every MLP and some rows of the vocabulary, and
+reads no more than these from the files. Twice a layer the processes add up what they have computed,
+and at the end all logits go to all of them. What is plugged in stays whole in each. model.py knows
+nothing of it: it sees a Llama with fewer heads, and hooks do the talking.
 
-torch.distributed.tensor.parallel (ColwiseParallel, RowwiseParallel) divides in the same way, but the tensors that it computes
-with take 1.8 ms of Python a linear layer under inference_mode, and a hook 0.02 (torch 2.13, one core, a group of one process):
-for the 560 layers of a 70B network, a second a token.
+torch.distributed.tensor.parallel (ColwiseParallel, RowwiseParallel) divides in the same way, but
+the tensors that it computes with take 1.8 ms of Python a linear layer under inference_mode, and a
+hook 0.02 (torch 2.13, one core, a group of one process): for the 560 layers of a 70B network, a
+second a token.
 """
 
 from dataclasses import replace
@@ -32,8 +33,8 @@ from data.checkpoint import (
 from data.errors import UsageError
 from model import Llama, LlamaConfig, read_config
 
-# Weights are (outputs, inputs). A slice of the outputs is computed from all inputs; from a slice of the inputs, a summand
-# of all outputs. One of each kind in turn takes one sum over processes.
+# Weights are (outputs, inputs). A slice of the outputs is computed from all inputs; from a slice of
+# the inputs, a summand of all outputs. One of each kind in turn takes one sum over processes.
 BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 BY_INPUTS = ("o_proj", "down_proj")
 
@@ -41,7 +42,8 @@ BY_INPUTS = ("o_proj", "down_proj")
 def load_divided(path: str | Path, dtype: torch.dtype | None, device: str) -> Llama:
     """Llama.from_pretrained, of which this process gets its part; logits (B, T, V) come out whole, in all processes the same.
 
-    Its config counts the heads that are here. UsageError as there, and where the processes cannot share the heads.
+    Its config counts the heads that are here. UsageError as there, and where the processes cannot
+    share the heads.
     """
     path = Path(path)
     config, rank, count = read_config(path), dist.get_rank(), dist.get_world_size()
@@ -69,7 +71,8 @@ def load_divided(path: str | Path, dtype: torch.dtype | None, device: str) -> Ll
     tensors = {}
     for name, file in files_of(files).items():
         wanted = llama.get_parameter(name).shape
-        # opened anew for each tensor: what was read of a file counts as this process's memory while that is open
+        # opened anew for each tensor: what was read of a file counts as this process's memory while
+        # that is open
         with safe_open(file, framework="pt") as shard:
             tensors[name] = read_slice(shard.get_slice(name), name, wanted, rank, dtype, device)
     if config.tie_word_embeddings:
@@ -91,11 +94,14 @@ def check_divisible(path: Path, config: LlamaConfig, count: int) -> None:
 
 
 def rows_of(config: LlamaConfig, count: int) -> int:
-    """How many rows of the vocabulary each process has; the last one's may be fewer, and are padded."""
+    """How many rows of the vocabulary each process has.
+
+    The last one's may be fewer, and are padded.
+    """
     return -(-config.vocab_size // count)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From the files
 
 
@@ -113,8 +119,8 @@ def read_slice(
 ) -> Tensor:
     """This process's slice of a stored tensor, of this shape, or all of it: the norms' weights.
 
-    Of the vocabulary it has the rows that there are, padded with zeros, and always one more of zeros.
-    The bias of o_proj is added in one process alone, since the outputs of all are added up.
+    Of the vocabulary it has the rows that there are, padded with zeros, and always one more of
+    zeros. The bias of o_proj is added in one process alone, since the outputs of all are added up.
     """
     module = name.split(".")[-2]
     if name in (EMBEDDING, HEAD):
@@ -133,7 +139,7 @@ def read_slice(
     return tensor
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the processes tell each other
 
 

@@ -2,8 +2,9 @@
 
     python train.py --fast        python sample.py --plain        python sample.py --compile
 
-Tiny networks take the plain way, on any device: what a student edits is what runs. Checkpoints take the fast one. --plain, --fast and, where decoding, --compile decide otherwise. Where fast/
-has been deleted, everything is plain.
+Tiny networks take the plain way, on any device: what a student edits is what runs. Checkpoints take
+the fast one. --plain, --fast and, where decoding, --compile decide otherwise. Where fast/ has been
+deleted, everything is plain.
 """
 
 from collections.abc import Callable
