@@ -513,12 +513,13 @@ def merge_adapter(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         raise UsageError(f"{file}: r {rank!r} and lora_alpha {alpha!r} must be positive numbers")
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     with opened(weights) as shard:
-        for name in sorted(shard.keys()):
+        names = sorted(shard.keys())
+        for name in names:
             one = re.fullmatch(
                 r"base_model\.model\.(model\.layers\..+_proj)\.lora_([AB])\.weight", name
             )
             weight = tensors.get(f"{one[1]}.weight") if one else None
-            if weight is None:
+            if weight is None or name.replace("lora_A", "lora_B") not in names:
                 raise UsageError(
                     f"{weights}: {name} belongs to none of the weights in {base_folder(path)}"
                 )

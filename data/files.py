@@ -202,12 +202,13 @@ def base_folder(path: Path) -> Path:
     if not file.is_file() or (path / "config.json").exists():
         return path
     named = read_json(file).get("base_model_name_or_path")
-    named = Path(named) if isinstance(named, str) and named and "\0" not in named else Path("")
-    for base in (named, path.parent / named):
+    is_name = isinstance(named, str) and 0 < len(named) < 250 and named.isprintable()
+    for base in [Path(named), path.parent / named] if is_name else []:
         if (base / "config.json").is_file():
             return base
+    hint = hub_hint(Path(named)) if is_name else ""
     raise UsageError(
-        f"{path}: a LoRA adapter, and its base is no folder here: {str(named)!r}{hub_hint(named)}; put its folder into "
+        f"{path}: a LoRA adapter, and its base is no folder here: {str(named)[:250]!r}{hint}; put its folder into "
         "base_model_name_or_path of adapter_config.json"
     )
 

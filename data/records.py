@@ -28,7 +28,8 @@ ANSWERED = ("assistant", CONTEXT)
 # The forms. A field that is null is absent, everywhere: `datasets` writes all columns into every
 # record.
 
-LISTS = ("conversations", "conversation", "messages", "contents", "data")  # where turns are
+LISTS = ("conversations", "conversation", "messages")  # where turns are
+OTHER_LISTS = ("contents", "data")  # where they may be: Gemini's, UltraChat's
 ROLE_KEYS, TEXT_KEYS = ("from", "role"), ("value", "content", "text", "parts")
 ROLES = {
     name: role
@@ -153,12 +154,15 @@ def is_thought(part) -> bool:
 def find_turns(record: dict) -> tuple[str, list]:
     """What the form of a record is called, and its turns, not yet read."""
     for key in LISTS:
-        if key in record and (key in LISTS[:3] or holds_turns(record[key])):
+        if key in record:
             return key, list_turns(record[key], key)
     for pair in EXCHANGES:
         if record.keys() >= set(pair):
             refuse_unseen(record, UNSEEN_BESIDE)
             return " and ".join(pair), one_exchange(record, *pair)
+    for key in OTHER_LISTS:
+        if holds_turns(record.get(key)):
+            return key, list_turns(record[key], key)
     for key in ("text", "chosen"):  # chosen: of pairs whose rejected side was taken out
         if found := conversation_of(record.get(key)):
             return f"{key}, a whole conversation,", found
@@ -186,7 +190,7 @@ def form_of(record: dict) -> str:
     form, turns = find_turns(record)
     turn = turns[0] if turns and isinstance(turns[0], dict) else {}
     used = [next((key for key in keys if key in turn), "?") for keys in (ROLE_KEYS, TEXT_KEYS)]
-    return f"{form} of {'/'.join(used)}" if form in LISTS else form
+    return f"{form} of {'/'.join(used)}" if form in LISTS + OTHER_LISTS else form
 
 
 # How the chat templates that are in use frame a turn, and alpaca's prompt.
@@ -388,7 +392,8 @@ def read_pair(record, reasoning: str = "") -> tuple[tuple[list[Turn], list[Turn]
 
     Nothing but the last turns differ, and nothing but they is learnt: earlier answers are context.
     """
-    answers = find_answers(record) if isinstance(record, dict) else None
+    record = present(record) if isinstance(record, dict) else {}
+    answers = find_answers(record)
     if answers is None:
         raise UnknownForm(
             "no object with 'chosen' and 'rejected' in it, two answers as --loss pairwise takes them"
@@ -420,17 +425,21 @@ def find_answers(record: dict) -> tuple | None:
             return record[names[0]], record[names[1]]
     for first, second, verdict in VERDICTS:
         if record.keys() >= {first, second, verdict}:
-            better = {"model_a": -1, "model_b": 1}.get(record[verdict], record[verdict])
+            better = {"model_a": -1, "model_b": 1}.get(str(record[verdict]), record[verdict])
             if type(better) not in (int, float) or better == 0:
                 raise Unusable("two answers of which neither is better")
             return (record[first], record[second])[:: -1 if better > 0 else 1]
     ranked = record.get("completions")  # NeMo's
-    if isinstance(ranked, list) and all(
-        isinstance(each, dict) and "rank" in each for each in ranked
-    ):
+    if isinstance(ranked, list) and ranked and all(map(has_rank, ranked)):
         ranked = sorted(ranked, key=lambda each: each["rank"])
+        if ranked[0]["rank"] == ranked[-1]["rank"]:
+            raise Unusable("two answers of which neither is better")
         return ranked[0].get("completion"), ranked[-1].get("completion")
     return None
+
+
+def has_rank(answer) -> bool:
+    return isinstance(answer, dict) and type(answer.get("rank")) in (int, float)
 
 
 def with_answer(record: dict, answer, side: str) -> dict:
@@ -447,7 +456,7 @@ def with_answer(record: dict, answer, side: str) -> dict:
         *(name for names in VERDICTS for name in names),
     }
     places |= {name for _, name in EXCHANGES}
-    rest = {name: value for name, value in present(record).items() if name not in places}
+    rest = {name: value for name, value in record.items() if name not in places}
     alone = {name: value for name, value in rest.items() if name not in LISTS}
     if not isinstance(answer, (str, list, dict)):
         raise Unusable(f"'{side}' that is no answer")
@@ -585,7 +594,7 @@ def refuse_wrapping(path: Path, record) -> None:
     if not isinstance(record, dict):
         return
     for name, value in record.items():
-        if name in LISTS[:3] or not isinstance(value, list) or not value:
+        if name in LISTS or not isinstance(value, list) or not value:
             continue
         if is_turn(value[0]):
             return
@@ -684,7 +693,8 @@ def read_texts(file: Path) -> list[str]:
 
 
 def record_text(record) -> str:
-    if isinstance(record, dict) and "text" in record and not any(key in record for key in LISTS):
+    fields = present(record) if isinstance(record, dict) else {}
+    if "text" in fields and not any(key in fields for key in LISTS):
         text = text_of(record["text"], "'text'")
         if not text.strip():
             raise Unusable("no text")

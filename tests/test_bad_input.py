@@ -387,6 +387,12 @@ DATA = {  # a data file's name and content, the status of data.chat, and what it
         0,
         "shortened 1 by a question without an answer",
     ),
+    "an exchange with a field named data": (
+        "d.jsonl",
+        lines([{"prompt": "q", "completion": "a", "data": ["x", "y"], "contents": "z"}]),
+        0,
+        "[INST] q [/INST] A",
+    ),
     "data that is no list of turns": (
         "d.jsonl",
         lines([{"data": [1, 2]}] * 2),
@@ -671,6 +677,21 @@ PAIRS = {  # with --pairs: records, the status, and what it says; test_chat.py h
         0,
         "[INST] q [/INST] BEST",
     ),
+    "ranks that are none": (
+        [PAIR, {"context": turns("q"), "completions": [{"rank": "x"}, {"rank": 1}]}],
+        0,
+        "1 pairs; dropped 1: no known form",
+    ),
+    "equal ranks, and no answers": (
+        [
+            PAIR,
+            {"prompt": "q", "completions": [{"rank": 0, "completion": "a"}] * 2},
+            {"prompt": "q", "completions": []},
+        ],
+        0,
+        "1 pairs; dropped 1: two answers of which neither is better; dropped 1: no known form",
+    ),
+    "a field named data": ([PAIR | {"data": "x"}], 0, "d.jsonl: 1 pairs\n"),
     "the arena": (
         [
             {

@@ -587,7 +587,7 @@ PAIRS = {  # a record, and the prompt of its pair, which has the answers "a" and
         sharegpt(*PLAIN, ("human", "q")) | ANSWERS | {"rejected": ""},
         "an empty turn and all after it in 'rejected'",
     ),
-    "no answer": ({"prompt": "q", "chosen": None, "rejected": "b"}, "'chosen' that is no answer"),
+    "no answer": ({"prompt": "q", "chosen": 5, "rejected": "b"}, "'chosen' that is no answer"),
     "no turn": (sharegpt(("human", "q")) | TURNS | {"rejected": []}, "no answered question"),
     "two turns behind a prompt": (
         {"prompt": "q", "chosen": [TURNS["chosen"]] * 2, "rejected": "b"},
