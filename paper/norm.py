@@ -48,7 +48,7 @@ CONCLUSIONS = {
     "more so on farther bases (`2-shot`, tiny-l less tiny-s)": farther,
     "better generalisation (`exact` on tiny-l)": lambda value: gain(value, L, "exact"),
 }
-METRICS = ["exact", "ins", "2-shot"]
+METRICS = ["exact", "know", "ins", "2-shot"]
 SYSTEMS = [
     *BASES,
     *(f"{base} + {value}" for base in BASES for value in LAMBDAS.values()),
