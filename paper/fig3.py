@@ -66,6 +66,7 @@ CLAIMS = [
         "On a bigger base Residual is the better one.",
         "`exact`, mean over tiny-m and tiny-l, Residual less Cascade+",
         between_on([M, L], SCHEMES["Residual"], SCHEMES["Cascade+"], "exact"),
+        "The paper's difference is small, too: 4.62 to 4.45.",
     ),
     Claim(
         "Section 3.1",

@@ -126,7 +126,7 @@ CLAIMS = [
         "The bigger the value network, the better.",
         "`exact` on tiny-l, value network tiny-m less tiny-s",
         gap((L, "7B"), (L, "1.1B"), "exact"),
-        "There is little left for a bigger one to gain.",
+        "Both start from bases that have read the same text, one more of it.",
     ),
     Claim(
         "Section 5.4",
