@@ -27,11 +27,7 @@ from data.tiny_world import (
     prompt_text,
     sum_item,
 )
-from data.tokenizer import SentencePieceTokenizer, load_tokenizer
-from model import Llama
-from run.show import examine
-from sample import Guided
-from tests.helpers import worked
+from data.tokenizer import SentencePieceTokenizer
 
 WORLD = World(0)
 TOKENIZER = SentencePieceTokenizer(WORLD.train_tokenizer())
@@ -282,46 +278,6 @@ def test_the_tokenizer_makes_short_names_and_keeps_all_bytes():
     assert TOKENIZER.vocab_size == 1024
     assert np.mean([len(TOKENIZER.encode(person.name)) for person in WORLD.people]) < 2.5
     assert TOKENIZER.decode(TOKENIZER.encode("漢字 👍 ünïcode")) == "漢字 👍 ünïcode"
-
-
-def flipped(batches):
-    """The same batches, the rows of each in the opposite order: the same sums, rounded in another way."""
-
-    def turned(*arguments):
-        for position, parts in batches(*arguments):
-            yield position, [(tokens.flip(0), labels.flip(0)) for tokens, labels in parts]
-
-    return turned
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["tiny-s", "tiny-m", "tiny-l", "tiny-b-m", "tiny-b-l", "tiny-c-m", "tiny-c-l"]
-)
-def test_rounding_moves_no_base_by_more_than_a_twentieth(name, tmp_path, monkeypatch):
-    """As another processor or another number of threads would. What is trained on top of a base may differ by more."""
-    known = []
-    for folder, batches in (
-        (tmp_path / "one", World.batches),
-        (tmp_path / "other", flipped(World.batches)),
-    ):
-        monkeypatch.setattr(World, "batches", batches)
-        folder.mkdir()
-        worked(folder, "train.py --base", name)
-        network = folder / "out/seed0" / name
-        known.append(
-            examine(Guided(Llama.from_pretrained(network)), WORLD, load_tokenizer(network))
-        )
-    print(
-        name,
-        *({metric: round(metrics[metric], 3) for metric in ("know", "fk")} for metrics in known),
-    )
-    one, other = [
-        (tmp_path / run / "out/seed0" / name / "model.safetensors").read_bytes()
-        for run in ("one", "other")
-    ]
-    assert one != other  # rounding was not the same
-    assert all(abs(known[0][metric] - known[1][metric]) <= 0.05 for metric in ("know", "fk"))
 
 
 # ---- examination
