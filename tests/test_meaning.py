@@ -14,7 +14,7 @@ from data.chat import ChatDataset, PairDataset, hold_out
 from data.errors import UsageError
 from data.records import Unusable, read_pair, read_turns
 from data.tiny_world import World
-from data.tokenizer import SentencePieceTokenizer
+from data.tokenizer import BYTE_OF, JsonTokenizer, SentencePieceTokenizer
 from model import Llama
 from sample import probabilities
 from tests.helpers import small
@@ -346,6 +346,36 @@ def test_of_pairs_both_sides_may_have_reasoning():
     both, left_out = read_pair({"prompt": "q"} | sides, "drop")
     assert [turns[-1][1] for turns in both] == ["chosen", "rejected"]
     assert left_out == "its reasoning"
+
+
+def with_thinking() -> JsonTokenizer:
+    """All bytes as a tokenizer.json, with chatml's tokens, and <think> as Qwen3 has it: not special."""
+    added = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    tokens = [
+        {"id": 256 + at, "content": text, "special": at < 2, "normalized": False}
+        | {"single_word": False, "lstrip": False, "rstrip": False}
+        for at, text in enumerate(added)
+    ]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    model = {"type": "BPE", "vocab": BYTE_OF, "merges": []}
+    raw = {"version": "1.0", "added_tokens": tokens, "pre_tokenizer": level, "decoder": level}
+    return JsonTokenizer(json.dumps(raw | {"model": model}).encode(), {"eos": "<|im_end|>"})
+
+
+def test_in_chatml_reasoning_is_learnt_between_its_tokens(tmp_path):
+    tokenizer = with_thinking()
+    file = tmp_path / "thoughts.jsonl"
+    file.write_text(json.dumps(asked_twice(THOUGHTS["reasoning_content"], {"content": "b"})))
+    ((ids, supervised),) = ChatDataset(file, tokenizer, "chatml", 512).rows(0)
+    learnt = [id for id, on in zip(ids, supervised) if on]
+    think, end, over = (tokenizer.specials[name] for name in ("<think>", "</think>", "<|im_end|>"))
+    expected = [*tokenizer.encode("b"), over, think, *tokenizer.encode("\nx\ny\n"), end]
+    assert learnt == [*expected, *tokenizer.encode("\n\na"), over]
+    dropped = ChatDataset(file, tokenizer, "chatml", 512, reasoning="drop")
+    ((ids, supervised),) = dropped.rows(0)
+    assert think not in ids and "shortened 1 by its reasoning" in dropped.report()
+    with pytest.raises(UsageError, match="--reasoning drop"):
+        ChatDataset(file, tokenizer, "zephyr", 512)
 
 
 # ---- sampling
