@@ -41,13 +41,14 @@ def combine(z_base: Tensor, z_delta: Tensor, alpha: float = 1.0) -> Tensor:
     alpha is ours: 1 in the paper, 0 is the base alone. Where one vocabulary extends the other,
     z_delta is 0 on the tokens that it lacks, and what it has beyond Vb is dropped. (So the loss has
     it. While decoding, such tokens are never said, as one network cannot read them: Guided.post.)
+    Logits of half precision are added in float32.
     """
     Vb, Vv = z_base.shape[-1], z_delta.shape[-1]
     if Vv > Vb:
         z_delta = z_delta[..., :Vb]
     elif Vv < Vb:
         z_delta = F.pad(z_delta, (0, Vb - Vv))
-    return z_base.detach() + alpha * z_delta
+    return at_least_float(z_base.detach()) + alpha * at_least_float(z_delta)
 
 
 def ivl_loss(
@@ -346,7 +347,7 @@ class ProxyDelta(nn.Module):
         expert_cache, anti_cache = caches or (None, None)
         z_expert = self.expert(tokens, expert_cache)[..., : self.vocab_size]
         z_anti_expert = self.anti_expert(tokens, anti_cache)[..., : self.vocab_size]
-        return z_expert - z_anti_expert
+        return at_least_float(z_expert) - at_least_float(z_anti_expert)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -53,9 +53,7 @@ def attribute(
     z_base: Tensor, z_delta: Tensor, token: int, alpha: float = 1.0, count: int = 4
 ) -> Attribution:
     """Who decided on `token`, which was picked by z_base (Vb,) and z_delta (Vv,); `count` raised and lowered ones at most."""
-    z_post = combine(
-        z_base, z_delta, alpha
-    ).float()  # (Vb,), rounded as in decoding, where half precision can make ties
+    z_post = combine(z_base, z_delta, alpha).float()  # (Vb,)
     z_base = z_base.float()  # (Vb,)
     z_delta = combine(torch.zeros_like(z_base), z_delta.float(), alpha)  # (Vb,)
     log_base, log_post = z_base.log_softmax(-1), z_post.log_softmax(-1)

@@ -32,6 +32,11 @@ from sample import (
     uniform,
 )
 
+# By what z_delta is multiplied where it drafts alone, whatever alpha is. z_post is sharper than it by about this much:
+# the base, of which the value network began as a copy, says much the same. Of tokens sampled at temperature 1 from tiny-l
+# and its value network .867 stand with 1, .917 with 2, .920 with 3 or 4. Greedily it changes nothing.
+SHARPER = 2.0
+
 
 class Silent(Llama):
     """A base that says nothing, z_base = 0: what guides it speaks alone."""
@@ -72,9 +77,7 @@ class Speculative:
         self.guided, self.ahead = guided, ahead
         kind = type(guided)  # plain or fast
         if draft is None:
-            self.drafting = kind(
-                Silent(guided.value), guided.value, sharpness(guided.alpha), guided.readable
-            )
+            self.drafting = kind(Silent(guided.value), guided.value, SHARPER, guided.readable)
         else:
             self.drafting = kind(draft, guided.value, guided.alpha, guided.readable)
         if self.drafting.readable < guided.readable:
@@ -180,11 +183,6 @@ class Speculative:
         """Keep the rows named by `rows` (B',), in that order."""
         self.drafting.select(rows)
         self.verifying.select(rows)
-
-
-def sharpness(alpha: float) -> float:
-    """By what z_delta is multiplied to draft alone. A value network began as a copy of a base, so z_base is about z_delta."""
-    return 1 + alpha
 
 
 @torch.inference_mode()

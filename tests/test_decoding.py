@@ -83,13 +83,17 @@ class Recorder(TorchDispatchMode):
             fresh = function(*arguments, **keywords)
             if result is None:
                 continue
-            for old, new in zip(
-                *([each] if isinstance(each, torch.Tensor) else each for each in (result, fresh))
-            ):
+            for old, new in zip(tensors_of(result), tensors_of(fresh)):
                 if (
                     old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr()
                 ):  # not a view of what is there
                     old.copy_(new)
+
+
+def tensors_of(result) -> list[torch.Tensor]:
+    """What an operation returned, without the numbers that some return, too."""
+    several = result if isinstance(result, (tuple, list)) else [result]
+    return [each for each in several if isinstance(each, torch.Tensor)]
 
 
 def record(step):
@@ -156,6 +160,22 @@ def test_a_captured_step_leaves_what_it_was_made_of(captured):
         ):  # not written beyond its memory
             for token in range(4):
                 guided.step(torch.tensor([[token]]))
+
+
+@pytest.mark.parametrize("plug", ["residual", "cascade+", "probe", "proxy"])
+@torch.inference_mode()
+def test_plain_and_captured_steps_in_bfloat16_add_in_float32(plug, captured):
+    plain = plugged(plug)
+    base, value = plain.base.bfloat16(), plain.value.bfloat16()
+    said = []
+    for guided in (Guided(base, value, 0.7), captured(base, value, 0.7)):
+        guided.start([[5, 6, 7]], 6)
+        for token in (8, 9, 10):
+            said.append(guided.step(torch.tensor([[token]])).clone())
+            assert guided.z_base.dtype is torch.bfloat16
+            assert torch.equal(said[-1], guided.z_base.float() + 0.7 * guided.z_delta.float())
+    assert any(guided.graphs.values())
+    assert torch.equal(torch.cat(said[:3]), torch.cat(said[3:]))
 
 
 def test_on_a_gpu_checkpoints_are_captured_and_compiled_if_asked_for(monkeypatch):

@@ -24,6 +24,14 @@ def rows(n=6, Vb=11, Vv=11, dtype=torch.float64):
     return z_base, z_delta, labels
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_half_precision_are_added_in_float32(dtype):
+    z_base, z_delta, _ = rows(dtype=dtype)
+    z_post = combine(z_base, z_delta, alpha=0.7)
+    assert torch.equal(z_post, z_base.float() + 0.7 * z_delta.float())
+    assert not torch.equal(z_post, z_post.to(dtype).float())  # which would have lost something
+
+
 @pytest.mark.parametrize("Vb, Vv", [(11, 11), (14, 11), (11, 14)])
 def test_combine_is_equation_3_over_any_two_sizes(Vb, Vv):
     z_base, z_delta, _ = rows(Vb=Vb, Vv=Vv)
