@@ -53,7 +53,7 @@ def check_full_disks(folder: Path, base: Path, chats: Path, disks: int, seed: in
             done.stderr,
         )
         left = sorted(path.name for path in folder.glob(f"full-{number}*/*"))
-        assert [name for name in left if name not in ("lock", "settings.json")] in (
+        assert [name for name in left if name not in ("lock", "log.jsonl", "settings.json")] in (
             ["step-5"],
             ["step-15"],
         ), left
