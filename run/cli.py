@@ -231,15 +231,20 @@ def show_progress(text: str, keep: bool = False) -> None:
 
 
 def watch(items: Sequence, what: str) -> Iterator:
-    """The items in turn, and every two seconds a line about how many are done and the time left."""
+    """The items in turn, and now and then a line about how many are done and the time left."""
     started = shown = time.monotonic()
     for done, item in enumerate(items):
-        if done and time.monotonic() - shown > 2:
+        if done and time.monotonic() - shown > seconds_between():
             shown = time.monotonic()
             left = (shown - started) / done * (len(items) - done)
             show_progress(f"{what}: {done} of {len(items)}, {clock(left)} left")
         yield item
     clear_progress()
+
+
+def seconds_between() -> int:
+    """How long to wait for the next line while measuring: in a file each line stays."""
+    return 2 if sys.stdout.isatty() else 20
 
 
 def clear_progress() -> None:

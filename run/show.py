@@ -28,7 +28,7 @@ from data.tiny_world import (
 )
 from data.tokenizer import StreamDecoder, Tokenizer
 from model import Llama
-from run.cli import clear_progress, clock, rate, show_progress, watch
+from run.cli import clear_progress, clock, rate, seconds_between, show_progress, watch
 from run.plug import Plugged, plug_in
 from sample import Guided, Speaker, generate, score
 
@@ -81,14 +81,14 @@ def examine(
 def generate_aloud(
     guided: Guided, prompts: list[list[int]], stop_ids: set[int], longest: int = 48
 ) -> list[list[int]]:
-    """Answers of at most `longest` tokens, and every two seconds a line about how far they are."""
+    """Answers of at most `longest` tokens, and now and then a line about how far they are."""
     lengths = [0] * len(prompts)
     started = shown = time.monotonic()
 
     def on_token(prompt: int, token: int) -> None:
         nonlocal shown
         lengths[prompt] += 1
-        if time.monotonic() - shown > 2:
+        if time.monotonic() - shown > seconds_between():
             shown, done = time.monotonic(), max(lengths)
             left = (shown - started) / done * (longest - done)
             show_progress(
@@ -107,7 +107,7 @@ def generate_aloud(
 def score_aloud(
     guided: Guided, pairs: list[tuple[list[int], list[int]]], batch_size: int = 256
 ) -> list[tuple[float, bool]]:
-    """What score returns, and every two seconds a line about how far it is."""
+    """What score returns, and now and then a line about how far it is."""
     results = []
     for first in watch(range(0, len(pairs), batch_size), "examining: batches of choices"):
         results += score(guided, pairs[first : first + batch_size], batch_size)
