@@ -136,8 +136,8 @@ def print_attributions(tokenizer: Tokenizer, records: list[Attribution], guide: 
             "p both",
             "z_delta",
             "|z_delta|",
-            "raised",
-            "lowered",
+            "more probable",
+            "less probable",
         ]
     ]
     for each in records:
@@ -224,7 +224,7 @@ def moved(head: str, each: Moved, name) -> str:
         f"<tr><td>{name(token)}<td>{share(before)}<td>{share(after)}<td>{z_delta:+.1f}"
         for token, before, after, z_delta in each
     )
-    return f"<table><tr><th>{head}<th>base<th>both<th>z_delta{rows}</table>" if rows else ""
+    return f"<table><tr><th>{head}<th>p base<th>p both<th>z_delta{rows}</table>" if rows else ""
 
 
 def detail(each: Attribution, tokenizer: Tokenizer, guide: str, classes: str = "") -> str:
@@ -241,7 +241,7 @@ def detail(each: Attribution, tokenizer: Tokenizer, guide: str, classes: str = "
         f"<dt>its probability, base alone<dd>{share(each.p_base)}<dt>and with z_delta<dd>{share(each.p_post)}"
         f"<dt>its z_delta<dd>{each.z_delta:+.2f}<dt>largest z_delta, likely or not<dd>{name(each.pushed)}"
         f"<dt>mean |z_delta|<dd>{each.size:.2f}<dt>KL(both, base)<dd>{each.kl:.2f} nats</dl>"
-        f"{moved('raised', each.raised, name)}{moved('lowered', each.lowered, name)}</span>"
+        f"{moved('more probable', each.raised, name)}{moved('less probable', each.lowered, name)}</span>"
     )
 
 

@@ -371,3 +371,14 @@ for path in sorted(Path({str(tmp_path)!r}).iterdir()):
         *("damaged.jsonl.gz refused", "foreign.jsonl refused", "plain.jsonl 1"),
         *("small.jsonl.gz 1", "wide.jsonl 1"),
     ]
+
+
+# ---- who decided
+
+
+def test_the_columns_of_tokens_that_moved_say_that_they_are_probabilities(home):
+    ask = ["sample.py", "--explain", "--prompt", "Greet Ruja.", "--max-new-tokens", "3"]
+    status, output, errors = inside(home, *ask)
+    assert status == 0, errors
+    head = next(line for line in output.splitlines() if "base alone  " in line)
+    assert head.rstrip().endswith("less probable") and "more probable" in head
