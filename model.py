@@ -148,7 +148,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """weight * x / sqrt(mean(x^2) + eps): one kernel on a GPU, in fp32 within it."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        weight = self.weight.to(x.dtype)  # under autocast the heads of q and k come in bfloat16
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 class Attention(nn.Module):

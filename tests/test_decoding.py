@@ -113,9 +113,21 @@ def captured(monkeypatch):
     return CapturedGuided
 
 
-@pytest.mark.parametrize("plug", ["none", "residual", "cascade+", "probe", "proxy"])
+FAMILIES = {  # as a base; its window is longer than any text here
+    "mistral": dict(model_type="mistral", sliding_window=2048),
+    "qwen2": dict(model_type="qwen2"),
+    "qwen3": dict(model_type="qwen3", head_dim=12, attention_bias=True),
+}
+
+
+@pytest.mark.parametrize("plug", ["none", "residual", "cascade+", "probe", "proxy", *FAMILIES])
 def test_captured_is_eager(plug, captured):
-    eager = Guided(small(vocab_size=53)) if plug == "none" else plugged(plug, vocab_size=53)
+    if plug == "none":
+        eager = Guided(small(vocab_size=53))
+    elif plug in FAMILIES:
+        eager = plugged("residual", vocab_size=53, **FAMILIES[plug])
+    else:
+        eager = plugged(plug, vocab_size=53)
     guided = captured(eager.base, eager.value)
     for prompts in (
         random_prompts(4),
