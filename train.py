@@ -33,7 +33,8 @@ from model import Llama
 from sample import Guided
 
 # Tokens (B, T), and labels (B, T): the tokens that follow, -100 where not supervised. Of
-# conversations only answers and their ends are supervised: data/chat.py, with_mask and collate.
+# conversations only answers and their ends are supervised. In data/chat.py with_mask makes the
+# label mask, and collate shifts the labels.
 Part = tuple[Tensor, Tensor]
 
 # --------------------------------------------------------------------------------------------------
