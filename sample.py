@@ -365,7 +365,14 @@ class MappedGuided(Guided):
     several of the other.
     """
 
-    def __init__(self, base: Llama, value: ValueModel, vocab_map: VocabMap, alpha: float = 1.0):
+    def __init__(
+        self,
+        base: Llama,
+        value: ValueModel,
+        vocab_map: VocabMap,
+        alpha: float = 1.0,
+        ask: Callable[[list[int]], list[int]] | None = None,
+    ):
         if value.scheme != "residual":
             raise ValueError(
                 f"scheme {value.scheme} reads the base's logits over its own vocabulary, and here are "
@@ -378,7 +385,8 @@ class MappedGuided(Guided):
         )  # the base has a cache of its own, in its own tokens
         self.readable = min(value.vocab_size, vocab_map.value_tokenizer.vocab_size)
         self.never = torch.tensor(vocab_map.unsayable(), dtype=torch.long, device=base.device)
-        self.texts: list[list[int]] = []  # each row's value tokens so far
+        self.ask = ask  # a prompt -> how the base is asked, in its tokens, if that is another text
+        self.texts: list[list[int]] = []  # each row's value tokens so far, behind what `ask` gave
         self.base_tokens_read = self.value_tokens_asked = 0  # behind prompts
 
     @torch.inference_mode()
@@ -390,12 +398,16 @@ class MappedGuided(Guided):
         """Let the base read whole prompts."""
         self.base_tokens_read = self.value_tokens_asked = 0
         self.is_new = True  # the next step's token is a prompt's last, which the base has read
-        self.texts = [list(prompt) for prompt in prompts]
+        self.texts, self.asked = map(list, zip(*map(self.split, prompts)))
         self.base_tokens: list[list[int]] = [
             [] for _ in prompts
         ]  # of each row, what is in the base's cache
         self.base_cache = KVCache(self.base, len(prompts), 0)
         self.read_texts()
+
+    def split(self, prompt: list[int]) -> tuple[list[int], list[int]]:
+        """Value tokens that the base reads through the map, and base tokens in front of them."""
+        return (list(prompt), []) if self.ask is None else ([], self.ask(prompt))
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
@@ -442,8 +454,8 @@ class MappedGuided(Guided):
         # What the tokenizer cuts as before is in the cache. The last token is read again for its
         # logits.
         rows, kept = [], []
-        for text, known in zip(self.texts, self.base_tokens):
-            tokens, _ = self.map.in_base_tokens(text)
+        for text, asked, known in zip(self.texts, self.asked, self.base_tokens):
+            tokens = asked + self.map.in_base_tokens(text)[0]
             same = 0
             while same < min(len(tokens) - 1, len(known)) and tokens[same] == known[same]:
                 same += 1
@@ -473,6 +485,7 @@ class MappedGuided(Guided):
     def select(self, rows: Tensor) -> None:
         super().select(rows)
         self.texts = [list(self.texts[row]) for row in rows.tolist()]
+        self.asked = [self.asked[row] for row in rows.tolist()]
         self.base_tokens = [self.base_tokens[row] for row in rows.tolist()]
         self.base_cache.select(rows)
         self.z_next = self.z_next[rows]

@@ -11,6 +11,8 @@ ways it has never seen (sample.py, MappedGuided). Here the base's probabilities 
   base token, the base can also have read it; both ways are kept, as hypotheses.
 * A value token may be several base tokens long, a path. No mass would ever reach it, so its path is
   spelled out, base token by base token, wherever z_delta leaves it a chance to win.
+* Their ends may cross, as in "There" + "se" and "Ther" + "ese". A context that no base token fits any more
+  is read on by parts of what is pending, those first that may yet be likelier than all other contexts.
 
 Each text is decoded by itself, in `Text.log_p` and `Text.push`, as if it were alone: generators that YIELD
 what they want the base to read. `together` gathers the wishes of all texts into one base pass.
@@ -18,7 +20,7 @@ tests/test_mapped.py holds P against brute force over all ways to cut a text.
 """
 
 import copy
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 
@@ -28,14 +30,17 @@ from torch import Tensor
 from ivl import ValueModel
 from model import KVCache, Llama
 from sample import MappedGuided
-from vocab_map import VocabMap
+from vocab_map import Speller, VocabMap
 
 FLOOR = 1e-12  # the least P(v): what the base rules out can still be said if z_delta outbids log(1e-12) = -27.6
-HYPOTHESES, EXPANSIONS = 3, 8  # contexts of one text; base tokens read for paths in one step
+HYPOTHESES, EXPANSIONS = (
+    3,
+    8,
+)  # contexts of one text; base tokens read for paths or parts in one step
 MARGIN = (
     5.0  # nats below the best within which a path is worth reading when sampling; 0 when greedy
 )
-UNLIKELY = 30.0  # nats below the best at which a hypothesis is not worth a pass
+UNLIKELY = 7.0  # nats below the best at which a hypothesis is not worth a pass
 
 Tokens = tuple[int, ...]
 
@@ -50,6 +55,15 @@ class Context:
     log_p: Tensor  # (Vb,) over the tokens that have pieces
     weight: float = 0.0  # log of how likely the text was cut in this way, up to a constant
     pending: Tokens = ()  # value tokens written since
+
+
+@dataclass
+class Crossing:
+    """A context behind which a base token may come that ends within a value token."""
+
+    context: Context
+    text: bytes  # written since
+    since: Tokens  # the value tokens of this text, from where both sides began a token
 
 
 Wish = tuple[Context, list[int]]  # a context, and base tokens to read behind it
@@ -97,6 +111,15 @@ class Tables:
         self.starts = (
             self.lengths.cumsum(0) - self.lengths
         )  # (n,), where each one's pieces begin in `flat`
+        # the same tokens by their bytes, for ends that cross
+        value = vocab_map.value_tokenizer
+        self.speller = Speller(value)
+        self.text_of = [value.token_bytes(id) for id in range(value.vocab_size)]
+        self.by_text: dict[bytes, list[int]] = {}
+        for token, pieces in enumerate(vocab_map.value_tokens):
+            text = b"".join(self.text_of[piece] for piece in pieces)
+            self.by_text.setdefault(text, []).append(token)
+        self.texts = sorted(self.by_text)
         # special tokens, and rows beyond the tokenizer's, say nothing
         self.silent = torch.ones(base.config.vocab_size, dtype=torch.bool, device=device)
         self.silent[self.tokens] = False
@@ -125,6 +148,11 @@ class Tables:
         behind = (*pending[:-1], pending[-1] + 1)
         return slice(bisect_left(self.pieces, pending), bisect_left(self.pieces, behind))
 
+    def goes_on(self, text: bytes) -> bool:
+        """Whether a base token begins with these bytes and is longer."""
+        at = bisect_right(self.texts, text)
+        return at < len(self.texts) and self.texts[at].startswith(text)
+
 
 # ---------------------------------------------------------------------------------------------------------
 # One text
@@ -133,9 +161,12 @@ class Tables:
 class Text:
     """The hypotheses of one text, those likeliest so far first."""
 
-    def __init__(self, tables: Tables, vocab_map: VocabMap, written: list[int]):
+    def __init__(self, tables: Tables, vocab_map: VocabMap, written: list[int], asked: list[int]):
         self.tables, self.map, self.written = tables, vocab_map, list(written)  # in value tokens
+        self.asked = asked  # base tokens in front of it
         self.contexts: list[Context] = []
+        self.crossings: list[Crossing] = []
+        self.log_scale = 0.0  # what was taken off the weights, which are relative to the best
         # of this step: contexts read along paths, by their base tokens, and what each path's value token weighs
         self.found: dict[Tokens, Context] = {}
         self.path_weight: dict[int, float] = {}
@@ -164,6 +195,17 @@ class Text:
             at = (tables.starts[here] + depth).clamp(max=len(tables.flat) - 1)
             P.index_add_(0, tables.flat[at], p)
         return P
+
+    def log_probability(self) -> float:
+        """log of how likely the base finds what was written behind the prompt, cut in the ways that were kept."""
+        scores = []
+        for context in self.contexts:
+            _, log_p, longer = self.weights(context, context.pending)
+            weight = (
+                torch.tensor(context.weight) if not context.pending else log_p[longer].logsumexp(0)
+            )
+            scores.append(weight.double())
+        return self.log_scale + torch.stack(scores).logsumexp(0).item()
 
     def spell_paths(
         self, P: Tensor, exact: Context, log_total: float, z_delta: Tensor, sampling: bool
@@ -219,6 +261,7 @@ class Text:
             options += self.whole_tokens(context, value)
         if value in self.path_weight:
             options.append(self.rest_of_path(value))
+        count = yield from self.read_crossings(value, waiting, options)
         # the likeliest of both kinds
         scores = [score for score, _ in waiting] + [score for score, _, _ in options]
         scores.sort(reverse=True)
@@ -239,10 +282,77 @@ class Text:
             ]
         kept.sort(key=lambda each: -each[0])
         top = kept[0][0]
+        self.log_scale += top
         self.contexts = [
             replace(context, weight=context.weight - top) for _, context in kept[:HYPOTHESES]
         ]
-        return sum(len(tokens) for _, _, tokens in wanted)
+        self.crossings = [
+            replace(each, context=replace(each.context, weight=each.context.weight - top))
+            for each in self.crossings
+        ]
+        return count + sum(len(tokens) for _, _, tokens in wanted)
+
+    def read_crossings(
+        self, value: int, waiting: list, options: list
+    ) -> Generator[list[Wish], list[Context], int]:
+        """Read on what nothing fits any more, and add it to what fits; returns how many base tokens were read.
+
+        What was read bounds how likely it is. While a bound beats all that fits, the base reads one part more.
+        """
+        tables, text = self.tables, self.tables.text_of[value]
+        crossings, self.crossings = self.crossings, []
+        crossings += [
+            Crossing(each, b"".join(map(tables.text_of.__getitem__, each.pending)), each.pending)
+            for each in self.contexts
+        ]
+        known = {tuple(context.tokens) for context in self.contexts}  # these look for themselves
+        read = {tuple(context.tokens): context for context in self.found.values()}
+        parts = []
+        for each in crossings:
+            each = Crossing(each.context, each.text + text, (*each.since, value))
+            if text and tables.goes_on(each.text):
+                self.crossings.append(each)
+            # ends cross only in a text that the value network's own tokenizer cuts like this
+            elif each.since == (*tables.speller(each.text), *([] if text else [value])):
+                parts += self.first_parts(each, known)
+        best = max((each[0] for each in waiting + options), default=-torch.inf)
+        count = 0
+        while parts and count < EXPANSIONS:
+            part = max(parts, key=lambda each: each[0])
+            parts.remove(part)
+            score, token, crossing = part
+            if score <= best:
+                break
+            context = read.get((*crossing.context.tokens, token))
+            if context is None:
+                [context] = yield [(crossing.context, [token])]
+                count += 1
+            context = replace(context, weight=score, pending=())
+            if crossing.text:
+                crossing = Crossing(context, crossing.text, crossing.since)
+                if text and tables.goes_on(crossing.text):
+                    self.crossings.append(crossing)
+                parts += self.first_parts(crossing, known)
+            elif text:
+                waiting.append((score, context))
+                best = max(best, score)
+            else:
+                options += self.whole_tokens(context, value)
+                best = max(best, *(each[0] for each in options))
+        self.crossings.sort(key=lambda each: -each.context.weight)
+        del self.crossings[HYPOTHESES:]
+        return count
+
+    def first_parts(self, crossing: Crossing, known: set) -> list[tuple[float, int, Crossing]]:
+        """Base tokens that a text begins with: how likely at best, and what is then left of it."""
+        parts, context = [], crossing.context
+        for end in range(1, len(crossing.text) + 1):
+            for token in self.tables.by_text.get(crossing.text[:end], []):
+                if (*context.tokens, token) not in known:
+                    score = (context.log_p[token] + context.weight).item()
+                    left = Crossing(context, crossing.text[end:], crossing.since)
+                    parts.append((score, token, left))
+        return parts
 
     def weights(self, context: Context, pending: Tokens) -> tuple[slice, Tensor, Tensor]:
         """Base tokens that begin with these pieces: where, how likely, and whether they are longer."""
@@ -278,7 +388,8 @@ class Text:
     def read_again(self) -> tuple[Context, list[int], Tokens]:
         """The text so far as the base's tokenizer cuts it: a context cropped to what stays the same, the tokens behind it
         (at least one), and value tokens that end in half a character."""
-        (tokens, withheld), context = self.map.in_base_tokens(self.written), self.contexts[0]
+        tokens, withheld = self.map.in_base_tokens(self.written)
+        tokens, context = self.asked + tokens, self.contexts[0]
         same = 0
         while (
             same < min(len(tokens) - 1, len(context.tokens))
@@ -308,20 +419,20 @@ class Hypotheses(MappedGuided):
         vocab_map: VocabMap,
         alpha: float = 1.0,
         sampling: bool = False,
+        ask: Callable[[list[int]], list[int]] | None = None,
     ):
-        super().__init__(base, value, vocab_map, alpha)
+        super().__init__(base, value, vocab_map, alpha, ask)
         self.sampling = sampling
         self.tables = Tables(vocab_map, base, value.vocab_size)
 
     def begin(self, prompts: list[list[int]]) -> None:
         self.base_tokens_read = self.value_tokens_asked = 0
         self.is_new = True
-        self.texts = [Text(self.tables, self.map, prompt) for prompt in prompts]
+        self.texts = [Text(self.tables, self.map, *self.split(prompt)) for prompt in prompts]
         empty = KVCache(self.base, 1, 0)
         nothing = Context([], empty.keys[:, 0], empty.values[:, 0], torch.empty(0))
-        contexts = self.read_base(
-            [(nothing, self.map.in_base_tokens(prompt)[0]) for prompt in prompts]
-        )
+        asked = [text.asked + self.map.in_base_tokens(text.written)[0] for text in self.texts]
+        contexts = self.read_base([(nothing, tokens) for tokens in asked])
         for text, context in zip(self.texts, contexts):
             text.contexts = [context]
 

@@ -81,8 +81,10 @@ def brute_force(
 @torch.no_grad()
 @pytest.mark.parametrize("text", ["", "a", "ab", "abc", "abcab", "abcabc", " abca"])
 def test_the_mass_of_hypotheses_is_brute_force(text, monkeypatch):
-    """With as many hypotheses as there are, and no paths, P is the exact marginal over the base's ways to cut the text."""
+    """With as many hypotheses as there are, no paths and no ends that cross, P is exact: all the base's ways to cut the text."""
     monkeypatch.setattr(hypotheses, "HYPOTHESES", 100)
+    monkeypatch.setattr(hypotheses, "UNLIKELY", 1000.0)
+    monkeypatch.setattr(hypotheses, "EXPANSIONS", 0)
     vocab = build(LONG, SHORT)
     vocab.base_tokens = []
     for base in bases(LONG):
