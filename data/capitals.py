@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.chat import encode_chat, end_token, with_system
+from data.chat import encode_chat, end_tokens, with_system
 from data.files import write_lines
 from data.tokenizer import Tokenizer
 
@@ -247,14 +247,14 @@ class Capitals:
         know   the capital is in the answer
         ins    the form asked for, and the end
         """
-        items, end = self.items(split), end_token(tokenizer, template)
+        items, ends = self.items(split), end_tokens(tokenizer, template)
         prompts = [
             encode_chat(tokenizer, template, with_system(system, [("user", item.question)]))[0]
             for item in items
         ]
         marks = Counter()
         for item, ids in zip(items, answer(prompts), strict=True):
-            ended, text = ids[-1:] == [end], tokenizer.decode(ids).strip()
+            ended, text = not ends.isdisjoint(ids[-1:]), tokenizer.decode(ids).strip()
             marks["exact"] += ended and text in item.answers()
             marks["know"] += item.names_capital(text)
             marks["ins"] += ended and item.has_form(text)

@@ -74,6 +74,14 @@ def with_system(system: str, turns: list[Turn]) -> list[Turn]:
     return [("system", system), *turns] if system and turns[0][0] != "system" else turns
 
 
+def end_tokens(tokenizer: Tokenizer, template: str) -> set[int]:
+    """All tokens that end the assistant's turn: one, and in qa also those that begin with a new line."""
+    if template != "qa":
+        return {end_token(tokenizer, template)}
+    lines = [id for id in range(tokenizer.vocab_size) if tokenizer.token_bytes(id)[:1] == b"\n"]
+    return {tokenizer.eos_id, *lines}
+
+
 def end_token(tokenizer: Tokenizer, template: str) -> int:
     """The token that ends the assistant's turn."""
     return (
@@ -85,7 +93,7 @@ def end_token(tokenizer: Tokenizer, template: str) -> int:
 
 def stop_ids(tokenizer: Tokenizer, template: str, llamas: list) -> set[int]:
     """Tokens that end an answer: the template's, the tokenizer's, and what the checkpoints of these networks name."""
-    ids = {end_token(tokenizer, template), tokenizer.eos_id, tokenizer.end_of_turn_id}
+    ids = end_tokens(tokenizer, template) | {tokenizer.eos_id, tokenizer.end_of_turn_id}
     for llama in llamas:
         named = llama.config.eos_token_id
         ids |= set(named if isinstance(named, list) else [] if named is None else [named])
@@ -103,6 +111,7 @@ def encode_chat(
     zephyr     <|role|>, new line, text</s>, new line, per turn, the first in plain text (TinyLlama-Chat)
     mistral    <s> once, then [INST] question [/INST] answer</s> for each exchange; where [INST] is a token of the
                tokenizer (from v3 on), [INST] question[/INST] answer</s>, and without spaces if it is byte-level
+    qa         Question: text, new line, Answer: text, empty line; for a base without turns, and not to train in
 
     A system turn may come first; mistral has it before the first question, with a blank line between them.
     Texts are stripped as the vendors do it, in chatml and zephyr not at all, in mistral the answers alone.
@@ -135,6 +144,7 @@ def segments_of(tokenizer: Tokenizer, template: str, turns: list[Turn]) -> Itera
         "chatml": chatml_segments,
         "zephyr": zephyr_segments,
         "mistral": mistral_segments,
+        "qa": qa_segments,
     }
     return kinds[template](tokenizer, turns)
 
@@ -216,6 +226,19 @@ def mistral_segments(tokenizer: Tokenizer, turns: list[Turn]) -> Iterator[Segmen
             begin, system = [], ""
 
 
+def qa_segments(tokenizer: Tokenizer, turns: list[Turn]) -> Iterator[Segment]:
+    asked = ""  # of an exchange, all up to its answer
+    for number, (role, text) in enumerate(turns):
+        if role == "system":
+            asked = f"{text.strip()}\n\n"
+        elif role == "user":
+            asked += f"Question: {text.strip()}\nAnswer:"
+            yield tokenizer.encode(asked, bos=number <= 1), "user"
+            asked = ""
+        else:
+            yield tokenizer.encode(f" {text.strip()}\n\n"), role
+
+
 def split_text(tokenizer: Tokenizer, header: str, text: str) -> tuple[list[int], list[int]]:
     """The tokens of a header and a text in one piece, as the vendors have it, cut where they are no longer the header's own.
 
@@ -226,6 +249,41 @@ def split_text(tokenizer: Tokenizer, header: str, text: str) -> tuple[list[int],
         (at for at, (a, b) in enumerate(zip(alone, whole)) if a != b), min(len(alone), len(whole))
     )
     return whole[:same], whole[same:]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Conversations read back
+#
+# A base with another tokenizer may be asked in a form of its own. What it is asked comes as the value network's tokens.
+
+# A turn in each template, special tokens between two "\0". Groups: the role and the text, or texts of these ROLES.
+TURN = {
+    "llama-2": r"\[INST\] (?:<<SYS>>\n(.*?)\n<</SYS>>\n\n)?(.*?) \[/INST\](?: ?(.*?) ?\0[^\0]*\0)?",
+    "llama-3": r"\0<\|start_header_id\|>\0(\w+)\0<\|end_header_id\|>\0\n\n(.*?)(?:\0<\|eot_id\|>\0|$)",
+    "chatml": r"\0<\|im_start\|>\0(\w+)\n(.*?)(?:\0<\|im_end\|>\0|$)",
+    "zephyr": r"<\|(system|user|assistant)\|>\n(.*?)(?:\0[^\0]*\0|$)",
+    "mistral": r"\0?\[INST\]\0? ?(.*?) ?\0?\[/INST\]\0?(?: ?(.*?)\0[^\0]*\0)?",
+}
+ROLES = {"llama-2": ("system", "user", "assistant"), "mistral": ("user", "assistant")}
+
+
+def read_chat(tokenizer: Tokenizer, template: str, ids: list[int]) -> list[Turn]:
+    """The turns that encode_chat made these ids of; none where it did not make them."""
+    names = {id: name for name, id in tokenizer.specials.items()}
+    text, plain = "", []
+    for id in [*ids, None]:
+        if id is not None and tokenizer.token_bytes(id):
+            plain.append(id)
+            continue
+        text += tokenizer.decode(plain)
+        if id is not None and id != tokenizer.bos_id or id in names:
+            text += f"\0{names.get(id, id)}\0"
+        plain = []
+    turns = []
+    for groups in re.findall(TURN.get(template, "$^"), text, re.DOTALL):
+        said = zip(ROLES[template], groups) if template in ROLES else [groups]
+        turns += [(role, text) for role, text in said if text]
+    return turns
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data.chat import TEMPLATES
-from data.errors import UsageError
+from data.errors import OtherArchitecture, UsageError
 from data.files import base_folder, check_regular, digest, hub_hint, read_json, refuse_foreign
 from data.records import is_unicode
 from data.tokenizer import read_chat_template
@@ -136,7 +136,7 @@ def read_config(path: str | Path, hidden_act: str = "silu") -> dict:
         check_depth(raw, path)
         raw |= settle_attention(raw)
     except UsageError as error:
-        raise UsageError(f"{file}: {error}") from None
+        raise type(error)(f"{file}: {error}") from None
     return add_generation_config(raw, path)
 
 
@@ -178,7 +178,9 @@ def check_architecture(raw: dict, hidden_act: str) -> None:
             raise UsageError(
                 f"{reason}, and this is no causal language model, which a base must be"
             )
-        raise UsageError(f"{reason}; with transformers installed, sample.py takes it as a base")
+        raise OtherArchitecture(
+            f"{reason}; with transformers installed, sample.py takes it as a base"
+        )
     for name in NEEDED:
         if name not in raw:
             raise UsageError(f"{name} is missing")

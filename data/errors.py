@@ -1,4 +1,4 @@
-"""The one class of errors that a user can mend."""
+"""The errors that a user can mend."""
 
 
 class UsageError(ValueError):
@@ -7,3 +7,7 @@ class UsageError(ValueError):
     The message is one line: what is wrong, in which file or flag, and what to do. A command prints it
     and ends with status 2 (run/cli.py).
     """
+
+
+class OtherArchitecture(UsageError):
+    """A checkpoint that model.py does not compute, but transformers may (beyond/foreign.py)."""

@@ -12,6 +12,7 @@ import vocab_map
 from data.chat import TEMPLATES
 from data.files import check_output
 from ivl import SCHEMES
+from run.bases import FORMS
 from run.cli import (
     DEVICES,
     ArgumentParser,
@@ -355,6 +356,12 @@ def add_guidance(parser: argparse.ArgumentParser, unguided: str = "the newest un
         metavar="FILE",
         help="a map between base and value network of different tokenizers, by "
         "vocab_map.py (default: made on the spot, from the tokenizers alone)",
+    )
+    parser.add_argument(
+        "--base-prompt",
+        choices=FORMS,
+        help="how a base with another tokenizer reads a conversation: in its own chat template, in "
+        "the value network's, or as Question: ..., Answer: ... (default: by what its folder has)",
     )
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and computation"

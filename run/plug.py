@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data.chat import TEMPLATES, can_speak, default_template, system_of
+from data.chat import TEMPLATES, default_template, system_of
 from data.checkpoint import is_a_path, name_of, own_template, read_value_info, stamp
 from data.errors import UsageError
 from data.files import digest, read_json
@@ -19,9 +19,9 @@ from data.tiny_world import TINY_SIZES, World, world_of
 from data.tokenizer import Tokenizer, describe_tokenizer, is_same_family, load_tokenizer
 from ivl import SCHEMES, ProxyDelta, ValueModel
 from model import Llama
+from run.bases import asking, choose_form, is_foreign, load_base, template_of, with_ends
 from run.cli import pick_device
 from run.processes import Alone
-from run.tensor_parallel import load_divided
 from run.twins import TINY_VOCABULARY, choose_guided
 from sample import Guided, MappedGuided, Speaker
 from vocab_map import VocabMap, build
@@ -178,15 +178,27 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
         raise UsageError(
             "--compile: steps through a vocabulary map are not captured, so there is nothing to compile"
         )
+    if vocab_map is None and args.base_prompt:
+        raise UsageError(
+            f"--base-prompt: {base_path} and {value_path} read the same tokens, so also the same prompt"
+        )
     kind = (
-        choose_guided(args, world is not None, device, processes.count)
+        choose_guided(args, world is not None, device, processes.count, is_foreign(base_path))
         if vocab_map is None
         else None
     )
     system = info.get("system", "") if args.system is None else args.system
     template = alone_template = info["template"]
-    if vocab_map is not None and not can_speak(base_tokenizer, template):
-        alone_template = default_template(base_tokenizer)  # it lacks the other's special tokens
+    alone_system, ask = system, None
+    if vocab_map is not None:
+        form = choose_form(args, base_path, world is not None)
+        asked_in = template_of(form, base_path, base_tokenizer, template)
+        alone_template = asked_in or default_template(base_tokenizer)
+        if form != "value":
+            alone_system = system_of(base_tokenizer, alone_template, args.system)
+            ask = asking(vocab_map, template, alone_template, args.system)
+        if vocab_map.how == "pieces":
+            vocab_map = with_ends(vocab_map, asked_in, template)
     print(
         f"base {base_path}, {describe_guide(args, value_path, own_path, info)}, template {template}"
         + (f", system prompt {system[:60]!r}" if system else "")
@@ -204,7 +216,7 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
     if vocab_map is None:
         guided = kind(base, value, args.alpha, tokenizer.vocab_size)
     else:
-        guided = guide_mapped(base, value, vocab_map, args.alpha, sampling=args.temperature > 0)
+        guided = guide_mapped(base, value, vocab_map, args.alpha, args.temperature > 0, ask)
     kind = kind or Guided
     alone = kind(base, readable=base_tokenizer.vocab_size if vocab_map else guided.readable)
 
@@ -215,7 +227,9 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
     is_other = own_path.resolve() != base_path.resolve() and own_path.is_dir()
     return Plugged(
         guided=Speaker(f"{name_of(base_path)} + {plug}", guided, tokenizer, template, system),
-        alone=Speaker(f"{name_of(base_path)} alone", alone, base_tokenizer, alone_template, system),
+        alone=Speaker(
+            f"{name_of(base_path)} alone", alone, base_tokenizer, alone_template, alone_system
+        ),
         on_its_own=on_its_own if is_other else None,
         guide="proxy tuning" if args.expert else "the value network",
         world=world,
@@ -231,12 +245,6 @@ def refuse_no_question(args, world: World | None) -> None:
         raise UsageError(
             "this base is not from the tiny world, which brings its own questions; ask with --prompt or --chat"
         )
-
-
-def load_base(path: Path, dtype: str, device: str, processes: Alone) -> Llama:
-    """A base to decode with: whole, or divided between several processes."""
-    load = Llama.from_pretrained if processes.count == 1 else load_divided
-    return load(path, getattr(torch, dtype), device)
 
 
 def plug_speaker(args, processes: Alone = Alone()) -> Speaker:
@@ -280,10 +288,14 @@ def load_alone(args, processes: Alone) -> tuple[Path, Speaker]:
     tokenizer = load_tokenizer(path)
     device, dtype = pick_device(args.dtype, world_of(path) is not None, args.device)
     device = processes.own(device)
+    foreign = is_foreign(path)
     template = args.template or default_template(tokenizer)
+    if not args.template and (foreign or args.base_prompt):
+        form = choose_form(args, path, world_of(path) is not None)
+        template = template_of(form, path, tokenizer, template) or template
     print(f"base {path} alone, template {template}")
     say_other_template(f"--base {path}", path, template, "asked")
-    guided = choose_guided(args, world_of(path) is not None, device, processes.count)
+    guided = choose_guided(args, world_of(path) is not None, device, processes.count, foreign)
     base = load_base(path, dtype, device, processes)
     return path, Speaker(
         f"{name_of(path)} alone",
@@ -397,11 +409,16 @@ def check_probe(value: ValueModel | ProxyDelta, base: Llama, path: Path) -> None
 
 
 def guide_mapped(
-    base: Llama, value: ValueModel, vocab_map: VocabMap, alpha: float = 1.0, sampling: bool = False
+    base: Llama,
+    value: ValueModel,
+    vocab_map: VocabMap,
+    alpha: float = 1.0,
+    sampling: bool = False,
+    ask: Callable[[list[int]], list[int]] | None = None,
 ) -> MappedGuided:
     """By Eq. (5) through maps of the paper's kind; by hypotheses and spelled paths through the one that needs no data."""
     if vocab_map.how != "pieces":
-        return MappedGuided(base, value, vocab_map, alpha)
+        return MappedGuided(base, value, vocab_map, alpha, ask)
     try:
         from beyond.hypotheses import Hypotheses
     except ImportError:
@@ -409,4 +426,4 @@ def guide_mapped(
             "decoding through a map made from the tokenizers alone takes beyond/hypotheses.py, which is not there; "
             "vocab_map.py --how paper makes a map that needs no more than sample.py"
         ) from None
-    return Hypotheses(base, value, vocab_map, alpha, sampling)
+    return Hypotheses(base, value, vocab_map, alpha, sampling, ask)

@@ -67,7 +67,9 @@ def faster_loss(loss: Callable, args) -> Callable:
     return partial(faster[plain], **settings)
 
 
-def choose_guided(args, tiny: bool, device: str, processes: int = 1) -> type[Guided]:
+def choose_guided(
+    args, tiny: bool, device: str, processes: int = 1, foreign: bool = False
+) -> type[Guided]:
     """The class that takes guided steps."""
     hindrance = (
         ""
@@ -77,6 +79,10 @@ def choose_guided(args, tiny: bool, device: str, processes: int = 1) -> type[Gui
     if processes > 1:
         hindrance = (
             f"a captured step is a CUDA graph of one process, and {processes} share this base"
+        )
+    if foreign:
+        hindrance = (
+            "a captured step is a CUDA graph of our own layers, and transformers has this base's"
         )
     if not takes_fast("decoding", args, tiny, hindrance):
         return Guided
