@@ -197,7 +197,10 @@ class Text:
         return P
 
     def log_probability(self) -> float:
-        """log of how likely the base finds what was written behind the prompt, cut in the ways that were kept."""
+        """log of how likely the base finds what was written behind the prompt, cut in the ways that were kept.
+
+        nan where nothing fitted, and the text was read again.
+        """
         scores = []
         for context in self.contexts:
             _, log_p, longer = self.weights(context, context.pending)
@@ -274,6 +277,7 @@ class Text:
         ):  # no base token fits what was written: read it again as the base would cut it
             context, tokens, pending = self.read_again()
             wanted = [(0.0, context, tokens)]
+            self.log_scale = torch.nan  # how likely that is has not been asked
         if wanted:
             children = yield [(context, tokens) for _, context, tokens in wanted]
             kept += [

@@ -12,21 +12,28 @@ is trained and measured is kept.
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 from bench.measure import table
 from data.capitals import Capitals
-from data.chat import default_template
+from data.chat import default_template, system_of
 from data.checkpoint import name_of
 from data.files import read_json, write_text
+from data.records import read_texts
 from data.tokenizer import load_tokenizer
+from fast.alignment import align_all
 from ivl import ValueModel
 from model import Llama
+from run.bases import FORMS, asking, load_base, template_of, with_ends
 from run.cli import ArgumentParser, non_negative_float, non_negative_int, pick_device, run_cli
+from run.plug import guide_mapped
+from run.processes import Alone
 from run.show import examine
 from sample import Guided
+from vocab_map import build
 
 ROOT = Path(__file__).parents[1]
 METRICS = ("exact", "know", "ins")
@@ -67,6 +74,52 @@ def measure(
     return found
 
 
+def measure_plugged(args, value: Path, seed: int, dtype: str, device: str) -> dict[str, dict]:
+    """The metrics of a base of another family, alone and with the value network, in each row asked for.
+
+    What was measured is kept beside the value network. s is seconds, base/value base tokens a value token.
+    """
+    plug, form = args.plug_into, args.base_prompt
+    file = value / f"{args.split}-{name_of(plug)}.json"
+    kept = read_json(file) if file.is_file() else {}
+    names = {f"{name_of(plug)}, {row}, asked in {form}": row for row in args.rows}
+    if missing := [name for name in names if name not in kept]:
+        base = load_base(plug, dtype, device, Alone())
+        network = ValueModel.from_pretrained(value, getattr(torch, dtype), device)
+        tokenizers = load_tokenizer(plug), load_tokenizer(value)
+        template = network.info.get("template", default_template(tokenizers[1]))
+        asked_in = template_of(form, plug, tokenizers[0], template)
+    for name in missing:
+        if names[name] == "alone":
+            in_form = asked_in or default_template(tokenizers[0])
+            told = system_of(tokenizers[0], in_form, None)
+            guided, what = (
+                Guided(base, readable=tokenizers[0].vocab_size),
+                (*tokenizers[:1], in_form),
+            )
+        else:
+            texts = read_texts(value.parent / "capitals.jsonl") if names[name] == "paper" else None
+            vocab_map = build(*tokenizers, names[name], texts, align_all)
+            ask = None
+            if form != "value":
+                ask = asking(vocab_map, template, asked_in, None)
+            if names[name] == "pieces":
+                vocab_map = with_ends(vocab_map, asked_in, template)
+            told = network.info.get("system", "")
+            guided, what = (
+                guide_mapped(base, network, vocab_map, ask=ask),
+                (tokenizers[1], template),
+            )
+        started = time.monotonic()
+        kept[name] = examine(guided, Capitals(seed), *what, args.split, told)
+        kept[name]["s"] = time.monotonic() - started
+        if names[name] != "alone":
+            kept[name]["base/value"] = guided.base_tokens_read / guided.value_tokens_asked
+        write_text(file, json.dumps(kept, indent=2) + "\n")
+        print(f"seed {seed}, {args.split}, {name}: {kept[name]}", flush=True)
+    return {name: kept[name] for name in names}
+
+
 def show(title: str, found: list[dict[str, dict[str, float]]]) -> None:
     """A table of means, and ranges where there are several seeds."""
     rows = [[title, *METRICS]]
@@ -86,11 +139,35 @@ def main():
     parser.add_argument(
         "--l1", type=non_negative_float, nargs="+", default=[0.0], help="lambda, the norm's weight"
     )
+    parser.add_argument(
+        "--plug-into",
+        type=Path,
+        metavar="FOLDER",
+        help="a base of another family, out/gemma-3-270m for instance, for the same value networks",
+    )
+    parser.add_argument("--base-prompt", choices=FORMS, default="qa", help="how that one is asked")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=["alone", "pieces", "paper"],
+        default=["alone", "pieces", "paper"],
+        help="that base alone, and with the value network by either kind of map (default: all)",
+    )
+    parser.add_argument(
+        "--split", choices=["development", "evaluation"], default="evaluation", help="of that base"
+    )
     args = parser.parse_args()
     device, dtype = pick_device(None, tiny=False)
     for l1 in args.l1:
         values = {seed: train(args.base, seed, l1) for seed in args.seeds}
-        found = [measure(args.base, value, seed, dtype, device) for seed, value in values.items()]
+        if args.plug_into:
+            found = [
+                measure_plugged(args, value, seed, dtype, device) for seed, value in values.items()
+            ]
+        else:
+            found = [
+                measure(args.base, value, seed, dtype, device) for seed, value in values.items()
+            ]
         show(f"seeds {', '.join(map(str, args.seeds))}, lambda {l1:g}", found)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from beyond import hypotheses
-from beyond.hypotheses import FLOOR, Hypotheses
+from beyond.hypotheses import FLOOR, Context, Hypotheses
 from data.tiny_world import World
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer
 from ivl import ValueModel
@@ -33,9 +33,11 @@ def bases(tokenizer, seeds=3, scale=6.0) -> list[Llama]:
     return made
 
 
-def mapped_by(vocab: VocabMap, base: Llama, sampling: bool = False) -> Hypotheses:
+def mapped_by(
+    vocab: VocabMap, base: Llama, sampling: bool = False, kind: type[Hypotheses] = Hypotheses
+) -> Hypotheses:
     """A base behind a map; the value network is not asked."""
-    return Hypotheses(
+    return kind(
         base,
         ValueModel(small(vocab_size=vocab.value_tokenizer.vocab_size)),
         vocab,
@@ -364,3 +366,52 @@ def test_sample_with_a_foreign_base(home, tmp_path):
     assert "cannot be trained together" in refused(
         home, "train.py --base tiny-b-s --value tiny-s --no-full"
     )
+
+
+# ---- ends that cross
+
+CROSSED = TiktokenTokenizer(byte_pairs(b"ab", b"abc", b"de", b" a", b"  "))
+CROSSING = TiktokenTokenizer(byte_pairs(b"ab", b"de", b"cde", b" a"))
+
+
+class Told(Hypotheses):
+    """A base that is nearly sure of one text, in its own tokens, and of nothing else."""
+
+    def read_base(self, wishes):
+        children = []
+        for parent, tokens in wishes:
+            whole = parent.tokens + tokens
+            z = torch.zeros(len(self.tables.silent))
+            if whole == self.own[: len(whole)] and len(whole) < len(self.own):
+                z[self.own[len(whole)]] = 14.0
+            log_p = z.masked_fill(self.tables.silent, -torch.inf).log_softmax(-1)
+            children.append(Context(whole, parent.keys, parent.values, log_p))
+        return children
+
+
+def both_ways(text: str) -> tuple[float, float, int]:
+    """log p of a text and its end through the map, and in the base's own tokens, and how many those are."""
+    told = mapped_by(build(CROSSED, CROSSING), bases(CROSSED, 1)[0], kind=Told)
+    told.own = CROSSED.encode("x" + text, bos=True) + [CROSSED.end_of_turn_id]
+    told.begin([CROSSING.encode("x", bos=True)])
+    for value in [*CROSSING.encode(text), CROSSING.end_of_turn_id]:
+        told.base_logits(torch.zeros(1, CROSSING.vocab_size))
+        told.push([value])
+    behind = range(2, len(told.own))
+    steps = [([], told.own[:at]) for at in behind]
+    nothing = Context([], None, None, None)
+    contexts = told.read_base([(nothing, tokens) for _, tokens in steps])
+    own = sum(context.log_p[told.own[at]].item() for at, context in zip(behind, contexts))
+    return told.texts[0].log_probability(), own, len(behind)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", [" abcde", " abcdeabcde", "  abcde ab", " abcde  a", "zabcdez"])
+def test_a_text_is_as_likely_through_the_map_where_ends_cross(text, monkeypatch):
+    """ab + cde in the value network's tokens, abc + de in the base's; two spaces and a word; an end of turn right behind it."""
+    assert [CROSSING.token_bytes(id) for id in CROSSING.encode("abcde")] == [b"ab", b"cde"]
+    assert [CROSSED.token_bytes(id) for id in CROSSED.encode("abcde")] == [b"abc", b"de"]
+    found, own, count = both_ways(text)
+    assert abs(found - own) < 1e-3 * count
+    monkeypatch.setattr(hypotheses, "EXPANSIONS", 0)
+    assert not both_ways(text)[0] > own - 5
