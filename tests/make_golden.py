@@ -11,6 +11,7 @@ The results are in the repository, so the tests themselves need no transformers.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import random
@@ -209,21 +210,24 @@ def write_vendors_tokenizer(name: str, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
 
 
-def vendors_ids(folder: Path, turns: list[tuple[str, str]], **options) -> list[int]:
-    """A conversation as transformers renders and encodes it with a folder's own template."""
+@functools.cache
+def vendors_tokenizer(folder: Path):
+    """A folder's tokenizer as transformers has it, with the folder's own chat template."""
     from transformers import PreTrainedTokenizerFast
 
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    ends = {side: config.get(f"{side}_token") for side in ("bos", "eos")}
-    ends = {
-        f"{side}_token": end["content"] if isinstance(end, dict) else end
-        for side, end in ends.items()
-    }
+    ends = {name: config.get(name) for name in ("bos_token", "eos_token")}
+    for name, end in ends.items():
+        ends[name] = end["content"] if isinstance(end, dict) else end
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **ends)
+    tokenizer.chat_template = config["chat_template"]
+    return tokenizer
+
+
+def vendors_ids(folder: Path, turns: list[tuple[str, str]], **options) -> list[int]:
+    """A conversation as transformers renders and encodes it with a folder's own template."""
     messages = [{"role": role, "content": text} for role, text in turns]
-    return tokenizer.apply_chat_template(
-        messages, chat_template=config["chat_template"], return_dict=False, **options
-    )
+    return vendors_tokenizer(folder).apply_chat_template(messages, return_dict=False, **options)
 
 
 def harmless_conversations() -> list[list[tuple[str, str]]]:

@@ -18,6 +18,7 @@ from data.tokenizer import (
 )
 from tests.helpers import REAL, SHARED, byte_pairs, json_byte_pairs, needs_real
 from tests.make_golden import GOLDEN
+from vocab_map import count_pairs
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +316,9 @@ def test_what_ends_a_turn_is_no_part_of_a_text_even_where_the_file_calls_it_not_
     assert not marks & set(ids) and tokenizer.specials["<think>"] in ids
 
 
-def test_a_tokenizer_that_changes_the_text_gives_back_what_it_made_of_it(tmp_path):
+def test_a_tokenizer_that_changes_the_text_gives_back_what_it_made_of_it(
+    tmp_path, tiktoken, capsys
+):
     """NFC, Qwen's: an e and its accent become one character, for encode, decode and a stream alike."""
     with_added(tmp_path, normalizer={"type": "NFC"})
     tokenizer = load_tokenizer(tmp_path)
@@ -324,6 +327,8 @@ def test_a_tokenizer_that_changes_the_text_gives_back_what_it_made_of_it(tmp_pat
     assert tokenizer.decode(tokenizer.encode(text)) == changed
     shown = StreamDecoder(tokenizer)
     assert "".join(map(shown.push, tokenizer.encode(text))) + shown.finish() == changed
+    count_pairs([text, changed], tokenizer, tiktoken, "offsets")  # which compares the two's bytes
+    assert "left out 1 of 2 texts" in capsys.readouterr().err
 
 
 def test_ids_with_holes_are_tokens_of_no_text(tmp_path):
