@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data.checkpoint import read_value_info
 from data.errors import UsageError
-from model import KVCache, Llama, load_weights
+from model import KVCache, Llama, load_weights, without_weights
 
 try:
     import triton
@@ -261,7 +261,7 @@ class ValueModel(nn.Module):
         info = read_value_info(path, SCHEMES)
         if info["scheme"] != "probe":
             return cls(Llama.from_pretrained(path, dtype, device), info).eval()
-        with torch.device("meta"):
+        with without_weights():
             probe = Probe(info["tokenizer"]["size"], info["probe_width"])
         load_weights(probe, Path(path), False, dtype, device)
         return cls(probe, info).eval()

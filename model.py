@@ -14,8 +14,10 @@ Vv the value network's, Vt a teacher's), N rows of a loss, P pairs (of answers, 
 vocabulary map).
 """
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +27,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from data.checkpoint import check_weights, explain_mismatch, is_computed, merge_adapter, tie_stored
@@ -333,9 +336,7 @@ class Llama(nn.Module):
         misshapen.
         """
         config = read_config(path)
-        with torch.device(
-            "meta"
-        ):  # no memory and no random numbers for weights about to be replaced
+        with without_weights():  # those that it would draw are about to be replaced
             llama = cls(config)
         load_weights(llama, Path(path), config.tie_word_embeddings, dtype, device)
         llama.tie()
@@ -349,7 +350,7 @@ class Llama(nn.Module):
                 f"not saved: the config says tie_word_embeddings {self.config.tie_word_embeddings}, "
                 f"but lm_head is {'tied' if tied else 'not tied'} to the embedding; change the config too"
             )
-        with torch.device("meta"):
+        with without_weights():
             said = {name: tensor.shape for name, tensor in Llama(self.config).state_dict().items()}
         found = {name: tensor.shape for name, tensor in self.state_dict().items()}
         odd = sorted(name for name, _ in said.items() ^ found.items())
@@ -373,6 +374,23 @@ class Llama(nn.Module):
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
         config = self.config.to_dict() | {"torch_dtype": str(self.dtype).removeprefix("torch.")}
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+class SkipInit(TorchFunctionMode):
+    """Within it torch.nn.init does nothing. On the meta device it would import torch's compiler, which takes long."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return options.get("tensor")
+        return function(*arguments, **options)
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Networks made within it have shapes, and neither memory nor random numbers for weights."""
+    with torch.device("meta"), SkipInit():
+        yield
 
 
 def load_weights(

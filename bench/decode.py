@@ -45,7 +45,7 @@ from data.tiny_world import PIECES, TEMPLATE, TINY_SIZES, prompt_text, world_of
 from data.tokenizer import load_tokenizer
 from fast.graphs import CompiledGuided
 from ivl import ProxyDelta, ValueModel
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, without_weights
 from run.arguments import few
 from run.cli import positive_int, run_cli
 from sample import Guided, generate
@@ -94,7 +94,7 @@ def networks_of(name: str, value: str, base: str) -> list[str]:
 
 def weights_of(config: LlamaConfig) -> int:
     """How many weights a step reads: of an embedding that is not lm_head too, only a row."""
-    with torch.device("meta"):
+    with without_weights():
         count = sum(parameter.numel() for parameter in Llama(config).parameters())
     return count if config.tie_word_embeddings else count - config.vocab_size * config.hidden_size
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.nn as nn
 
 from data.capitals import CAPITALS_PAIRS, CAPITALS_TRAINING, Capitals
@@ -27,7 +26,7 @@ from data.files import digest
 from data.tiny_world import TEMPLATE, TINY_SIZES, World, print_metrics, world_of
 from data.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
 from ivl import SCHEMES, Probe
-from model import Llama, LlamaConfig, read_config
+from model import Llama, LlamaConfig, read_config, without_weights
 from run.cli import pick_device, watch
 from run.folder import Run, read_metrics
 from run.plug import (
@@ -380,7 +379,7 @@ def with_usual(
 
     `usual` None is Table 5's, by the network's size.
     """
-    with torch.device("meta"):
+    with without_weights():
         parameters = sum(parameter.numel() for parameter in build().parameters())
     chosen = (usual or table5(parameters)) | flags
     chosen.pop("max_length", None)

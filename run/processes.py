@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.errors import UsageError
 from ivl import Probe, ValueModel
-from model import Llama
+from model import Llama, without_weights
 from train import Objective, OneProcess, Part
 
 
@@ -193,7 +193,7 @@ class SeveralProcesses(Alone):
             return network
         if isinstance(network, ValueModel):
             return ValueModel(self.undivided(network.network), network.info)
-        with torch.device("meta"):
+        with without_weights():
             if isinstance(network, Llama):
                 plain = Llama(network.config)
             else:

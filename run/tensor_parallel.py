@@ -31,7 +31,7 @@ from data.checkpoint import (
     tie_stored,
 )
 from data.errors import UsageError
-from model import Llama, LlamaConfig, read_config
+from model import Llama, LlamaConfig, read_config, without_weights
 
 # Weights are (outputs, inputs). A slice of the outputs is computed from all inputs; from a slice of
 # the inputs, a summand of all outputs. One of each kind in turn takes one sum over processes.
@@ -54,7 +54,7 @@ def load_divided(path: str | Path, dtype: torch.dtype | None, device: str) -> Ll
             "merge_and_unload() in peft"
         )
     files = check_weights(path, config.tie_word_embeddings, dtype)
-    with torch.device("meta"):
+    with without_weights():
         shapes = {name: tuple(tensor.shape) for name, tensor in Llama(config).state_dict().items()}
     explain_mismatch(
         path, shapes, config.tie_word_embeddings
@@ -66,7 +66,7 @@ def load_divided(path: str | Path, dtype: torch.dtype | None, device: str) -> Ll
         intermediate_size=config.intermediate_size // count,
         vocab_size=rows_of(config, count) + 1,
     )
-    with torch.device("meta"):
+    with without_weights():
         llama = Llama(part)
     tensors = {}
     for name, file in files_of(files).items():
