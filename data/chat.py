@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from data.errors import UsageError
 from data.records import (
@@ -33,6 +32,9 @@ from data.records import (
     read_turns,
 )
 from data.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:  # torch takes seconds to import, and only `collate` takes torch
+    from torch import Tensor
 
 IGNORE = -100  # the label of a position that is not supervised
 
@@ -555,7 +557,7 @@ def chat_batches(
     parts: int,
     seed: int,
     position: list[int] | None,
-) -> Iterator[tuple[list[int], list[tuple[Tensor, Tensor]]]]:
+) -> Iterator[tuple[list[int], list[tuple["Tensor", "Tensor"]]]]:
     """stream_batches as tensors, each batch in some parts: the position behind it, and (tokens,
     labels) per part.
     """
@@ -602,10 +604,12 @@ def hold_out(
     return sorted(set(range(total)) - set(held_out)), held_out
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor, Tensor]:
+def collate(samples: list[Sample]) -> tuple["Tensor", "Tensor"]:
     """Tokens (B, T) padded on the right, and labels (B, T) already shifted: row t's label is token
     t + 1, or -100.
     """
+    import torch
+
     length = max(len(ids) for ids, _ in samples) - 1
     tokens = torch.zeros(len(samples), length, dtype=torch.long)
     labels = torch.full((len(samples), length), IGNORE)

@@ -25,16 +25,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import sentencepiece
-import torch
-from torch import Tensor
 
 from data.chat import Score, encode_chat, end_token, share_preferred, with_system
 from data.errors import UsageError
 from data.files import write_lines
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
+
+if TYPE_CHECKING:  # torch takes seconds to import, and only `batches` takes torch
+    from torch import Tensor
 
 # --------------------------------------------------------------------------------------------------
 # What the world is made of
@@ -372,10 +374,12 @@ class World:
         length: int,
         position: list[int] | None,
         documents: Iterator[str] | None = None,
-    ) -> Iterator[tuple[list[int], list[tuple[Tensor, Tensor]]]]:
+    ) -> Iterator[tuple[list[int], list[tuple["Tensor", "Tensor"]]]]:
         """One pass over pretraining rows in a shuffled order: the position behind each step, and
         (tokens, labels) per part.
         """
+        import torch
+
         rows = torch.from_numpy(
             self.pretraining_rows(tokenizer, steps * batch_size * length, length, documents).copy()
         )

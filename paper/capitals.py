@@ -28,7 +28,8 @@ from fast.alignment import align_all
 from ivl import ValueModel
 from model import Llama
 from run.bases import FORMS, asking, load_base, template_of, with_ends
-from run.cli import ArgumentParser, non_negative_float, non_negative_int, pick_device, run_cli
+from run.cli import ArgumentParser, non_negative_float, non_negative_int, run_cli
+from run.device import pick_device
 from run.plug import guide_mapped
 from run.processes import Alone
 from run.show import examine

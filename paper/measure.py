@@ -15,7 +15,8 @@ from fast.alignment import align_all
 from ivl import ProxyDelta, ValueModel
 from model import Llama
 from paper.networks import Kept, networks_of, parts_of
-from run.cli import ArgumentParser, non_negative_int, pick_device, run_cli
+from run.cli import ArgumentParser, non_negative_int, run_cli
+from run.device import pick_device
 from run.plug import guide_mapped
 from sample import Guided, MappedGuided, generate, score
 from vocab_map import build

@@ -27,7 +27,8 @@ from data.tiny_world import TEMPLATE, TINY_SIZES, World, print_metrics, world_of
 from data.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
 from ivl import SCHEMES, Probe
 from model import Llama, LlamaConfig, read_config, without_weights
-from run.cli import pick_device, watch
+from run.cli import watch
+from run.device import pick_device
 from run.folder import Run, read_metrics
 from run.plug import (
     check_recorded,

@@ -20,7 +20,7 @@ from data.tokenizer import Tokenizer, describe_tokenizer, is_same_family, load_t
 from ivl import SCHEMES, ProxyDelta, ValueModel
 from model import Llama
 from run.bases import asking, choose_form, is_foreign, load_base, template_of, with_ends
-from run.cli import pick_device
+from run.device import pick_device
 from run.processes import Alone
 from run.twins import TINY_VOCABULARY, choose_guided
 from sample import Guided, MappedGuided, Speaker

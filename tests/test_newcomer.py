@@ -19,7 +19,7 @@ from data.errors import UsageError
 from data.tiny_world import TINY_SIZES
 from ivl import ValueModel
 from model import Llama
-from run import cli, curves, plug
+from run import cli, curves, device, plug
 from run.folder import Run
 from run.jobs import training_costs
 from run.processes import Alone
@@ -161,7 +161,7 @@ def test_a_device_that_computes_otherwise_is_not_taken(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "to", lambda x, *rest: x if rest == ("mps",) else real(x, *rest)
     )
-    assert cli.find_device("mps")[0] == "mps"
+    assert device.find_device("mps")[0] == "mps"
 
     def damaged(self, place):
         if place == "mps":
@@ -169,8 +169,8 @@ def test_a_device_that_computes_otherwise_is_not_taken(monkeypatch):
         return move(self, "cpu")
 
     monkeypatch.setattr(Llama, "to", damaged)
-    device, reason = cli.find_device("mps")
-    assert device == "cpu" and "other logits" in reason
+    where, reason = device.find_device("mps")
+    assert where == "cpu" and "other logits" in reason
 
 
 # ---- which value network is taken
