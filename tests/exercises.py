@@ -1,6 +1,6 @@
 """The exercises of EXERCISES.md, done: each edit in a copy of the code, and what comes out.
 
-    python -m tests.exercises                                       # all, about 20 core-minutes
+    python -m tests.exercises                                       # all, about 25 core-minutes
     python -m tests.exercises --only 3 --seeds 0 --roundings avx2   # some
 
 They start from the networks that `python -m tests.rounding --only default avx2 avx512` leaves in
@@ -108,15 +108,14 @@ EXERCISES = {
             ("plain: tiny-s + value, exact", "train: tiny-s + value, exact"),
             ("plain: tiny-s + value, ins", "train: tiny-s + value, ins"),
             ("train: tiny-s + value, ins", "train: tiny-s alone, ins"),
-            ("plain: tiny-s + value, arith", "train: tiny-s + value, arith"),
         ],
     ),
     "5": Exercise(
         "data/tiny_world.py",
         '    "Begin with a dash.": "- {all}",\n',
         '    "Begin with a dash.": "- {all}",\n    "One word, twice.": "{one}. {one}.",\n',
-        {"": TRAIN, "look": LOOK},
-        [("look: tiny-l + value, exact", "look: tiny-s + value, exact")],
+        {"train": TRAIN},
+        [("train: tiny-s + value, ins", "train: tiny-s alone, ins")],
     ),
 }
 
