@@ -3,6 +3,7 @@
 python sample.py --base out/gemma-3-270m --value out/seed0/value-residual-smollm2-135m --base-prompt qa
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,10 @@ def load_base(path: Path, dtype: str, device: str, processes: Alone) -> Llama:
             raise UsageError(
                 f"{path}: {reason}; beyond/foreign.py, which has transformers compute it, is not there"
             ) from None
+        if importlib.util.find_spec("transformers") is None:
+            raise UsageError(
+                f"{path}: {reason}; this base takes transformers: pip install transformers"
+            )
         if processes.count > 1:
             raise UsageError(f"{path}: {reason}; such a base is not divided between processes")
         print(f"{path}: {reason}; transformers computes it (beyond/foreign.py)", flush=True)

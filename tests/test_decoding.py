@@ -588,7 +588,7 @@ def test_sample_explains(home):
     head, *rows, count = [line for line in shown.splitlines() if line.startswith("    ")]
     assert (
         head.split()
-        == "said base alone decided p base p both z_delta |z_delta| raised lowered".split()
+        == "said base alone decided p base p both z_delta |z_delta| more probable less probable".split()
     )
     agreed, overruled = (
         sum(" base " in row for row in rows),

@@ -95,24 +95,21 @@ def test_names_of_systems():
 
 
 def recording(made: list, position: int):
-    """In place of what yields jobs: it yields none, and notes the folder that they would be for."""
+    """In place of what makes a job: it makes none, and notes the folder that it would be for."""
 
-    def yield_nothing(*arguments, **_):
+    def no_job(*arguments, **_):
         made.append(arguments[position])
-        yield from ()
 
-    return yield_nothing
+    return no_job
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_command_trains_the_network_that_it_is_kept_as(name, tmp_path, monkeypatch):
     made = []
-    for module, job, position in [
-        (jobs, "pretraining", 1),
-        (jobs, "post_training", 3),
-        (continued, "continuing", 1),
-    ]:
-        monkeypatch.setattr(module, job, recording(made, position))
+    monkeypatch.setattr(jobs, "pretraining", recording(made, 2))
+    monkeypatch.setattr(jobs, "post_training", recording(made, 5))
+    monkeypatch.setattr(continued, "pretraining", recording(made, 2))
+    monkeypatch.setattr(continued, "check_start", lambda start: (None, None))
     command = command_of(name, Path("out/seed0"))
     length = len(NETWORKS[name].program)
     script = "continued.py" if tuple(command[:length]) == CONTINUE else Path(command[0]).name

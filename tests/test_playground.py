@@ -411,7 +411,7 @@ def test_the_command_serves_until_ctrl_c(home):
 
 def test_flags_that_do_not_go_together_are_told(home):
     for arguments, message in [
-        (["--web", "--chat"], "not allowed with"),
+        (["--web", "--chat"], "leave out --chat"),
         (["--web", "--explain"], "leave out --explain"),
         (["--port", "80"], "--port goes with --web"),
         (["--web", "--port", "65536"], "no port from 0 to 65535"),
