@@ -356,13 +356,9 @@ def train_value(job: Job) -> None:
 
 
 def first_weights(job: Job) -> Llama | Probe:
-    """What training starts from: a checkpoint's weights or, for scratch, fresh ones.
-
-    A value network starts as a copy of the base, so z_post is 2 z_base at first, and the first loss
-    is above the base's own.
-    """
+    """What training starts from: a checkpoint's weights or, for scratch, fresh ones."""
     start, device = job.settings.start, job.device
-    if start == "scratch" or start.startswith("scratch:"):
+    if is_scratch(start):
         torch.manual_seed(job.settings.seed)
         network = job.build().to(device)
     elif job.settings.scheme == "probe":
@@ -371,6 +367,11 @@ def first_weights(job: Job) -> Llama | Probe:
         network = Llama.from_pretrained(start, torch.float32, device)
     job.prepare(network)
     return network
+
+
+def is_scratch(start: str) -> bool:
+    """Whether a start is scratch or scratch:NAME, and no folder."""
+    return start.partition(":")[0] == "scratch"
 
 
 def load_frozen(job: Job, path: str | Path) -> Llama:

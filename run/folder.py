@@ -47,6 +47,11 @@ COLUMNS = {  # what is shown of a step: a metric's title, and what it is
 BESIDE = {"ce": "base_ce", "acc": "margin"}  # shown only beside these
 
 
+def is_finished(out: Path) -> bool:
+    """Whether a folder is that of a finished run."""
+    return (out / "train.json").is_file()
+
+
 class Run:
     """What train.fit asks of the place where a network is trained: checkpoints, and a line now and then."""
 
@@ -109,7 +114,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.out / "train.json").is_file()
+        return is_finished(self.out)
 
     def checkpoints(self) -> list[Path]:
         """Oldest first; more than one only if a kill came between the rename and the removal."""

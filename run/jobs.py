@@ -29,7 +29,7 @@ from ivl import SCHEMES, Probe
 from model import Llama, LlamaConfig, read_config, without_weights
 from run.cli import watch
 from run.device import pick_device
-from run.folder import Run, read_metrics
+from run.folder import Run, is_finished, read_metrics
 from run.plug import (
     check_recorded,
     check_same_family,
@@ -50,6 +50,7 @@ from train import (
     TINY_PRETRAINING,
     Job,
     Settings,
+    is_scratch,
     table5,
 )
 
@@ -117,10 +118,6 @@ def training_costs(args) -> list[float]:
             costs.append(post)
         costs.append(post * 4 / 3)
     return costs
-
-
-def is_finished(out: Path) -> bool:
-    return (out / "train.json").is_file()
 
 
 def pretraining_job(name: str, out: Path, args, processes: Alone) -> Job | None:
@@ -612,10 +609,6 @@ def common_world(bases: list[Path]) -> World:
                 f"{path}: from tiny world {world.seed}, {bases[0]} from {worlds[0].seed}"
             )
     return worlds[0]
-
-
-def is_scratch(start: str) -> bool:
-    return start.partition(":")[0] == "scratch"
 
 
 def with_a_name(path: str) -> Path:

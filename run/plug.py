@@ -262,7 +262,7 @@ def plug_speaker(args, processes: Alone = Alone()) -> Speaker:
         raise UsageError(
             "name what is measured: --base for a base alone, --value or --expert for what guides it"
         )
-    return load_alone(args, processes)[1]
+    return load_alone(args, processes)
 
 
 def plug_nothing_in(args, processes: Alone) -> Plugged:
@@ -273,31 +273,32 @@ def plug_nothing_in(args, processes: Alone) -> Plugged:
             "out/; without one there is nothing to explain, draft or show beside it"
         )
     path = find_tiny(args.base, [Path("out/seed0")]) or Path(args.base)
-    refuse_no_question(args, world_of(path))
+    world = world_of(path)
+    refuse_no_question(args, world)
     print(
         f"no value network of the kind of {path} under out/, and none named: the base answers alone"
     )
-    path, alone = load_alone(args, processes)
-    return Plugged(alone, alone, None, "", world_of(path), path, path, path, processes)
+    alone = load_alone(args, processes)
+    return Plugged(alone, alone, None, "", world, path, path, path, processes)
 
 
-def load_alone(args, processes: Alone) -> tuple[Path, Speaker]:
-    """The base that --base names, by itself, and its folder."""
+def load_alone(args, processes: Alone) -> Speaker:
+    """The base that --base names, by itself."""
     path = find_tiny(args.base, [Path("out/seed0")]) or Path(args.base)
     refuse_value_network("--base", path)
-    tokenizer = load_tokenizer(path)
-    device, dtype = pick_device(args.dtype, world_of(path) is not None, args.device)
+    tokenizer, tiny = load_tokenizer(path), world_of(path) is not None
+    device, dtype = pick_device(args.dtype, tiny, args.device)
     device = processes.own(device)
     foreign = is_foreign(path)
     template = args.template or default_template(tokenizer)
     if not args.template and (foreign or args.base_prompt):
-        form = choose_form(args, path, world_of(path) is not None)
+        form = choose_form(args, path, tiny)
         template = template_of(form, path, tokenizer, template) or template
     print(f"base {path} alone, template {template}")
     say_other_template(f"--base {path}", path, template, "asked")
-    guided = choose_guided(args, world_of(path) is not None, device, processes.count, foreign)
+    guided = choose_guided(args, tiny, device, processes.count, foreign)
     base = load_base(path, dtype, device, processes)
-    return path, Speaker(
+    return Speaker(
         f"{name_of(path)} alone",
         guided(base, readable=tokenizer.vocab_size),
         tokenizer,
