@@ -135,7 +135,7 @@ def text(results: Results) -> str:
         lines = [["trained by", *(f"`{metric}`" for metric in METRICS), "nats to the teacher"]]
         for name, system in systems.items():
             nats = results(system, "kl")
-            spread = f" ±{nats.std(ddof=1):.2f}" if len(nats) > 1 else ""
+            spread = f"±{nats.std(ddof=1):.2f}" if len(nats) > 1 else ""
             cells = [percent(results(system, metric)) for metric in METRICS]
             lines.append([name, *cells, f"{nats.mean():.2f}{spread}"])
         parts.append(f"**On {base}**\n\n{table(lines)}")

@@ -80,7 +80,7 @@ def verdict(gaps: np.ndarray) -> str:
 
 def percent(values: np.ndarray) -> str:
     """Mean and, over several seeds, standard deviation, in percent as in the paper."""
-    spread = f" ±{100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    spread = f"±{100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
     return f"{100 * values.mean():.1f}{spread}"
 
 

@@ -66,7 +66,7 @@ def test_the_rule(gaps, expected):
 
 
 def test_cells_and_tables():
-    assert percent(np.array([0.5])) == "50.0" and percent(np.array([0.4, 0.5, 0.6])) == "50.0 ±10.0"
+    assert percent(np.array([0.5])) == "50.0" and percent(np.array([0.4, 0.5, 0.6])) == "50.0±10.0"
     lines = table([["a", "bcd"], ["1", "2"], ["33", "4"]]).splitlines()
     assert lines == ["| a  | bcd |", "| -- | --- |", "| 1  | 2   |", "| 33 | 4   |"]
 
