@@ -320,34 +320,39 @@ class Probe(nn.Module):
         return self.down_proj.weight.device
 
 
-class ProxyDelta(nn.Module):
-    """Proxy tuning (Section 2, Table 4): z_delta = z_expert - z_anti_expert.
+class SumDelta(nn.Module):
+    """A weighted sum of z_deltas: several value networks at once, or proxy tuning.
 
-    Both are one small model, tuned and untuned. It takes a model that was post-trained already, and
-    costs one more forward pass a token than a value network. It has what decoding uses of a
-    ValueModel.
+    Each is the logits of a Llama that reads the text alone, so they can be added up. Value networks
+    should be made for each other (train.py --with; paper/REWARDS.md). Proxy tuning (Section 2,
+    Table 4) has weights 1 and -1: an expert and an anti-expert, one small model, tuned and untuned.
+    It takes a model that was post-trained already. Each summand costs a forward pass a token.
+
+    It has what decoding uses of a ValueModel; `names` of value networks say who decided on a token.
     """
 
     scheme = "residual"  # it reads the text alone
 
-    def __init__(self, expert: Llama, anti_expert: Llama):
+    def __init__(self, llamas: list[Llama], weights: list[float], names: list[str] = ()):
         super().__init__()
-        self.expert, self.anti_expert = expert, anti_expert
-        self.llamas = [expert, anti_expert]
-        self.vocab_size = min(llama.config.vocab_size for llama in self.llamas)  # Vv: of both
+        self.llamas, self.weights, self.names = nn.ModuleList(llamas), weights, list(names)
+        self.vocab_size = min(llama.config.vocab_size for llama in llamas)  # Vv: of all
 
     @property
     def device(self) -> torch.device:
-        return self.expert.device
+        return self.llamas[0].device
 
     def forward(
         self, tokens: Tensor, base_logits: Tensor | None = None, caches: list[KVCache] | None = None
     ) -> Tensor:
-        """tokens (B, T) -> z_delta (B, T, Vv)."""
-        expert_cache, anti_cache = caches or (None, None)
-        z_expert = self.expert(tokens, expert_cache)[..., : self.vocab_size]
-        z_anti_expert = self.anti_expert(tokens, anti_cache)[..., : self.vocab_size]
-        return at_least_float(z_expert) - at_least_float(z_anti_expert)
+        """tokens (B, T) -> z_delta (B, T, Vv). `parts` keeps the summands, (B, T, Vv) each."""
+        self.parts = []
+        for llama, weight, cache in zip(
+            self.llamas, self.weights, caches or [None] * len(self.llamas)
+        ):
+            z = llama(tokens, cache)[..., : self.vocab_size]
+            self.parts.append(weight * at_least_float(z))
+        return sum(self.parts[1:], self.parts[0])
 
 
 # --------------------------------------------------------------------------------------------------

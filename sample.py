@@ -21,7 +21,7 @@ from data.chat import encode_chat, stop_ids, with_system
 from data.errors import UsageError
 from data.records import Turn
 from data.tokenizer import Tokenizer
-from ivl import ProxyDelta, ValueModel, combine
+from ivl import SumDelta, ValueModel, combine
 from model import KVCache, Llama
 from vocab_map import VocabMap
 
@@ -38,7 +38,7 @@ class Guided:
     def __init__(
         self,
         base: Llama,
-        value: ValueModel | ProxyDelta | None = None,
+        value: ValueModel | SumDelta | None = None,
         alpha: float = 1.0,
         readable: int | None = None,
     ):

@@ -44,7 +44,7 @@ from data.smollm2 import find_gguf
 from data.tiny_world import PIECES, TEMPLATE, TINY_SIZES, prompt_text, world_of
 from data.tokenizer import load_tokenizer
 from fast.graphs import CompiledGuided
-from ivl import ProxyDelta, ValueModel
+from ivl import SumDelta, ValueModel
 from model import Llama, LlamaConfig, without_weights
 from run.arguments import few
 from run.cli import positive_int, run_cli
@@ -116,7 +116,9 @@ def decoding(
         return llama_cpp_decoding(prompts, tokens)
     shapes = [SHAPES[shape] for shape in networks_of(name, value, base)]
     llama, *others = [Llama(shape).requires_grad_(False) for shape in shapes]
-    plug = {PROXY: ProxyDelta, BOTH: ValueModel}[name](*others) if others else None
+    plug = None
+    if others:
+        plug = SumDelta(others, [1.0, -1.0]) if name == PROXY else ValueModel(*others)
     guided = guided_on(llama.device.type)(llama, plug)
     return lambda: generate(guided, prompts, max_new_tokens=tokens, stop_ids=set()) and None
 

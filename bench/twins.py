@@ -17,7 +17,7 @@ from bench.decode import SHAPES, guided_on
 from bench.measure import describe, device_here
 from beyond.speculation import Speculative, gap_at_difference, speculate
 from fast.graphs import CapturedGuided, CompiledGuided
-from ivl import ProxyDelta, ValueModel
+from ivl import SumDelta, ValueModel
 from model import Llama
 from run.cli import ArgumentParser, positive_int, run_cli
 from sample import Guided, generate
@@ -75,7 +75,7 @@ def compare_all(value: str, base: str, count: int, tokens: int, device: str) -> 
         "no value network": None,
         "residual": ValueModel(small),
         "cascade+": ValueModel(small, {"scheme": "cascade+"}),
-        "proxy tuning": ProxyDelta(small, network(value, device)),
+        "proxy tuning": SumDelta([small, network(value, device)], [1.0, -1.0]),
     }
     for name, plug in plugs.items() if device == "cuda" else ():
         plain, ways = Guided(big, plug), {"captured": CapturedGuided(big, plug)}

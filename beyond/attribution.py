@@ -13,10 +13,12 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.errors import UsageError
@@ -47,12 +49,27 @@ class Attribution:
     pushed: int  # the token with the largest z_delta, likely or not
     raised: Moved  # tokens that gained most
     lowered: Moved  # that lost most
+    by: str = ""  # of a sum of value networks, the one that decided: the largest of `pushes`
+    pushes: dict[str, float] | None = None  # how far each raised the token over base_token, in nats
+
+    @property
+    def classes(self) -> str:
+        """Of the token on a page: who decided, and of a sum which network (n0, n1, ...)."""
+        return f"{self.decided} n{list(self.pushes).index(self.by)}" if self.by else self.decided
 
 
 def attribute(
-    z_base: Tensor, z_delta: Tensor, token: int, alpha: float = 1.0, count: int = 4
+    z_base: Tensor,
+    z_delta: Tensor,
+    token: int,
+    alpha: float = 1.0,
+    count: int = 4,
+    parts: dict[str, Tensor] | None = None,
 ) -> Attribution:
-    """Who decided on `token`, which was picked by z_base (Vb,) and z_delta (Vv,); `count` raised and lowered ones at most."""
+    """Who decided on `token`, which was picked by z_base (Vb,) and z_delta (Vv,); `count` raised and lowered ones at most.
+
+    parts: of a sum of value networks, each one's name and its share (Vv,) of z_delta.
+    """
     z_post = combine(z_base, z_delta, alpha).float()  # (Vb,)
     z_base = z_base.float()  # (Vb,)
     z_delta = combine(torch.zeros_like(z_base), z_delta.float(), alpha)  # (Vb,)
@@ -64,6 +81,14 @@ def attribute(
         decided = "base"
     elif token == post_token:
         decided = "value"
+
+    by, pushes = "", None
+    if parts and decided == "value":  # a token that z_delta lacks has 0
+        shares = {
+            name: F.pad(part, (0, max(0, len(z_base) - len(part)))) for name, part in parts.items()
+        }
+        pushes = {name: alpha * (z[token] - z[base_token]).item() for name, z in shares.items()}
+        by = max(pushes, key=pushes.get)
 
     def moved(sign: int) -> Moved:
         """Tokens whose share moved most in one direction, and by more than a rounding of what is shown."""
@@ -84,13 +109,22 @@ def attribute(
         int(z_delta.argmax()),
         moved(1),
         moved(-1),
+        by,
+        pushes,
     )
 
 
 def attribute_last(guided, token: int) -> Attribution:
     """Who decided on `token`, which was picked after the last step of a guided base (sample.Guided) in the first row."""
+    parts = None
+    if names := getattr(guided.value, "names", None):
+        parts = {name: part[0, -1] for name, part in zip(names, guided.value.parts)}
     return attribute(
-        guided.z_base[0, -1, : guided.readable], guided.z_delta[0, -1], token, guided.alpha
+        guided.z_base[0, -1, : guided.readable],
+        guided.z_delta[0, -1],
+        token,
+        guided.alpha,
+        parts=parts,
     )
 
 
@@ -146,7 +180,7 @@ def print_attributions(tokenizer: Tokenizer, records: list[Attribution], guide: 
                 "*" * (each.decided == "value"),
                 token_name(tokenizer, each.token),
                 token_name(tokenizer, each.base_token),
-                each.decided,
+                each.by or each.decided,
                 f"{each.p_base:.3f}",
                 f"{each.p_post:.3f}",
                 f"{each.z_delta:+.1f}",
@@ -162,12 +196,18 @@ def print_attributions(tokenizer: Tokenizer, records: list[Attribution], guide: 
 
 
 def count_decisions(records: list[Attribution], guide: str) -> str:
-    """In words; `guide` is what guides: the value network, or proxy tuning."""
+    """In words; `guide` is what guides: the value network, several, or proxy tuning."""
     base, value, chance = [
         sum(each.decided == who for each in records) for who in ("base", "value", "chance")
     ]
     by_chance = f", chance chose {chance}" if chance else ""
-    return f"of {len(records)} tokens the base agreed with {base}, {guide} overruled it at {value}{by_chance}"
+    networks = Counter(each.by for each in records if each.by)
+    by_whom = ", ".join(f"{name} at {count}" for name, count in networks.most_common())
+    return (
+        f"of {len(records)} tokens the base agreed with {base}, {guide} overruled it at {value}"
+        + (f" ({by_whom})" if by_whom else "")
+        + by_chance
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -191,6 +231,8 @@ p { margin: 4px 0; }
 .token { padding: 3px 1px 6px; margin-right: 2px; border-radius: 4px; cursor: help; white-space: pre-wrap;
   background: linear-gradient(#c2410c, #c2410c) no-repeat left bottom / var(--kl) 4px var(--base); }
 .token.value, .key.value { background-color: var(--value); }
+.token.n1, .key.n1 { background-color: #f5dc6b; }
+.token.n2, .key.n2 { background-color: #e3b5ea; }
 .token.chance, .key.chance { background-color: var(--chance); }
 .token:hover, .token:focus { outline: 2px solid var(--ink); }
 .key { padding: 2px 6px; border-radius: 4px; background-color: var(--base); }
@@ -236,8 +278,13 @@ def detail(each: Attribution, tokenizer: Tokenizer, guide: str, classes: str = "
     first = (
         "" if each.decided == "base" else f"<dt>the base alone would say<dd>{name(each.base_token)}"
     )
+    who = html.escape(each.by) or guide
+    pushes = "".join(
+        f"<dt>pushed over that by {html.escape(network)}<dd>{push:+.2f}"
+        for network, push in (each.pushes or {}).items()
+    )
     return (
-        f'<span class="detail{classes}"><h3>{name(each.token)}</h3>{DECIDED[each.decided].format(guide=guide)}<dl>{first}'
+        f'<span class="detail{classes}"><h3>{name(each.token)}</h3>{DECIDED[each.decided].format(guide=who)}<dl>{first}{pushes}'
         f"<dt>its probability, base alone<dd>{share(each.p_base)}<dt>and with z_delta<dd>{share(each.p_post)}"
         f"<dt>its z_delta<dd>{each.z_delta:+.2f}<dt>largest z_delta, likely or not<dd>{name(each.pushed)}"
         f"<dt>mean |z_delta|<dd>{each.size:.2f}<dt>KL(both, base)<dd>{each.kl:.2f} nats</dl>"
@@ -256,7 +303,7 @@ def shown_text(tokenizer: Tokenizer, each: Attribution) -> str:
 def tokens_html(tokenizer: Tokenizer, records: list[Attribution], guide: str) -> str:
     """The answer as one span a token: coloured by who decided, with a bar for how far z_delta moved the base."""
     return "".join(
-        f'<span tabindex="0" class="token {each.decided}" style="--kl:{min(100, 100 * each.kl / FULL_BAR):.0f}%">'
+        f'<span tabindex="0" class="token {each.classes}" style="--kl:{min(100, 100 * each.kl / FULL_BAR):.0f}%">'
         f"{shown_text(tokenizer, each)}{detail(each, tokenizer, guide)}</span><wbr>"
         for each in records
     )
@@ -281,12 +328,17 @@ def page(
     everything = [each for _, _, records in answers for each in records]
     words = [each for each in everything if tokenizer.token_bytes(each.token).strip()] or everything
     most = max(words, key=lambda each: each.kl)
+    networks = {each.by: each.classes for each in everything if each.by}
+    keys = "".join(
+        f' <span class="key {classes}">{html.escape(name)}</span>'
+        for name, classes in networks.items()
+    )
     return f"""<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width={WIDTH}">
 <title>{html.escape(title)}</title><style>{STYLE}</style>
 <main><h1>Where did post-training speak?</h1>
 <p>{html.escape(title)}: {count_decisions(everything, guide)}.
-<p class="faint"><span class="key">the base agreed</span> <span class="key value">{guide} overruled it</span>
+<p class="faint"><span class="key">the base agreed</span> <span class="key value">{guide} overruled it</span>{keys}
 <span class="key chance">chance</span> &nbsp; The bar below a token: how far z_delta moved the base there
 ({FULL_BAR} nats fill it). Point at a token for its numbers.
 {sections}</main>{detail(most, tokenizer, guide, " shown")}

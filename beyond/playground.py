@@ -129,6 +129,7 @@ class Playground:
         return {
             "bases": list(self.bases),
             "guide": first.guide,
+            "networks": getattr(first.guided.guided.value, "names", []),
             "alpha": self.args.alpha,
             "temperature": self.args.temperature,
             "seed": self.args.seed,
@@ -142,7 +143,7 @@ class Playground:
         if name not in self.bases:
             raise UsageError(f"base has to be one of {', '.join(self.bases)}")
         if name not in self.loaded:
-            value = None if self.args.expert else str(self.first.guide_path)
+            value = None if self.args.expert else list(map(str, self.first.guide_paths))
             self.loaded[name] = self.plug_in(
                 Namespace(**vars(self.args) | {"base": str(self.bases[name]), "value": value})
             )
@@ -192,10 +193,10 @@ def fitting_bases(plugged, args) -> dict[str, Path]:
     bases = {name_of(plugged.base_path): plugged.base_path}
     if args.vocab_map:  # it is made for that base
         return bases
-    family = load_tokenizer(plugged.guide_path)
+    family = load_tokenizer(plugged.guide_paths[0])
     for path in [
         plugged.own_path,
-        *(plugged.guide_path.parent / name for name in TINY_SIZES),
+        *(plugged.guide_paths[0].parent / name for name in TINY_SIZES),
         Path("out/smollm2-135m"),
     ]:
         try:
@@ -217,6 +218,7 @@ def describe(record: Attribution, tokenizer: Tokenizer, text: str) -> dict:
     return {
         **asdict(record),
         "text": text,
+        "classes": record.classes,
         "names": {token: token_name(tokenizer, token) for token in mentioned},
     }
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ivl import ProxyDelta, ValueModel
+from ivl import SumDelta, ValueModel
 from model import KVCache, Llama, LlamaConfig
 from sample import (
     Guided,
@@ -41,7 +41,7 @@ SHARPER = 2.0
 class Silent(Llama):
     """A base that says nothing, z_base = 0: what guides it speaks alone."""
 
-    def __init__(self, value: ValueModel | ProxyDelta):
+    def __init__(self, value: ValueModel | SumDelta):
         super().__init__(LlamaConfig(value.vocab_size, 2, 2, 0, 1, tie_word_embeddings=True))
         self.to(value.device, value.llamas[0].dtype).requires_grad_(False)
 

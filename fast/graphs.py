@@ -65,6 +65,7 @@ class Graph:
     z_base: Tensor
     z_delta: Tensor | None
     z_post: Tensor
+    parts: list[Tensor]  # of a sum of value networks
     replay: Callable[[], None]
 
 
@@ -121,6 +122,8 @@ class CapturedGuided(Guided):
         for cache in self.caches:  # the graph has moved the lengths on the device
             cache.used += T
         self.z_base, self.z_delta = graph.z_base, graph.z_delta
+        if graph.parts:
+            self.value.parts = graph.parts
         return graph.z_post
 
     def logits_to_capture(self, tokens: Tensor) -> Tensor:
@@ -152,7 +155,8 @@ class CapturedGuided(Guided):
         finally:
             for cache in self.caches:
                 cache.window = None
-        return Graph(tokens, self.z_base, self.z_delta, z_post, replay)
+        parts = getattr(self.value, "parts", [])
+        return Graph(tokens, self.z_base, self.z_delta, z_post, parts, replay)
 
     def select(self, rows: Tensor) -> None:
         self.graphs = {}  # rows go to other memory

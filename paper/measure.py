@@ -12,7 +12,7 @@ from data.records import read_texts
 from data.tiny_world import evaluate, few_shot, world_of
 from data.tokenizer import Tokenizer, load_tokenizer
 from fast.alignment import align_all
-from ivl import ProxyDelta, ValueModel
+from ivl import SumDelta, ValueModel
 from model import Llama
 from paper.networks import Kept, networks_of, parts_of
 from run.cli import ArgumentParser, non_negative_int, run_cli
@@ -32,9 +32,8 @@ def load(system: str, kept: Kept, device: str) -> tuple[Guided, Tokenizer]:
     folders = [kept.home / network for network in networks_of(system)]
     base_network, value = Llama.from_pretrained(folders[0], torch.float32, device), None
     if plug.startswith("proxy-"):
-        value = ProxyDelta(
-            *(Llama.from_pretrained(each, torch.float32, device) for each in folders[1:])
-        )
+        small = [Llama.from_pretrained(each, torch.float32, device) for each in folders[1:]]
+        value = SumDelta(small, [1.0, -1.0])
     elif plug:
         value = ValueModel.from_pretrained(folders[1], torch.float32, device)
     tokenizers = [load_tokenizer(folder) for folder in folders]

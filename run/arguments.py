@@ -313,7 +313,12 @@ GUIDANCE = (
 def add_guidance(parser: argparse.ArgumentParser, unguided: str = "the newest under out/") -> None:
     """The flags that say what guides what; `unguided` is what is taken where nothing is named."""
     guide = parser.add_mutually_exclusive_group()
-    guide.add_argument("--value", metavar="FOLDER", help=f"a value network (default: {unguided})")
+    guide.add_argument(
+        "--value",
+        nargs="+",
+        metavar="FOLDER",
+        help=f"a value network, or several, whose z_deltas are added up (default: {unguided})",
+    )
     guide.add_argument(
         "--expert", metavar="FOLDER", help="proxy tuning instead: a small model after post-training"
     )
@@ -348,8 +353,9 @@ def add_guidance(parser: argparse.ArgumentParser, unguided: str = "the newest un
     parser.add_argument(
         "--alpha",
         type=any_float,
-        default=1.0,
-        help="weight of z_delta; 0 is the base alone (default 1)",
+        nargs="+",
+        default=[1.0],
+        help="weight of z_delta, or one for each --value; 0 is the base alone (default 1)",
     )
     parser.add_argument(
         "--vocab-map",
@@ -412,6 +418,16 @@ def parse_guidance(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error(
             "--scheme says what --value FOLDER is that has no ivl.json; name the base too, with --base"
         )
+    values = args.value or []
+    if len(args.alpha) not in (1, max(1, len(values))):
+        parser.error(
+            f"--alpha: {len(args.alpha)} weights, and {max(1, len(values))} to weigh; give one, or one for each --value"
+        )
+    if args.scheme and len(values) > 1:
+        parser.error("--scheme says what one --value FOLDER is")
+    # one weight is of the sum
+    args.weights = args.alpha if len(args.alpha) > 1 else [1.0] * len(values)
+    args.alpha = args.alpha[0] if len(args.alpha) == 1 else 1.0
     if args.template and args.value and not args.scheme:
         parser.error("--template goes with --expert or --scheme; a value network records its own")
     if args.template and not (args.expert or args.scheme or args.brings_questions):

@@ -17,7 +17,7 @@ from data.errors import UsageError
 from data.files import digest, read_json
 from data.tiny_world import TINY_SIZES, World, world_of
 from data.tokenizer import Tokenizer, describe_tokenizer, is_same_family, load_tokenizer
-from ivl import SCHEMES, ProxyDelta, ValueModel
+from ivl import SCHEMES, SumDelta, ValueModel
 from model import Llama
 from run.bases import asking, choose_form, is_foreign, load_base, template_of, with_ends
 from run.device import pick_device
@@ -132,7 +132,7 @@ class Plugged:
     )  # what is plugged in, in the base it was trained on, where that is another
     guide: str  # what guides, in words; "" is nothing
     world: World | None
-    guide_path: Path  # the folder of the value network or expert
+    guide_paths: list[Path]  # the folders of the value networks, or of the expert
     base_path: Path
     own_path: Path  # the base that the value network was trained on, or the anti-expert
     processes: Alone
@@ -154,13 +154,15 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
     if guide is None:
         return plug_nothing_in(args, processes)
     value_path, info, own_path = guide
+    value_paths = [value_path, *map(Path, (args.value or [])[1:])]
     base_path = find_base(args.base, value_path, info) if args.base else own_path
     refuse_value_network("--base", base_path)
     # the tokenizers of the base and of what z_delta is made of
-    plugs = [value_path, own_path] if args.expert else [value_path]
+    plugs = [value_path, own_path] if args.expert else value_paths
     base_tokenizer, *tokenizers = [load_tokenizer(path) for path in [base_path, *plugs]]
     if not args.expert:
         check_recorded(tokenizers[0], info, value_path)
+        check_sum(value_paths, tokenizers, info, args)
     for path, other in zip(plugs, tokenizers):
         check_same_family(tokenizers[0], other, str(value_path), str(path))
     tokenizer = min(tokenizers, key=lambda each: each.vocab_size)  # what all of them can read
@@ -205,14 +207,20 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
     )
     load = partial(Llama.from_pretrained, dtype=getattr(torch, dtype), device=device)
     if args.expert:
-        value = ProxyDelta(*map(load, plugs))
+        value = SumDelta(list(map(load, plugs)), [1.0, -1.0])
+    elif len(value_paths) > 1:
+        names = [path.name for path in value_paths]
+        if len(set(names)) < len(names):
+            names = list(map(str, value_paths))
+        value = SumDelta(list(map(load, value_paths)), args.weights, names)
     elif args.scheme:
         value = ValueModel(load(value_path), info)
     else:
         value = ValueModel.from_pretrained(value_path, getattr(torch, dtype), device)
     base = load_base(base_path, dtype, device, processes)
     check_probe(value, base, base_path)
-    plug = "proxy" if args.expert else "value"
+    plug = "proxy" if args.expert else " + ".join(["value"] * len(value_paths))
+    guide_words = "the value networks" if len(value_paths) > 1 else "the value network"
     if vocab_map is None:
         guided = kind(base, value, args.alpha, tokenizer.vocab_size)
     else:
@@ -231,9 +239,9 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
             f"{name_of(base_path)} alone", alone, base_tokenizer, alone_template, alone_system
         ),
         on_its_own=on_its_own if is_other else None,
-        guide="proxy tuning" if args.expert else "the value network",
+        guide="proxy tuning" if args.expert else guide_words,
         world=world,
-        guide_path=value_path,
+        guide_paths=value_paths,
         base_path=base_path,
         own_path=own_path,
         processes=processes,
@@ -251,12 +259,12 @@ def plug_speaker(args, processes: Alone = Alone()) -> Speaker:
     """For scripts that bring their questions: the guided base or, without --value and --expert, the base alone."""
     if args.value or args.expert:
         plugged = plug_in(args, processes)
-        folders = [plugged.base_path, plugged.guide_path] + (
-            [plugged.own_path] if args.expert else []
-        )
-        stamps = [stamp(folder) for folder in folders] + (
-            [digest(args.vocab_map)] if args.vocab_map else []
-        )
+        folders = [plugged.base_path, *plugged.guide_paths]
+        if args.expert:
+            folders.append(plugged.own_path)
+        stamps = [stamp(folder) for folder in folders]
+        if args.vocab_map:
+            stamps.append(digest(args.vocab_map))
         return replace(plugged.guided, stamp=" ".join(stamps))
     if not args.base:
         raise UsageError(
@@ -279,7 +287,7 @@ def plug_nothing_in(args, processes: Alone) -> Plugged:
         f"no value network of the kind of {path} under out/, and none named: the base answers alone"
     )
     alone = load_alone(args, processes)
-    return Plugged(alone, alone, None, "", world, path, path, path, processes)
+    return Plugged(alone, alone, None, "", world, [path], path, path, processes)
 
 
 def load_alone(args, processes: Alone) -> Speaker:
@@ -316,7 +324,7 @@ def find_guide(args) -> tuple[Path, dict, Path] | None:
     if args.expert:
         path, info = Path(args.expert), read_expert(args)
     else:
-        path = newest_value(args.base) if args.value is None else Path(args.value)
+        path = newest_value(args.base) if args.value is None else Path(args.value[0])
         if path is None and args.base:
             return None
         if path is None:
@@ -331,7 +339,7 @@ def find_guide(args) -> tuple[Path, dict, Path] | None:
 
 def plain_info(args) -> dict:
     """What an ivl.json would say of a plain Llama folder that was trained as a value network elsewhere, as the command has it."""
-    path = Path(args.value)
+    path = Path(args.value[0])
     if (path / "ivl.json").exists():
         raise UsageError(
             f"--value {path}: it has an ivl.json, which says its scheme and template; leave out --scheme"
@@ -394,11 +402,45 @@ def say_other_template(name: str, path: Path, template: str, use: str) -> None:
 def describe_guide(args, value: Path, own: Path, info: dict) -> str:
     if args.expert:
         return f"proxy tuning by {value} less {own}"
+    if len(args.value or []) > 1:
+        summands = [f"{weight:g} x {path}" for weight, path in zip(args.weights, args.value)]
+        return f"value networks {' + '.join(summands)}"
     newest = "; the newest, --value names another" if args.value is None else ""
+    made_for = " ".join(info.get("plugged", []))
+    if made_for:
+        newest += f"; made for a base guided by {made_for}: --value {made_for} {value} adds them"
     return f"value network {value} ({info['scheme']}{newest})"
 
 
-def check_probe(value: ValueModel | ProxyDelta, base: Llama, path: Path) -> None:
+def check_sum(paths: list[Path], tokenizers: list[Tokenizer], info: dict, args) -> None:
+    """UsageError unless the z_deltas of these value networks can be added up, and they read one prompt."""
+    for path, tokenizer in zip(paths[1:], tokenizers[1:]):
+        other = read_value_info(path, SCHEMES)
+        check_recorded(tokenizer, other, path)
+        if not is_same_family(tokenizers[0], tokenizer):
+            raise UsageError(
+                f"--value: {paths[0]} and {path} have unrelated vocabularies ({tokenizers[0].vocab_size} and "
+                f"{tokenizer.vocab_size} tokens), so their z_deltas cannot be added"
+            )
+        for network, scheme in ((paths[0], info["scheme"]), (path, other["scheme"])):
+            if scheme != "residual":
+                raise UsageError(
+                    f"--value: {network} is a {scheme}, which reads the base's logits; only residual value "
+                    "networks can be added"
+                )
+        if other["template"] != info["template"]:
+            raise UsageError(
+                f"--value: {paths[0]} was trained in template {info['template']}, {path} in "
+                f"{other['template']}; they cannot read the same prompt"
+            )
+        if args.system is None and other.get("system", "") != info.get("system", ""):
+            raise UsageError(
+                f"--value: {paths[0]} and {path} were trained with different system prompts; "
+                "--system TEXT says which"
+            )
+
+
+def check_probe(value: ValueModel | SumDelta, base: Llama, path: Path) -> None:
     if (
         isinstance(value, ValueModel)
         and value.scheme == "probe"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from data.tiny_world import World
 from data.tokenizer import BYTE_OF, JsonTokenizer, TiktokenTokenizer
-from ivl import Probe, ProxyDelta, ValueModel
+from ivl import Probe, SumDelta, ValueModel
 from model import Llama, LlamaConfig
 from run.cli import run_cli
 from run.folder import Run
@@ -335,8 +335,16 @@ def value_network(scheme: str) -> ValueModel:
 
 def plugged(plug: str, **base_changes) -> Guided:
     """A base guided by each thing that can guide it."""
-    proxy = ProxyDelta(small(num_hidden_layers=1), small(num_hidden_layers=1, intermediate_size=64))
-    return Guided(small(**base_changes), proxy if plug == "proxy" else value_network(plug))
+    if plug == "proxy":
+        return Guided(small(**base_changes), proxy())
+    return Guided(small(**base_changes), value_network(plug))
+
+
+def proxy() -> SumDelta:
+    """Proxy tuning by two small networks of different sizes."""
+    return SumDelta(
+        [small(num_hidden_layers=1), small(num_hidden_layers=1, intermediate_size=64)], [1.0, -1.0]
+    )
 
 
 def pair(**value_changes) -> Guided:

@@ -13,12 +13,11 @@ import torch
 import torch.distributed as dist
 
 from beyond.speculation import Speculative, speculate
-from ivl import ProxyDelta
 from model import Llama
 from run.processes import Alone, join_decoders
 from run.tensor_parallel import load_divided
 from sample import Guided, generate, score
-from tests.helpers import random_prompts, small, value_network
+from tests.helpers import proxy, random_prompts, small, value_network
 
 PROMPTS = random_prompts(20)
 GREEDY = dict(max_new_tokens=16, stop_ids={2})
@@ -28,9 +27,7 @@ PLUGS = {
     "residual": lambda: value_network("residual"),
     "cascade+": lambda: value_network("cascade+"),
     "probe": lambda: value_network("probe"),
-    "proxy": lambda: ProxyDelta(
-        small(num_hidden_layers=1), small(num_hidden_layers=1, intermediate_size=64)
-    ),
+    "proxy": proxy,
 }
 
 
