@@ -30,7 +30,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from data.checkpoint import check_weights, explain_mismatch, is_computed, merge_adapter, tie_stored
+from data.checkpoint import (
+    ADAPTER,
+    COMPUTED,
+    check_weights,
+    explain_mismatch,
+    merge_adapter,
+    tie_stored,
+)
 from data.checkpoint import read_config as read_config_json
 from data.errors import UsageError
 
@@ -401,10 +408,11 @@ def load_weights(
     for file in check_weights(path, tied, dtype):
         with safe_open(file, framework="pt", device=str(device)) as shard:
             for name in shard.keys():
-                if not is_computed(name):
+                if not COMPUTED.search(name):
                     # a copy: what safetensors hands out is the file itself, and changes with it
                     tensors[name] = shard.get_tensor(name).to(dtype=dtype, copy=True)
-    merge_adapter(path, tensors)  # LoRA's
+    if (path / ADAPTER[0]).exists():  # LoRA's
+        merge_adapter(path, tensors)
     if tied:
         tie_stored(tensors)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}

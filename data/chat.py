@@ -7,13 +7,12 @@ A conversation becomes token ids turn by turn, so the mask is right by construct
 the assistant's tokens and the token that ends its turn, and on nothing else.
 """
 
-import hashlib
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,11 +22,10 @@ from data.errors import UsageError
 from data.records import (
     ANSWERED,
     CONTEXT,
+    FRAMES,
     Records,
     Turn,
-    Usable,
     form_of,
-    has_template,
     read_pair,
     read_turns,
 )
@@ -319,26 +317,31 @@ class ChatDataset:
         if self.template == "chatml" and "<think>" in self.tokenizer.specials:
             self.reasoning = self.reasoning or "keep"
         self.read = partial(type(self).read, reasoning=self.reasoning)
-        usable = Usable(self.records, self.read, self.what)
-        self.unused = usable.unused  # reason -> records that were dropped
+        self.unused: Counter[str] = Counter()  # reason -> records that were dropped
         self.shortened: Counter[str] = Counter()  # what was left out -> records used without it
         # of the records tokenised so far: not one exchange fits max_length, or only the first ones
         self.too_long: set[int] = set()
         self.truncated: set[int] = set()
         self.templated, self.copies = 0, 0  # records in a template already; that came before
-        keys, names, prompts, seen = [], [], [], set()
+        self.ids, self.prompts = [], []  # by which the pieces of a conversation are told
+        keys, seen = [], set()
+        usable = self.records.usable(self.read, self.unused, self.what)
         for key, record, (turns, left_out) in usable:
             keys.append(key)
-            names.append(name_of_whole(record))
-            prompts.append(number_of(str(self.prompt(turns))))
-            content = number_of(str(turns))
-            self.copies += content in seen
-            seen.add(content)
-            self.templated += has_template(str(turns))
+            text = str(turns)
+            self.ids.append((record.get("conversation_id"), record.get("id")))
+            self.prompts.append(hash(str(self.prompt(turns))))
+            self.copies += hash(text) in seen
+            seen.add(hash(text))
+            self.templated += FRAMES.search(text) is not None
             if left_out:
                 self.shortened[left_out] += 1
         self.keys = np.array(keys, dtype=np.int64)
-        self.wholes = find_wholes(names, prompts)
+
+    @cached_property
+    def wholes(self) -> np.ndarray:
+        """For each record the number of the one that stands for its conversation (find_wholes)."""
+        return find_wholes(self.ids, self.prompts)
 
     def prompt(self, turns: list[Turn]):
         """What records have in common that stay on one side of a split: all turns of a
@@ -427,28 +430,27 @@ class PairDataset(ChatDataset):
 PIECES = 16  # a conversation has few pieces; a source has many records
 
 
-def name_of_whole(record: dict) -> tuple[str, int | None]:
+def name_of_whole(conversation_id, id) -> tuple[str, int | None]:
     """What names the conversation that a record is a piece of, and its number there: by ShareGPT's
     ids X_0, X_1 and so on.
     """
-    id = record.get("conversation_id")
-    if type(id) in (str, int):
-        return f"conversation {id}", None
-    id = record.get("id")
+    if type(conversation_id) in (str, int):
+        return f"conversation {conversation_id}", None
     piece = re.fullmatch(r"(.+)_(\d{1,9})", id) if isinstance(id, str) else None
     if piece:
         return f"pieces of {piece[1]}", int(piece[2])
     return (f"id {id}" if type(id) in (str, int) else ""), None
 
 
-def find_wholes(names: list[tuple[str, int | None]], prompts: list[int]) -> np.ndarray:
+def find_wholes(ids: list[tuple], prompts: list[int]) -> np.ndarray:
     """For each record the number of a record that stands for its conversation: of the same name, or
-    with the same content.
+    with the same content. `ids` are its conversation_id and id, `prompts` hashes of its content.
 
     Pieces of a conversation follow each other, are numbered from 0 on, and are few. Mixtures of
     data number the records of a source in the same way, or give all of them one id: those are many,
     or do not follow each other.
     """
+    names = [name_of_whole(*pair) for pair in ids]
     sizes = Counter(name for name, _ in names)
     most = max(PIECES, len(names) // 10)
     wholes, of_name, of_prompt = list(range(len(names))), {}, {}
@@ -470,12 +472,6 @@ def find_wholes(names: list[tuple[str, int | None]], prompts: list[int]) -> np.n
 def mean_supervised(rows: list[Sample]) -> float:
     """How many labels of a row are supervised, on average; the first token of a row is no label."""
     return sum(sum(mask[1:]) for _, mask in rows) / len(rows)
-
-
-def number_of(name: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=7).digest(), "big"
-    )
 
 
 Score = Callable[[list[tuple[list[int], list[int]]]], list[tuple[float, bool]]]
@@ -554,9 +550,9 @@ def chat_batches(
     dataset: ChatDataset,
     indices: list[int],
     batch_size: int,
-    parts: int,
     seed: int,
     position: list[int] | None,
+    parts: int,
 ) -> Iterator[tuple[list[int], list[tuple["Tensor", "Tensor"]]]]:
     """stream_batches as tensors, each batch in some parts: the position behind it, and (tokens,
     labels) per part.

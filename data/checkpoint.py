@@ -9,7 +9,7 @@ loading has failed, and finds the tensor. All of them raise UsageError.
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -96,6 +96,12 @@ UNSUPPORTED = {  # fields that change what a model computes, and the values that
     "embedding_multiplier": (None, 1.0),
     "attention_multiplier": (None,),
 }
+KINDS = {  # of a field: what it must be
+    "size": "a positive whole number of sensible size",
+    "number": "a positive number",
+    "ids": "a token id or a list of them",
+    "switch": "true or false",
+}
 NEEDED = [
     "vocab_size",
     "hidden_size",
@@ -103,7 +109,19 @@ NEEDED = [
     "num_hidden_layers",
     "num_attention_heads",
 ]
-OPTIONAL = ["num_key_value_heads", "head_dim", "max_position_embeddings"]
+FIELDS = dict.fromkeys(NEEDED, "size") | {  # what is read of a config.json
+    "num_key_value_heads": "size",
+    "head_dim": "size",
+    "max_position_embeddings": "size",
+    "rms_norm_eps": "number",
+    "rope_theta": "number",
+    "bos_token_id": "ids",
+    "eos_token_id": "ids",
+    "tie_word_embeddings": "switch",
+    "attention_bias": "switch",
+    "use_sliding_window": "switch",
+}
+MOST_LAYERS = 1000  # a network is built before its weights are looked at
 ROPE = {
     "default": [],
     "linear": ["factor"],
@@ -119,43 +137,35 @@ def read_config(path: str | Path, hidden_act: str = "silu") -> dict:
     where attention has a window, and `max_position_embeddings` then does not exceed it. hidden_act is
     the activation that MLP computes with (model.py, HIDDEN_ACT).
     """
-    refuse_absent(Path(path))
     path = base_folder(Path(path))
     file = path / "config.json"
     if not file.exists():
+        refuse_absent(path)
         refuse_other_weights(path)
         raise UsageError(f"{file}: not there; a checkpoint in the Hugging Face layout has one")
     raw = read_json(file)
     try:
-        raw = settle_rope(raw)
         check_architecture(raw, hidden_act)
         raw = FAMILIES[raw["model_type"]] | raw
         check_numbers(raw)
-        check_heads(raw)
-        check_rope(raw)
-        check_depth(raw, path)
+        raw |= settle_rope(raw)
         raw |= settle_attention(raw)
     except UsageError as error:
         raise type(error)(f"{file}: {error}") from None
-    return add_generation_config(raw, path)
+    if (path / "generation_config.json").is_file():
+        raw["eos_token_id"] = more_ends(path / "generation_config.json", raw)
+    return raw
 
 
-def add_generation_config(raw: dict, path: Path) -> dict:
-    """config.json with the tokens that end a text according to generation_config.json, which may name more."""
-    file = path / "generation_config.json"
-    if not file.is_file():
-        return raw
-    more = {"eos_token_id": read_json(file).get("eos_token_id")}
-    try:
-        check_ids(more)
-    except UsageError as error:
-        raise UsageError(f"{file}: {error}") from None
-    ids = list(dict.fromkeys(listed(raw.get("eos_token_id")) + listed(more["eos_token_id"])))
-    return raw | {"eos_token_id": ids[0] if len(ids) == 1 else ids or None}
-
-
-def listed(ids: int | list[int] | None) -> list[int]:
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+def more_ends(file: Path, raw: dict) -> int | list[int] | None:
+    """The tokens that end a text: config.json's, and those that generation_config.json names."""
+    ends = []
+    for ids in (raw.get("eos_token_id"), read_json(file).get("eos_token_id")):
+        if ids is not None and not fits(ids, "ids"):
+            raise UsageError(f"{file}: eos_token_id must be {KINDS['ids']}, not {ids!r}")
+        ends += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    ends = list(dict.fromkeys(ends))
+    return ends[0] if len(ends) == 1 else ends or None
 
 
 def check_architecture(raw: dict, hidden_act: str) -> None:
@@ -174,16 +184,18 @@ def check_architecture(raw: dict, hidden_act: str) -> None:
                 "take a language model"
             )
     if reason := why_foreign(raw, hidden_act):
-        if not continues_texts(raw):
+        names = raw.get("architectures")
+        if not isinstance(names, list) or not names:
+            continues_texts = not raw.get("is_encoder_decoder")
+        else:
+            continues_texts = any(str(n).endswith(("ForCausalLM", "LMHeadModel")) for n in names)
+        if not continues_texts:
             raise UsageError(
                 f"{reason}, and this is no causal language model, which a base must be"
             )
         raise OtherArchitecture(
             f"{reason}; with transformers installed, sample.py takes it as a base"
         )
-    for name in NEEDED:
-        if name not in raw:
-            raise UsageError(f"{name} is missing")
 
 
 def why_foreign(raw: dict, hidden_act: str = "silu") -> str | None:
@@ -198,20 +210,87 @@ def why_foreign(raw: dict, hidden_act: str = "silu") -> str | None:
         return f"hidden_act {its_own!r} is not supported, since MLP computes with {hidden_act!r}"
     rope = raw.get("rope_parameters") or raw.get("rope_scaling")
     if isinstance(rope, dict):
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        if rope.get("partial_rotary_factor") not in (None, 1.0):
             return "rotary embeddings with a partial_rotary_factor are not supported"
-        rope_type = rope.get("rope_type", rope.get("type", "default"))  # 4.30 wrote "type"
+        rope_type = rope.get("rope_type") or rope.get("type") or "default"  # 4.30 wrote "type"
         if not isinstance(rope_type, str) or rope_type not in ROPE:
             return f"rope_type {rope_type!r} is not supported ({', '.join(ROPE)} are)"
     return None
 
 
-def continues_texts(raw: dict) -> bool:
-    """Whether a config.json may be of a causal language model, and neither encoder nor classifier."""
-    names = raw.get("architectures")
-    if not isinstance(names, list) or not names:
-        return not raw.get("is_encoder_decoder")
-    return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+def fits(value, kind: str) -> bool:
+    """Whether a value out of somebody's JSON is of one of KINDS."""
+    if kind == "size":
+        return type(value) is int and 0 < value <= 2**24
+    if kind == "number":
+        return type(value) in (int, float) and 0 < value < 1e30
+    if kind == "switch":
+        return type(value) is bool
+    ids = value if isinstance(value, list) else [value]
+    return all(type(id) is int and 0 <= id < 2**24 for id in ids)
+
+
+def check_numbers(raw: dict) -> None:
+    """Every field of FIELDS by itself, and heads that divide what they share."""
+    for name, kind in FIELDS.items():
+        if name in NEEDED and name not in raw:
+            raise UsageError(f"{name} is missing")
+        may_be_null = name not in NEEDED and kind != "number"
+        if name not in raw or may_be_null and raw[name] is None:
+            continue
+        if not fits(raw[name], kind) or name == "num_hidden_layers" and raw[name] > MOST_LAYERS:
+            raise UsageError(f"{name} must be {KINDS[kind]}, not {raw[name]!r}")
+    heads, width = raw["num_attention_heads"], raw.get("head_dim")
+    if width is None:
+        if raw["hidden_size"] % heads:
+            raise UsageError(
+                f"hidden_size {raw['hidden_size']} is no multiple of num_attention_heads {heads}, "
+                "and there is no head_dim"
+            )
+        width = raw["hidden_size"] // heads
+    if width % 2:
+        raise UsageError(f"head_dim {width} is odd; rotary embeddings turn pairs")
+    kv_heads = raw.get("num_key_value_heads")
+    if kv_heads is not None and heads % kv_heads:
+        raise UsageError(
+            f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+        )
+
+
+def settle_rope(raw: dict) -> dict:
+    """The rotary settings as rope_parameters alone; UsageError where two spellings disagree.
+
+    transformers 5 obeys rope_scaling then, and drops all of rope_parameters, theta too. Of type and rope_type the second counts.
+    """
+    theta = {"rope_theta": raw["rope_theta"]} if "rope_theta" in raw else {}
+    found = []
+    for name in ["rope_scaling", "rope_parameters"]:
+        if raw.get(name) is not None and not isinstance(raw[name], dict):
+            raise UsageError(f"{name} must be an object, not {raw[name]!r}")
+        if raw.get(name):
+            rope = {key: value for key, value in raw[name].items() if value is not None}
+            found.append(theta | {"rope_type": rope.pop("type", "default")} | rope)
+    if not found:
+        return {}
+    other, rope = found[0], found[-1]
+    for key in sorted(other.keys() | rope.keys()):
+        if other.get(key) != rope.get(key):
+            raise UsageError(
+                f"rope_scaling and rope_parameters disagree on {key} ({other.get(key)!r}, {rope.get(key)!r}); "
+                "take one of the two out"
+            )
+    if not fits(rope.get("rope_theta", 1.0), "number"):
+        raise UsageError(f"rope_theta must be a positive number, not {rope['rope_theta']!r}")
+    for name in ROPE[rope["rope_type"]]:
+        if not fits(rope.get(name), "number"):
+            raise UsageError(
+                f"rope_type {rope['rope_type']} needs a positive {name}, not {rope.get(name)!r}"
+            )
+    if rope["rope_type"] == "dynamic" and not fits(rope.get("factor", 1.0), "number"):
+        raise UsageError(f"rope_type dynamic needs a positive factor, not {rope['factor']!r}")
+    if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise UsageError("rope_type llama3 needs high_freq_factor above low_freq_factor")
+    return {"rope_scaling": None, "rope_parameters": rope}
 
 
 def settle_attention(raw: dict) -> dict:
@@ -230,7 +309,7 @@ def settle_attention(raw: dict) -> dict:
         else:
             slides = type(first) is not int or first < raw["num_hidden_layers"]
         window = raw.get("sliding_window", 4096) if slides else None
-    if window is not None and not is_size(window):
+    if window is not None and not fits(window, "size"):
         raise UsageError(f"sliding_window must be a positive whole number, not {window!r}")
     bias = raw.get("attention_bias") is True and family in ("llama", "qwen3")
     return {
@@ -240,129 +319,13 @@ def settle_attention(raw: dict) -> dict:
     }
 
 
-def check_numbers(raw: dict) -> None:
-    """Sizes, ids and switches, each by itself."""
-    sizes = NEEDED + [name for name in OPTIONAL if raw.get(name) is not None]
-    for name in sizes:
-        largest = 10_000 if name == "num_hidden_layers" else 2**24
-        if type(raw[name]) is not int or not 0 < raw[name] <= largest:
-            raise UsageError(
-                f"{name} must be a positive whole number of sensible size, not {raw[name]!r}"
-            )
-    for name in ["rms_norm_eps", "rope_theta"]:
-        if name in raw and not is_positive(raw[name]):
-            raise UsageError(f"{name} must be a positive number, not {raw[name]!r}")
-    check_ids(raw)
-    for name in ["tie_word_embeddings", "attention_bias", "use_sliding_window"]:
-        if type(raw.get(name) or False) is not bool:
-            raise UsageError(f"{name} must be true or false, not {raw[name]!r}")
-
-
-def check_ids(raw: dict) -> None:
-    for name in ["bos_token_id", "eos_token_id"]:
-        if not all(type(id) is int and 0 <= id < 2**24 for id in listed(raw.get(name))):
-            raise UsageError(f"{name} must be a token id or a list of them, not {raw[name]!r}")
-
-
-def check_heads(raw: dict) -> None:
-    """Heads that divide what they share."""
-    heads, width, kv_heads = (
-        raw["num_attention_heads"],
-        raw.get("head_dim"),
-        raw.get("num_key_value_heads"),
-    )
-    if width is None:
-        if raw["hidden_size"] % heads:
-            raise UsageError(
-                f"hidden_size {raw['hidden_size']} is no multiple of num_attention_heads {heads}, "
-                "and there is no head_dim"
-            )
-        width = raw["hidden_size"] // heads
-    if width % 2:
-        raise UsageError(f"head_dim {width} is odd; rotary embeddings turn pairs")
-    if kv_heads is not None and heads % kv_heads:
-        raise UsageError(
-            f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
-        )
-
-
-def settle_rope(raw: dict) -> dict:
-    """config.json with one dictionary of rotary settings; UsageError where its two disagree.
-
-    transformers 5 obeys rope_scaling then, and drops all of rope_parameters, theta too. Of type and rope_type the second counts.
-    """
-    found = {}
-    for name in ["rope_scaling", "rope_parameters"]:
-        if isinstance(raw.get(name), dict) and raw[name]:
-            rope = {key: value for key, value in raw[name].items() if value is not None}
-            rope = {"rope_type": rope.pop("type", "default")} | rope
-            found[name] = rope
-    if len(found) == 2:
-        theta = {"rope_theta": raw.get("rope_theta")}
-        one, other = [theta | rope for rope in found.values()]
-        for key in sorted(one.keys() | other.keys()):
-            if one.get(key) != other.get(key):
-                raise UsageError(
-                    f"rope_scaling and rope_parameters disagree on {key} ({one.get(key)!r}, {other.get(key)!r}); "
-                    "take one of the two out"
-                )
-    if not found:
-        return raw
-    return raw | {"rope_scaling": None, "rope_parameters": list(found.values())[-1]}
-
-
-def check_rope(raw: dict) -> None:
-    """The scaling of rotary embeddings, in either spelling."""
-    spelling = "rope_scaling" if raw.get("rope_parameters") is None else "rope_parameters"
-    rope = raw.get(spelling)
-    if rope is None:
-        return
-    if not isinstance(rope, dict):
-        raise UsageError(f"{spelling} must be an object, not {rope!r}")
-    if not is_positive(rope.get("rope_theta", 1.0)):
-        raise UsageError(f"rope_theta must be a positive number, not {rope['rope_theta']!r}")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    for name in ROPE[rope_type]:
-        if not is_positive(rope.get(name)):
-            raise UsageError(
-                f"rope_type {rope_type} needs a positive {name}, not {rope.get(name)!r}"
-            )
-    if rope_type == "dynamic" and not is_positive(rope.get("factor", 1.0)):
-        raise UsageError(f"rope_type dynamic needs a positive factor, not {rope['factor']!r}")
-    if rope_type == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
-        raise UsageError("rope_type llama3 needs high_freq_factor above low_freq_factor")
-
-
-def check_depth(raw: dict, path: Path) -> None:
-    """As many layers in the files, if they are there and can be read, as config.json says, before any is built."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    try:
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            names = list(weight_map) if isinstance(weight_map, dict) else []
-        elif single.exists():
-            with opened(single) as shard:
-                names = list(shard.keys())
-        else:
-            return
-    except UsageError:
-        return  # check_weights says what is wrong with it
-    layers = {
-        int(match[1]) for name in names if (match := re.match(r"model\.layers\.(\d{1,6})\.", name))
-    }
-    if layers and max(layers) + 1 != raw["num_hidden_layers"]:
-        raise UsageError(
-            f"num_hidden_layers is {raw['num_hidden_layers']}, but the weights are of {max(layers) + 1} layers"
-        )
-
-
-def is_positive(value) -> bool:
-    return type(value) in (int, float) and 0 < value < 1e30
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Weights
 
+# Rotary frequencies, cosines and sines, which some conversions store and we compute.
+COMPUTED = re.compile(
+    r"(^|\.)(rotary_emb\.\w+|rope\.freqs|rope_freqs(\.weight)?|freqs_cis|inv_freq|cos_cached|sin_cached)$"
+)
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -377,7 +340,7 @@ def check_weights(path: Path, tied: bool, dtype: torch.dtype | None) -> list[Pat
     files: dict[str, Path] = {}  # of each tensor
     for file, promised in shards.items():
         with opened(file) as shard:
-            names = {name for name in shard.keys() if not is_computed(name)}
+            names = {name for name in shard.keys() if not COMPUTED.search(name)}
             if promised is not None and names != promised:
                 odd = min(names ^ promised)
                 raise UsageError(
@@ -396,7 +359,9 @@ def check_weights(path: Path, tied: bool, dtype: torch.dtype | None) -> list[Pat
             f"{path}: its tensors mix {' and '.join(sorted(dtypes))}; choose one with --dtype"
         )
     if tied and EMBEDDING in files and HEAD in files:
-        if not torch.equal(*(read_tensor(files[name], name) for name in (EMBEDDING, HEAD))):
+        with opened(files[EMBEDDING]) as one, opened(files[HEAD]) as other:
+            same = torch.equal(one.get_tensor(EMBEDDING), other.get_tensor(HEAD))
+        if not same:
             raise UsageError(
                 f"{path}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}"
             )
@@ -425,7 +390,7 @@ def find_shards(path: Path) -> dict[Path, set[str] | None]:
         if not isinstance(file, str) or Path(file).name != file or file in (".", ".."):
             raise UsageError(f"{index}: {file!r} is no name of a file beside it")
         names = shards.setdefault(path / file, set())
-        if not is_computed(name):
+        if not COMPUTED.search(name):
             names.add(name)
     extra = (present | ({single} if single.exists() else set())) - shards.keys()
     missing = [file for file in sorted(shards) if not file.exists()]
@@ -476,6 +441,7 @@ def refuse_other_weights(path: Path) -> None:
 
 # A LoRA adapter, in the folder of a whole model or in one of its own
 
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 PLAIN = {  # fields that the names of its tensors do not show, and the values with which they are W + scale B A
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
@@ -493,17 +459,9 @@ def tie_stored(tensors: dict[str, torch.Tensor]) -> None:
             tensors.setdefault(other, tensors[name])
 
 
-def adapter_files(path: Path) -> list[Path]:
-    """The two files of an adapter in a folder; none where it has none."""
-    names = ["adapter_config.json", "adapter_model.safetensors"]
-    return [path / name for name in names] if (path / names[0]).exists() else []
-
-
 def merge_adapter(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Add the adapter in a folder, if there is one, to the weights that it belongs to, as peft does."""
-    if not adapter_files(path):
-        return
-    file, weights = adapter_files(path)
+    """Add the adapter in a folder to the weights that it belongs to, as peft does."""
+    file, weights = [path / name for name in ADAPTER]
     config = read_json(file)
     for name, allowed in PLAIN.items():
         if config.get(name) not in allowed:
@@ -511,7 +469,7 @@ def merge_adapter(path: Path, tensors: dict[str, torch.Tensor]) -> None:
                 f"{file}: {name} {config.get(name)!r} is more than W + scale B A; merge it once: merge_and_unload() in peft"
             )
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not is_size(rank) or not is_positive(alpha):
+    if not fits(rank, "size") or not fits(alpha, "number"):
         raise UsageError(f"{file}: r {rank!r} and lora_alpha {alpha!r} must be positive numbers")
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     with opened(weights) as shard:
@@ -539,20 +497,24 @@ def merge_adapter(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def explain_mismatch(path: Path, shapes: dict[str, tuple], tied: bool) -> None:
     """Find the tensor for which a network of these shapes could not be loaded from a folder."""
-    found = set()
+    stored = {}  # of each tensor, its file and shape
     for file in find_shards(path):
         with opened(file) as shard:
-            names = sorted(name for name in shard.keys() if not is_computed(name))
+            names = sorted(name for name in shard.keys() if not COMPUTED.search(name))
             refuse_prefixes(file, names, shapes)
             for name in names:
-                if name not in shapes:
-                    raise UsageError(f"{file}: unexpected tensor {name}{family_hint(name)}")
-                shape = tuple(shard.get_slice(name).get_shape())
-                if shape != shapes[name]:
-                    raise UsageError(
-                        f"{file}: {name} is {shape}, config.json asks for {shapes[name]}"
-                    )
-                found.add(name)
+                stored[name] = file, tuple(shard.get_slice(name).get_shape())
+    wanted, there = count_layers(shapes), count_layers(stored)
+    if there and wanted != there:
+        raise UsageError(
+            f"{path / 'config.json'}: num_hidden_layers is {wanted}, but the weights are of {there} layers"
+        )
+    for name, (file, shape) in stored.items():
+        if name not in shapes:
+            raise UsageError(f"{file}: unexpected tensor {name}{family_hint(name)}")
+        if shape != shapes[name]:
+            raise UsageError(f"{file}: {name} is {shape}, config.json asks for {shapes[name]}")
+    found = set(stored)
     if tied and found & {EMBEDDING, HEAD}:
         found |= {EMBEDDING, HEAD}
     missing = sorted(shapes.keys() - found)
@@ -562,6 +524,12 @@ def explain_mismatch(path: Path, shapes: dict[str, tuple], tied: bool) -> None:
             f"{path}: {missing[0]} is in none of its files ({len(missing)} of {len(shapes)} missing)"
             f"{hint}"
         )
+
+
+def count_layers(names: Iterable[str]) -> int:
+    """The layers that tensors of these names are of."""
+    found = [re.match(r"model\.layers\.(\d{1,6})\.", name) for name in names]
+    return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def family_hint(name: str) -> str:
@@ -603,48 +571,30 @@ def refuse_prefixes(file: Path, names: list[str], shapes: dict[str, tuple]) -> N
             )
 
 
-def is_computed(name: str) -> bool:
-    """Rotary frequencies, cosines and sines, which some conversions store and we compute."""
-    return (
-        re.search(
-            r"(^|\.)(rotary_emb\.\w+|rope\.freqs|rope_freqs(\.weight)?|freqs_cis|inv_freq|cos_cached|sin_cached)$",
-            name,
-        )
-        is not None
-    )
-
-
 def digest_checkpoint(path: Path) -> str:
     """A hash of config, weights and tokenizer, by which another checkpoint in the same place is noticed."""
     beside = ("config.json", "tokenizer.model", "original/tokenizer.model", "tokenizer.json")
-    files = sorted(find_shards(path)) + [path / name for name in beside if (path / name).is_file()]
-    files += adapter_files(path)
+    files = [path / name for name in (*beside, *ADAPTER) if (path / name).is_file()]
+    files = sorted(find_shards(path)) + files
     return hashlib.blake2b("".join(map(digest, files)).encode(), digest_size=16).hexdigest()
 
 
 def stamp(path: Path) -> str:
     """A hash of the names, sizes and times of a folder's weights, by which weights trained anew are noticed without reading them."""
-    files = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in [*sorted(find_shards(path)), *adapter_files(path)]
-    ]
-    return hashlib.blake2b(repr(files).encode(), digest_size=8).hexdigest()
+    files = sorted(find_shards(path)) + [path / name for name in ADAPTER if (path / name).is_file()]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.blake2b(repr(stats).encode(), digest_size=8).hexdigest()
 
 
 @contextmanager
 def opened(file: Path) -> Iterator:
-    with open(check_regular(file), "rb") as start:
-        refuse_foreign(file, start.read(64))
     try:
-        with safe_open(file, framework="pt") as shard:
+        with safe_open(check_regular(file), framework="pt") as shard:
             yield shard
     except (SafetensorError, OSError) as error:
+        with open(file, "rb") as start:
+            refuse_foreign(file, start.read(64))
         raise UsageError(f"{file}: truncated or not safetensors ({error})") from None
-
-
-def read_tensor(file: Path, name: str) -> torch.Tensor:
-    with opened(file) as shard:
-        return shard.get_tensor(name)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -655,8 +605,8 @@ def read_value_info(path: str | Path, schemes: tuple[str, ...]) -> dict:
     """What ivl.json says of the value network in a folder."""
     path = Path(path)
     file = path / "ivl.json"
-    refuse_absent(path)
     if not file.exists():
+        refuse_absent(path)
         raise UsageError(f"{path}: no ivl.json, so this is no value network; train.py writes one")
     info = read_json(file)
     if isinstance(info.get("scheme"), str) and info["scheme"] not in schemes:
@@ -665,18 +615,18 @@ def read_value_info(path: str | Path, schemes: tuple[str, ...]) -> dict:
         )
     tokenizer = info.get("tokenizer")
     bases = info.get("bases")
-    fits = {
+    right = {
         "scheme": isinstance(info.get("scheme"), str),
         "template": info.get("template") in TEMPLATES,
         "seed": type(info.get("seed")) is int,
         "bases": isinstance(bases, list) and len(bases) > 0 and all(map(is_a_path, bases)),
         "tokenizer": isinstance(tokenizer, dict)
-        and is_size(tokenizer.get("size"))
+        and fits(tokenizer.get("size"), "size")
         and isinstance(tokenizer.get("fingerprint"), str),
         "system": isinstance(info.get("system", ""), str) and is_unicode(info.get("system", "")),
-        "probe_width": info.get("scheme") != "probe" or is_size(info.get("probe_width")),
+        "probe_width": info.get("scheme") != "probe" or fits(info.get("probe_width"), "size"),
     }
-    for name, is_right in fits.items():
+    for name, is_right in right.items():
         if not is_right:
             found = json.dumps(info[name])[:60] if name in info else "missing"
             raise UsageError(
@@ -689,7 +639,3 @@ def is_a_path(value) -> bool:
     return (
         isinstance(value, str) and is_unicode(value) and "\0" not in value and 0 < len(value) < 4096
     )
-
-
-def is_size(value) -> bool:
-    return type(value) is int and 0 < value <= 2**24

@@ -200,10 +200,6 @@ FRAMES = re.compile(
 )
 
 
-def has_template(text: str) -> bool:
-    return FRAMES.search(text) is not None
-
-
 def holds_turns(value) -> bool:
     """A list of turns, or of texts that alternate."""
     return isinstance(value, list) and bool(value) and (is_turn(value[0]) or type(value[0]) is str)
@@ -545,23 +541,25 @@ class Records:
         self.file.seek(0)
         for number, line in enumerate(self.file, 1):
             if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                yield offset, f"line {number}", self.parse(line, number)
+                try:
+                    record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except (ValueError, RecursionError) as error:
+                    self.refuse_line(line, number, error)
+                yield offset, f"line {number}", record
             offset += len(line)
             self.file.seek(offset)  # somebody may have asked for a record
             if time.monotonic() - reported > 10:
                 reported = time.monotonic()
                 print(f"reading {self.path}: {100 * offset // size}%", file=sys.stderr)
 
-    def parse(self, line: bytes, number: int):
-        try:
-            return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except (ValueError, RecursionError) as error:
-            is_whole = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
-            if number == 1 and line.lstrip(b"\xef\xbb\xbf ").startswith(b"{") and not is_whole:
-                self.refuse_spread()
-            raise UsageError(
-                f"{self.path}: line {number} is {json_fault(error, one_line=True)}"
-            ) from None
+    def refuse_line(self, line: bytes, number: int, error: ValueError | RecursionError) -> None:
+        """Say what is wrong with a line that is not JSON."""
+        is_whole = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+        if number == 1 and line.lstrip(b"\xef\xbb\xbf ").startswith(b"{") and not is_whole:
+            self.refuse_spread()
+        raise UsageError(
+            f"{self.path}: line {number} is {json_fault(error, one_line=True)}"
+        ) from None
 
     def refuse_spread(self) -> None:
         """UsageError if the file is JSON, but not one record a line."""
@@ -587,6 +585,41 @@ class Records:
             return json.loads(self.file.readline().decode("utf-8-sig"))
         except ValueError:
             raise UsageError(f"{self.path}: has changed since it was opened") from None
+
+    def usable(
+        self, read: Callable, unused: Counter, what: str = "conversation"
+    ) -> Iterator[tuple[int, dict, object]]:
+        """The records that can be used: key, record, and what `read` makes of it.
+
+        The others are counted in `unused` by reason. UsageError where nothing can be used.
+        """
+        used, stranger = 0, None  # the first record of no known form, its place and fault
+        for key, where, record in self:
+            try:
+                found = read(record)
+            except Unusable as error:
+                unused[str(error)] += 1
+                continue
+            except UnknownForm as error:
+                unused["no known form"] += 1
+                stranger = stranger or (record, f"{where} has {error}")
+                continue
+            except UsageError as error:
+                raise UsageError(f"{self.path}: {where} {error}") from None
+            used += 1
+            yield key, record, found
+        if used:
+            return
+        if stranger and len(unused) == 1:
+            if unused.total() == 1:
+                refuse_wrapping(self.path, stranger[0])
+            raise UsageError(
+                f"{self.path}: no record of a known form; {stranger[1]} (data/README.md has the forms)"
+            )
+        reasons = ", ".join(f"{count} with {reason}" for reason, count in unused.most_common(5))
+        raise UsageError(
+            f"{self.path}: no usable {what} ({reasons or 'an empty list'}); data/README.md has the forms"
+        )
 
 
 def refuse_wrapping(path: Path, record) -> None:
@@ -614,49 +647,6 @@ def kind_of(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-class Usable:
-    """Which records of a file can be used: iterating yields the key of each, and what `read` makes
-    of it.
-
-    `unused` counts the others by reason. Raises UsageError where nothing can be used.
-    """
-
-    def __init__(self, records: Records, read: Callable, what: str = "conversation"):
-        self.records, self.read, self.what, self.unused = records, read, what, Counter()
-
-    def __iter__(self) -> Iterator[tuple[int, object, object]]:
-        """Key, record, and what was read."""
-        used, stranger = 0, None  # the first record of no known form, its place and fault
-        for key, where, record in self.records:
-            try:
-                found = self.read(record)
-            except Unusable as error:
-                self.unused[str(error)] += 1
-                continue
-            except UnknownForm as error:
-                self.unused["no known form"] += 1
-                stranger = stranger or (record, f"{where} has {error}")
-                continue
-            except UsageError as error:
-                raise UsageError(f"{self.records.path}: {where} {error}") from None
-            used += 1
-            yield key, record, found
-        if used:
-            return
-        if stranger and len(self.unused) == 1:
-            if self.unused.total() == 1:
-                refuse_wrapping(self.records.path, stranger[0])
-            raise UsageError(
-                f"{self.records.path}: no record of a known form; {stranger[1]} (data/README.md has the forms)"
-            )
-        reasons = ", ".join(
-            f"{count} with {reason}" for reason, count in self.unused.most_common(5)
-        )
-        raise UsageError(
-            f"{self.records.path}: no usable {self.what} ({reasons or 'an empty list'}); data/README.md has the forms"
-        )
-
-
 # --------------------------------------------------------------------------------------------------
 # Plain texts, for vocab_map.py
 
@@ -678,9 +668,9 @@ def read_texts(file: Path) -> list[str]:
         if not texts:
             raise UsageError(f"{file}: no text in it")
     else:
-        usable = Usable(Records(file), record_text)
-        texts = [text for _, _, text in usable]
-        notes = [f"dropped {count}: {reason}" for reason, count in usable.unused.items()]
+        unused = Counter()
+        texts = [text for _, _, text in Records(file).usable(record_text, unused)]
+        notes = [f"dropped {count}: {reason}" for reason, count in unused.items()]
     if long := sum(len(text) > LONGEST_TEXT for text in texts):
         notes.append(f"cut {long} of more than {LONGEST_TEXT} characters into pieces")
     if notes:

@@ -49,9 +49,9 @@ class SentencePieceTokenizer:
 
     def __init__(self, model: bytes):
         self.model = model
-        self.processor = sentencepiece.SentencePieceProcessor(
-            model_proto=without_user_defined(model)
-        )
+        if b"\x18\x04" in model:  # the field of a piece that says it is user-defined
+            model = without_user_defined(model)
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self.processor.vocab_size()
         self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:

@@ -285,9 +285,7 @@ def post_training(
             print_metrics(read_metrics(out))
         return None
 
-    def batches(position: list[int] | None, parts: int) -> Iterator:
-        return chat_batches(dataset, train_on, settings.batch_size, parts, settings.seed, position)
-
+    batches = partial(chat_batches, dataset, train_on, settings.batch_size, settings.seed)
     if pairs and exam is None:
         exam = HeldOutPairs(dataset, held_out)
     job = make_job(args, run, tokenizer, build, batches, exam, dataset, train_on, held_out)

@@ -22,12 +22,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data.checkpoint import (
+    ADAPTER,
+    COMPUTED,
     EMBEDDING,
     HEAD,
-    adapter_files,
     check_weights,
     explain_mismatch,
-    is_computed,
     tie_stored,
 )
 from data.errors import UsageError
@@ -48,7 +48,7 @@ def load_divided(path: str | Path, dtype: torch.dtype | None, device: str) -> Ll
     path = Path(path)
     config, rank, count = read_config(path), dist.get_rank(), dist.get_world_size()
     check_divisible(path, config, count)
-    if adapter_files(path):
+    if (path / ADAPTER[0]).exists():
         raise UsageError(
             f"{path}: a LoRA adapter is not merged into a base that is divided; decode in one process, or merge it once: "
             "merge_and_unload() in peft"
@@ -110,7 +110,7 @@ def files_of(files: list[Path]) -> dict[str, Path]:
     found = {}
     for file in files:
         with safe_open(file, framework="pt") as shard:
-            found |= {name: file for name in shard.keys() if not is_computed(name)}
+            found |= {name: file for name in shard.keys() if not COMPUTED.search(name)}
     return found
 
 

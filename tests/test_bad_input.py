@@ -859,7 +859,13 @@ FOLDERS = {
         edit(C, num_hidden_layers=10_000),
         TRAIN,
         2,
-        "num_hidden_layers is 10000, but the weights are of 1 layers",
+        "num_hidden_layers must be a positive whole number of sensible size, not 10000",
+    ),
+    "1000 layers": (
+        edit(C, num_hidden_layers=1000),
+        TRAIN,
+        2,
+        "num_hidden_layers is 1000, but the weights are of 1 layers",
     ),
     "2 layers": (
         edit(C, num_hidden_layers=2),

@@ -674,7 +674,7 @@ def test_batches_of_pairs_are_whole_pairs_and_a_position_goes_on(sentence_piece,
     dataset = PairDataset(
         write(tmp_path / "d.jsonl", records, True), sentence_piece, "llama-2", 256
     )
-    taken = take(chat_batches(dataset, list(range(20)), 5, 2, 0, None), 8)
+    taken = take(chat_batches(dataset, list(range(20)), 5, 0, None, 2), 8)
     for _, parts in taken:
         assert [len(tokens) for tokens, _ in parts] == [6, 4]  # 3 pairs and 2
         for tokens, labels in parts:
@@ -682,7 +682,7 @@ def test_batches_of_pairs_are_whole_pairs_and_a_position_goes_on(sentence_piece,
                 start = int((labels[row] != -100).nonzero()[0])
                 assert torch.equal(tokens[row, :start], tokens[row + 1, :start])  # the same prompt
     position, _ = taken[2]
-    again = take(chat_batches(dataset, list(range(20)), 5, 2, 0, position), 1)[0]
+    again = take(chat_batches(dataset, list(range(20)), 5, 0, position, 2), 1)[0]
     assert again[0] == taken[3][0] and all(
         torch.equal(a, b) for x, y in zip(again[1], taken[3][1]) for a, b in zip(x, y)
     )
