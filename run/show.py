@@ -27,9 +27,10 @@ from data.tiny_world import (
     value_pairs,
 )
 from data.tokenizer import StreamDecoder, Tokenizer
-from model import Llama
+from run.bases import load_base
 from run.cli import clear_progress, clock, rate, seconds_between, show_progress, watch
 from run.plug import Plugged, plug_in
+from run.processes import Alone
 from sample import Guided, Speaker, generate, score
 
 # --------------------------------------------------------------------------------------------------
@@ -117,9 +118,8 @@ def score_aloud(
 @torch.inference_mode()
 def text_cross_entropy(folder: Path, ids: list[int], dtype: str) -> float:
     """Mean, in nats, over a text's tokens, of a checkpoint computing in dtype."""
-    logits = Llama.from_pretrained(folder, getattr(torch, dtype))(torch.tensor([ids]))[
-        0
-    ].float()  # (T, V)
+    base = load_base(folder, dtype, "cpu", Alone())
+    logits = base(torch.tensor([ids]))[0].float()  # (T, V)
     return F.cross_entropy(logits[:-1], torch.tensor(ids[1:])).item()
 
 

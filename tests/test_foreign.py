@@ -11,7 +11,7 @@ from data import gemma
 from data.chat import TURN, encode_chat, end_tokens, read_chat, stop_ids
 from data.errors import UsageError
 from data.packaged import CONTROL, USER_DEFINED
-from data.tokenizer import TiktokenTokenizer, load_tokenizer
+from data.tokenizer import JsonTokenizer, TiktokenTokenizer, load_tokenizer
 from ivl import ValueModel
 from model import KVCache, Llama
 from run.bases import asking, with_ends
@@ -333,6 +333,9 @@ def test_a_tokenizer_and_a_config_of_gguf_fields():
         *("<bos>", "ab", "\u2581ab", "\u2581\u2581", "\n\n", "<0xC3>", "<0xA9>", "<eos>"),
     ]
     assert tokenizer.decode(ids.ids) == "ab ab  \n\né"
+    ours = JsonTokenizer(tokenizer.to_str().encode(), {"bos": "<bos>", "eos": "<eos>"})
+    assert ours.decode(ours.encode("ab ab  \n\né")) == "ab ab  \n\né"  # two spaces are one token
+    assert ours.token_bytes(tokens.index("  ")) == b"  "
     fields |= {line.split()[1]: 6 for line in gemma.FIELDS.splitlines()}
     config = gemma.config_of(fields)
     assert config["vocab_size"] == len(tokens)

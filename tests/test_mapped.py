@@ -1,6 +1,7 @@
 """Decoding through a vocabulary map, against brute force and against no map."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -78,6 +79,30 @@ def brute_force(
 
     cover((), tuple(written), 0.0)
     return P / P.sum()
+
+
+@torch.no_grad()
+def all_ways(base: Llama, vocab: VocabMap, prompt: list[int], text: bytes) -> dict:
+    """log p of each way in which base tokens cover a text, the last one perhaps going on behind it."""
+    value = vocab.value_tokenizer
+    spelled = [b"".join(map(value.token_bytes, pieces)) for pieces in vocab.value_tokens]
+    silent = [token for token, pieces in enumerate(vocab.value_tokens) if not pieces]
+    ways = {}
+
+    def cover(tokens, rest, weight):
+        if not rest:
+            ways[tokens] = weight
+            return
+        z = base(torch.tensor([prompt + list(tokens)]))[0, -1, : len(spelled)].double()
+        z[silent] = -torch.inf
+        for token, p in enumerate((z.log_softmax(-1) + weight).tolist()):
+            if spelled[token].startswith(rest):
+                ways[(*tokens, token)] = p
+            elif spelled[token] and rest.startswith(spelled[token]):
+                cover((*tokens, token), rest[len(spelled[token]) :], p)
+
+    cover((), text, 0.0)
+    return ways
 
 
 @torch.no_grad()
@@ -372,6 +397,8 @@ def test_sample_with_a_foreign_base(home, tmp_path):
 
 CROSSED = TiktokenTokenizer(byte_pairs(b"ab", b"abc", b"de", b" a", b"  "))
 CROSSING = TiktokenTokenizer(byte_pairs(b"ab", b"de", b"cde", b" a"))
+ODD = TiktokenTokenizer(byte_pairs(b"bc", b"de"))
+EVEN = TiktokenTokenizer(byte_pairs(b"ab", b"cd", b"ef"))
 
 
 class Told(Hypotheses):
@@ -389,20 +416,48 @@ class Told(Hypotheses):
         return children
 
 
-def both_ways(text: str) -> tuple[float, float, int]:
+def both_ways(text: str, base=CROSSED, value=CROSSING) -> tuple[float, float, int]:
     """log p of a text and its end through the map, and in the base's own tokens, and how many those are."""
-    told = mapped_by(build(CROSSED, CROSSING), bases(CROSSED, 1)[0], kind=Told)
-    told.own = CROSSED.encode("x" + text, bos=True) + [CROSSED.end_of_turn_id]
-    told.begin([CROSSING.encode("x", bos=True)])
-    for value in [*CROSSING.encode(text), CROSSING.end_of_turn_id]:
-        told.base_logits(torch.zeros(1, CROSSING.vocab_size))
-        told.push([value])
+    told = mapped_by(build(base, value), bases(base, 1)[0], kind=Told)
+    told.own = base.encode("x" + text, bos=True) + [base.end_of_turn_id]
+    told.begin([value.encode("x", bos=True)])
+    for token in [*value.encode(text), value.end_of_turn_id]:
+        told.base_logits(torch.zeros(1, value.vocab_size))
+        told.push([token])
     behind = range(2, len(told.own))
     steps = [([], told.own[:at]) for at in behind]
     nothing = Context([], None, None, None)
     contexts = told.read_base([(nothing, tokens) for _, tokens in steps])
     own = sum(context.log_p[told.own[at]].item() for at, context in zip(behind, contexts))
     return told.texts[0].log_probability(), own, len(behind)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_generous", [False, True])
+@pytest.mark.parametrize("pair", ["LONG SHORT", "SHORT LONG", "CROSSED CROSSING", "ODD EVEN"])
+def test_no_way_to_cut_a_text_counts_twice(pair, is_generous, monkeypatch):
+    """Each hypothesis weighs what the base says of its tokens, and all together no more than all ways there are."""
+    if is_generous:
+        for name, much in (("HYPOTHESES", 100), ("UNLIKELY", 1000.0), ("EXPANSIONS", 100)):
+            monkeypatch.setattr(hypotheses, name, much)
+    base_tokenizer, value_tokenizer = [globals()[name] for name in pair.split()]
+    vocab, rng = build(base_tokenizer, value_tokenizer), random.Random(0)
+    prompt = base_tokenizer.encode("xyz", bos=True)
+    for base in bases(base_tokenizer, seeds=2):
+        for text in ["".join(rng.choices("abcdef ", k=5)) for _ in range(6)] + ["cabcb", "  a ca"]:
+            mapped = mapped_by(vocab, base)
+            mapped.begin([value_tokenizer.encode("xyz", bos=True)])
+            for value in value_tokenizer.encode(text):
+                mapped.base_logits(40.0 * torch.eye(value_tokenizer.vocab_size)[value][None])
+                mapped.push([value])
+            found, ways = mapped.texts[0], all_ways(base, vocab, prompt, text.encode())
+            tokens = [tuple(context.tokens[len(prompt) :]) for context in found.contexts]
+            assert len(set(tokens)) == len(tokens)
+            for context, way in zip(found.contexts, tokens):
+                if not context.pending:
+                    assert found.log_scale + context.weight == pytest.approx(ways[way], abs=1e-3)
+            total = torch.tensor(list(ways.values())).logsumexp(0).item()
+            assert found.log_probability() < total + 1e-3
 
 
 @torch.no_grad()
@@ -414,4 +469,15 @@ def test_a_text_is_as_likely_through_the_map_where_ends_cross(text, monkeypatch)
     found, own, count = both_ways(text)
     assert abs(found - own) < 1e-3 * count
     monkeypatch.setattr(hypotheses, "EXPANSIONS", 0)
+    monkeypatch.setattr(hypotheses, "DESPERATE", 0)
     assert not both_ways(text)[0] > own - 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", ["abcdef", "abcdefabcdef", " abcdef abcd", "abcde"])
+def test_ends_may_cross_over_several_value_tokens(text):
+    """ab + cd + ef in the value network's tokens; a + bc + de + f, and no end in common within, in the base's."""
+    assert [ODD.token_bytes(id) for id in ODD.encode("abcdef")] == [b"a", b"bc", b"de", b"f"]
+    assert [EVEN.token_bytes(id) for id in EVEN.encode("abcdef")] == [b"ab", b"cd", b"ef"]
+    found, own, count = both_ways(text, ODD, EVEN)
+    assert abs(found - own) < 1e-3 * count
