@@ -16,14 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from data.tiny_world import TEMPLATE, world_of
+from beyond.speculation import Speculative, speculate
+from data.chat import encode_chat, stop_ids
+from data.tiny_world import TEMPLATE, World, prompt_text, world_of
 from data.tokenizer import load_tokenizer
 from ivl import SCHEMES, ValueModel
 from model import Llama
 from run import folder
 from run.jobs import tiny_config
 from run.show import examine, known_facts
-from sample import Guided, Speaker
+from sample import Guided, Speaker, generate
 from tests.helpers import (
     ROOT,
     SHORT,
@@ -828,6 +830,21 @@ def test_they_transfer_to_a_bigger_base_which_knows_more(three_seeds):
         taught.append(by_frequency["where tiny-s alone has no fk"]["all"])
         assert "questions only tiny-l + value answers rightly" in shown
     assert sum(taught) / len(taught) >= 0.5 and min(taught) >= 0.4  # README: .43 to .60, mean .52
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_speculation_gives_the_plain_answers_to_all_questions(three_seeds, alpha):
+    home = three_seeds / "out/seed0"
+    value = ValueModel.from_pretrained(home / "value-residual-tiny-s")
+    guided = Guided(Llama.from_pretrained(home / "tiny-l"), value, alpha)
+    tokenizer = load_tokenizer(home / "tiny-l")
+    items = World(0).fact_items("development")
+    prompts = [encode_chat(tokenizer, TEMPLATE, [("user", prompt_text(item))])[0] for item in items]
+    options = dict(max_new_tokens=40, stop_ids=stop_ids(tokenizer, TEMPLATE, [guided.base]))
+    plain = generate(guided, prompts, **options)
+    assert len(prompts) == 280
+    assert speculate(Speculative(guided, 4), prompts, **options) == plain
 
 
 def test_tiny_sizes_are_as_documented():
