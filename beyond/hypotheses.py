@@ -112,6 +112,8 @@ class Tables:
         self.starts = (
             self.lengths.cumsum(0) - self.lengths
         )  # (n,), where each one's pieces begin in `flat`
+        self.first = torch.zeros(base.config.vocab_size, dtype=torch.long, device=device)  # (Vb,)
+        self.first[self.tokens] = self.flat[self.starts]  # 0 for tokens without pieces
         # the same tokens by their bytes, for ends that cross
         value = vocab_map.value_tokenizer
         self.speller = Speller(value)
@@ -195,6 +197,9 @@ class Text:
         tables = self.tables
         P = torch.zeros(tables.Vv, device=tables.flat.device)
         for context in self.contexts:
+            if not context.pending:
+                P.index_add_(0, tables.first, (context.log_p + context.weight).exp())
+                continue
             here, depth = tables.range_of(context.pending), len(context.pending)
             longer = tables.lengths[here] > depth
             p = (context.log_p[tables.tokens[here]] + context.weight).exp() * longer

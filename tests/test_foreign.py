@@ -176,6 +176,48 @@ def test_a_lora_adapter_an_unknown_architecture_and_pickles_are_refused(tmp_path
 # ---- the command
 
 
+UNFIT = {  # what a folder's config.json says, and the reason for which no command takes it as a base
+    "gptq": (dict(quantization_config={"quant_method": "gptq"}), "quantised weights (gptq)"),
+    "awq": (dict(quantization_config={"quant_method": "awq"}), "quantised weights (awq)"),
+    "fp8": (dict(quantization_config={"quant_method": "fp8"}), "quantised weights (fp8)"),
+    "bitsandbytes": (
+        dict(quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"}),
+        "quantised weights (bitsandbytes)",
+    ),
+    "vision": (dict(model_type="gemma3", vision_config={}), "reads more than texts"),
+    "images alone": (
+        dict(model_type="vit", architectures=["ViTModel"]),
+        "no causal language model",
+    ),
+    "encoder and decoder": (
+        dict(model_type="t5", architectures=["T5ForConditionalGeneration"]),
+        "no causal language model",
+    ),
+    "absent": (dict(model_type="nothing"), "does not recognize this architecture"),
+    "qwen2 in name": (dict(model_type="qwen2", hidden_act="silu"), "do model_type"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_a_folder_that_is_no_base_is_refused_in_one_line(kind, tmp_path):
+    changes, reason = UNFIT[kind]
+    made(tmp_path / "base", "llama" if "qwen2" in kind else "gemma3_text", vocab_size=600)
+    (tmp_path / "base" / "tokenizer.model").write_bytes(byte_pairs(b"ab", b"abc"))
+    edit(tmp_path / "base", **changes)
+    assert reason in refused(tmp_path, "sample.py --base base --prompt x")
+
+
+def test_a_lora_adapter_of_a_foreign_base_is_refused_in_one_line(tmp_path):
+    made(tmp_path / "base", "gemma3_text", vocab_size=600)
+    (tmp_path / "base" / "tokenizer.model").write_bytes(byte_pairs(b"ab", b"abc"))
+    adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "base"}
+    for folder in ("adapter", "base"):  # by itself, and beside the weights
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "adapter_config.json").write_text(json.dumps(adapter))
+        said = refused(tmp_path, "sample.py --prompt x --base", folder)
+        assert "a LoRA adapter" in said
+
+
 @pytest.fixture(scope="module")
 def foreign(home, tmp_path_factory):
     """A small Gemma with the tiny world's tokenizer, that is, a base of tiny-s's tokens, and of no world."""
