@@ -4,8 +4,8 @@
 
 A frozen base computes z_base, the logits of the next token. The value network computes z_delta, how
 post-training changes them. Only the value network learns. Afterwards it is plugged into other bases
-as it is. Read `combine`, `ivl_loss` and `ValueModel` first. The two losses of Section 3.1 and the
-Triton kernel can wait.
+as it is. Read `combine`, `ivl_loss` and `ValueModel` first. The other losses and the Triton kernel
+can wait.
 """
 
 import json
@@ -32,7 +32,7 @@ SCHEMES = ("residual", "cascade", "cascade+", "probe")
 Loss = tuple[Tensor, dict[str, Tensor]]  # a number to differentiate, and metrics to print
 
 # --------------------------------------------------------------------------------------------------
-# Eq. (3), Eq. (4), and two more losses
+# Eq. (3), Eq. (4), and three more losses
 
 
 def combine(z_base: Tensor, z_delta: Tensor, alpha: float = 1.0) -> Tensor:
@@ -157,6 +157,46 @@ def distillation_loss(
     return temperature**2 * kl, {"kl": kl.detach(), "base_kl": base_kl, "ce": ce}
 
 
+def reward_loss(
+    z_base: Tensor, z_delta: Tensor, labels: Tensor, rewards: Tensor, beta: float = 0.0
+) -> Loss:
+    """Rewards in place of demonstrations: mean over answers of -advantage * log p_post(answer).
+
+    z_base (Q * G, T, Vb), z_delta (Q * G, T, Vv), labels (Q * G, T) as in ivl_loss: G answers to
+    each of Q questions, just sampled from z_post at temperature 1; rewards (Q, G). The advantage is
+    an answer's reward less the mean of its group, the G answers to its question; log p is a sum
+    over its tokens. One step a batch of samples, so there is no ratio of policies, and no clipping.
+    In expectation the gradient is that of -reward times (G - 1) / G: the mean has the answer in it.
+
+    GRPO divides advantages by their group's spread, and an answer's loss by its length. Both bias
+    (Liu et al., 2025, "Understanding R1-Zero-Like Training"): the first favours questions that are
+    nearly always or nearly never answered rightly, the second long wrong answers. We do neither.
+
+    beta weighs KL(p_post || p_base), exact at each sampled token, and summed over an answer. z_base
+    is here anyway: the reference costs no extra pass.
+
+    Returns the loss and {reward, dead, length, drift}: the mean reward, the share of groups whose
+    answers all earn the same, which teach nothing, an answer's tokens, and that KL in nats.
+    """
+    supervised = labels != -100  # (Q * G, T), N of them
+    count = supervised.any(1).sum().clamp(min=1)  # answers
+    z_base = at_least_float(z_base.detach()[supervised])  # (N, Vb)
+    z_post = combine(z_base, z_delta[supervised])  # (N, Vb), Eq. (3)
+    log_p = -F.cross_entropy(z_post, labels[supervised], reduction="none")  # (N,)
+    advantages = rewards - rewards.mean(1, keepdim=True)  # (Q, G)
+    row = supervised.nonzero()[:, 0]  # (N,)
+    loss = -(advantages.flatten()[row] * log_p).sum() / count
+    log_post, log_base = z_post.log_softmax(-1), z_base.log_softmax(-1)
+    drift = (log_post.exp() * (log_post - log_base)).sum() / count
+    metrics = {
+        "reward": rewards.mean(),
+        "dead": (rewards == rewards[:, :1]).all(1).float().mean(),
+        "length": supervised.sum() / count,
+        "drift": drift.detach(),
+    }
+    return (loss + beta * drift if beta else loss), metrics
+
+
 def at_least_float(x: Tensor) -> Tensor:
     """bf16 and fp16 as float32, in which sums are taken."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -176,7 +216,8 @@ class ValueModel(nn.Module):
     probe      the base's logits at the position, and nothing before it
 
     `info` is what ivl.json holds: scheme, l1, template, bases, data, seed, steps, the tokenizer's
-    size and fingerprint; where there is one, a probe's width, a system prompt, another loss.
+    size and fingerprint; where there is one, a probe's width, a system prompt, another loss, the
+    value networks that were plugged in already.
     `llamas` need a KV cache while decoding.
     """
 
@@ -252,6 +293,14 @@ class ValueModel(nn.Module):
         with torch.no_grad():
             z_base, z_teacher = base(tokens), teacher(tokens)  # (B, T, Vb), (B, T, Vt)
         return distillation_loss(z_base, self(tokens, z_base), z_teacher, labels, temperature)
+
+    def reward_loss(
+        self, base: Llama, tokens: Tensor, labels: Tensor, rewards: Tensor, beta: float = 0.0
+    ) -> Loss:
+        """What the function reward_loss returns, of tokens and labels (Q * G, T) and rewards (Q, G)."""
+        with torch.no_grad():
+            z_base = base(tokens)  # (Q * G, T, Vb)
+        return reward_loss(z_base, self(tokens, z_base), labels, rewards, beta)
 
     @classmethod
     def from_pretrained(
@@ -353,6 +402,24 @@ class SumDelta(nn.Module):
             z = llama(tokens, cache)[..., : self.vocab_size]
             self.parts.append(weight * at_least_float(z))
         return sum(self.parts[1:], self.parts[0])
+
+
+class PluggedBase(nn.Module):
+    """A frozen base with value networks plugged in already: z_base plus their z_deltas.
+
+    A value network that is trained on it is made for those, and adds up with them.
+    """
+
+    def __init__(self, base: Llama, values: list[Llama]):
+        super().__init__()
+        self.base, self.values = base, nn.ModuleList(values)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) -> (B, T, Vb)."""
+        z = self.base(tokens)  # (B, T, Vb)
+        for value in self.values:
+            z = combine(z, value(tokens))
+        return z
 
 
 # --------------------------------------------------------------------------------------------------
@@ -548,19 +615,9 @@ class KernelLoss(torch.autograd.Function):
         stats = torch.empty(N, STATS, device=z_delta.device)  # (N, 7)
         ctx.block = min(BLOCK, triton.next_power_of_2(max(Vb, Vv, 8)))  # stats has 7 columns
         with torch.cuda.device_of(z_delta):
-            forward_kernel[(N,)](
-                z_base,
-                z_delta,
-                labels,
-                stats,
-                z_base.stride(0),
-                z_delta.stride(0),
-                Vb,
-                Vv,
-                BLOCK=ctx.block,
-                STAGES=STAGES,
-                num_warps=WARPS,
-            )
+            sizes = z_base.stride(0), z_delta.stride(0), Vb, Vv
+            launch = dict(BLOCK=ctx.block, STAGES=STAGES, num_warps=WARPS)
+            forward_kernel[(N,)](z_base, z_delta, labels, stats, *sizes, **launch)
         ctx.save_for_backward(z_base, z_delta, labels, stats, count)
         metrics = stats[:, :5].sum(0) / count  # (5,)
         ctx.mark_non_differentiable(metrics)
@@ -573,20 +630,8 @@ class KernelLoss(torch.autograd.Function):
         (N, Vb), Vv = z_base.shape, z_delta.shape[1]
         gradient = torch.empty(N, Vv, dtype=z_delta.dtype, device=z_delta.device)
         with torch.cuda.device_of(z_delta):
-            backward_kernel[(N,)](
-                z_base,
-                z_delta,
-                labels,
-                stats,
-                gradient,
-                d_ce / count,
-                d_norm / (count * Vv),
-                z_base.stride(0),
-                z_delta.stride(0),
-                Vb,
-                Vv,
-                BLOCK=ctx.block,
-                STAGES=STAGES,
-                num_warps=WARPS,
-            )
+            tensors = z_base, z_delta, labels, stats, gradient, d_ce / count, d_norm / (count * Vv)
+            sizes = z_base.stride(0), z_delta.stride(0), Vb, Vv
+            launch = dict(BLOCK=ctx.block, STAGES=STAGES, num_warps=WARPS)
+            backward_kernel[(N,)](*tensors, *sizes, **launch)
         return None, gradient, None, None

@@ -271,9 +271,8 @@ class Trunk(nn.Module):
         else:
             positions, mask = cache.begin(T)  # (B, T), (B, 1, T, S)
         self.frequencies = self.frequencies.to(x.device)
-        cos, sin = cos_and_sin(
-            positions[:, None], self.frequencies
-        )  # (1 or B, 1, T, F), the same for all heads
+        # (1 or B, 1, T, F) each, the same for all heads
+        cos, sin = cos_and_sin(positions[:, None], self.frequencies)
         for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(
@@ -443,9 +442,8 @@ class KVCache:
             capacity,
             config.head_dim,
         )
-        self.keys = torch.zeros(
-            shape, dtype=llama.dtype, device=llama.device
-        )  # (layers, B, K, capacity, F)
+        # (layers, B, K, capacity, F)
+        self.keys = torch.zeros(shape, dtype=llama.dtype, device=llama.device)
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=llama.device)  # (B,)
         # What the host knows without asking the device: the longest row's length, and whether all

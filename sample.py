@@ -161,12 +161,10 @@ def probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
         return torch.zeros_like(logits, dtype=torch.float32).scatter_(
             -1, logits.argmax(-1, keepdim=True), 1.0
         )
-    logits = (
-        logits.float() - logits.max(-1, keepdim=True).values.float()
-    )  # so that no temperature overflows
-    p = F.softmax(
-        logits / max(temperature, 1e-30), dim=-1
-    )  # (B, V); divided by what float32 rounds to 0, the largest would be 0 / 0
+    # less the largest, so that no temperature overflows; divided by what float32 rounds to 0, it
+    # would be 0 / 0
+    logits = logits.float() - logits.max(-1, keepdim=True).values.float()
+    p = F.softmax(logits / max(temperature, 1e-30), dim=-1)  # (B, V)
     if top_p < 1:
         # The thousand largest nearly always reach top_p, and are found far sooner than all are
         # sorted.
@@ -279,14 +277,12 @@ def score(
         contexts = list(dict.fromkeys(tuple(context) for context, _ in batch))
         longest = max(len(continuation) for _, continuation in batch)
         last = guided.start([list(context) for context in contexts], longest)  # (contexts, 1)
-        rows = torch.tensor(
-            [contexts.index(tuple(context)) for context, _ in batch], device=last.device
-        )  # (B,)
+        rows = [contexts.index(tuple(context)) for context, _ in batch]
+        rows = torch.tensor(rows, device=last.device)  # (B,)
         guided.select(rows)
         # all continuations in one step, less their last tokens, which predict nothing
-        behind = pad([[0, *continuation[:-1]] for _, continuation in batch]).to(
-            last.device
-        )  # (B, longest)
+        behind = pad([[0, *continuation[:-1]] for _, continuation in batch])  # (B, longest)
+        behind = behind.to(last.device)
         behind[:, :1] = last[rows]
         logits = guided.step(behind)  # (B, longest, V)
         refuse_nan(guided, logits)
@@ -379,10 +375,8 @@ class MappedGuided(Guided):
                 "others"
             )
         super().__init__(base, value, alpha)
-        self.map, self.llamas = (
-            vocab_map,
-            value.llamas,
-        )  # the base has a cache of its own, in its own tokens
+        self.map = vocab_map
+        self.llamas = value.llamas  # the base has a cache of its own, in its own tokens
         self.readable = min(value.vocab_size, vocab_map.value_tokenizer.vocab_size)
         self.never = torch.tensor(vocab_map.unsayable(), dtype=torch.long, device=base.device)
         self.ask = ask  # a prompt -> how the base is asked, in its tokens, if that is another text
@@ -399,9 +393,8 @@ class MappedGuided(Guided):
         self.base_tokens_read = self.value_tokens_asked = 0
         self.is_new = True  # the next step's token is a prompt's last, which the base has read
         self.texts, self.asked = map(list, zip(*map(self.split, prompts)))
-        self.base_tokens: list[list[int]] = [
-            [] for _ in prompts
-        ]  # of each row, what is in the base's cache
+        # of each row, what is in the base's cache
+        self.base_tokens: list[list[int]] = [[] for _ in prompts]
         self.base_cache = KVCache(self.base, len(prompts), 0)
         self.read_texts()
 
@@ -472,9 +465,8 @@ class MappedGuided(Guided):
         self.base_cache.crop(
             torch.tensor([len(tokens) for tokens in rows], device=self.base.device)
         )
-        last = torch.stack(
-            [hidden[row, len(tokens) - 1] for row, tokens in enumerate(new)]
-        )  # (B, D)
+        ends = [len(tokens) - 1 for tokens in new]
+        last = hidden[torch.arange(len(new)), ends]  # (B, D)
         self.z_next = self.base.lm_head(last).float()  # (B, Vb), behind each row's text
         self.base_tokens = rows
         return sum(map(len, new))

@@ -5,6 +5,8 @@
     python train.py --base --value --scheme cascade+       # another way to connect (Section 4.1)
     python train.py --base tiny-s tiny-m --value           # a curriculum of bases (Table 2)
     python train.py --base --value --loss pairwise         # pairs instead of demonstrations (3.1)
+    python train.py --base --value V --loss reward         # sampled answers, and what each earns
+    python train.py --base --value --with A                # made for a base that A guides already
     python train.py --base PATH --value --data chats.json  # on a checkpoint of Hugging Face's kind
     torchrun --nproc_per_node=8 train.py --base PATH --value --data chats.json  # on eight GPUs
 
@@ -13,29 +15,30 @@ is a frozen base. Begin at the end, with `train_value`.
 """
 
 import math
+import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.chat import ChatDataset, collate
+from data.chat import ChatDataset, collate, stop_ids, with_mask
 from data.tiny_world import print_metrics
 from data.tokenizer import Tokenizer
-from ivl import Loss, Probe, ValueModel, at_least_float
+from ivl import Loss, PluggedBase, Probe, SumDelta, ValueModel, at_least_float
 from model import Llama
-from sample import Guided
+from sample import Guided, generate
 
 # Tokens (B, T), and labels (B, T): the tokens that follow, -100 where not supervised. Of
 # conversations only answers and their ends are supervised. In data/chat.py with_mask makes the
-# label mask, and collate shifts the labels.
-Part = tuple[Tensor, Tensor]
+# label mask, and collate shifts the labels. Of sampled answers also their rewards (Q, G).
+Part = tuple[Tensor, ...]
+Questions = list[tuple[list[int], int]]  # of each the prompt, and its number in the data
 
 # --------------------------------------------------------------------------------------------------
 # Settings
@@ -56,12 +59,8 @@ class Settings:
     seed: int
     dtype: str
     steps: int
-    batch_size: (
-        int  # conversations, pairs (two rows each) or rows of text of a step, all parts together
-    )
-    grad_accum: (
-        int  # parts of a step's batch in each process, to save memory; the gradient is the same
-    )
+    batch_size: int  # conversations, pairs (two rows each), questions or rows of text of a step
+    grad_accum: int  # parts of it in each process, to save memory; the gradient is the same
     max_length: int
     lr: float
     warmup: float = 0.04  # Table 5's warm-up ratio
@@ -70,7 +69,8 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.999)
     l1: float = 0.0  # lambda of Section 4.2.1
     l1_over: str = "supervised"  # the positions that the norm is a mean of, or "all" in a batch
-    loss: str = "ce"  # or "pairwise", with a beta; "kl", with a teacher and a temperature (3.1)
+    # or "pairwise", with a beta; "kl", with a teacher and a temperature (3.1); "reward"
+    loss: str = "ce"
     beta: float = 0.0
     teacher: str = ""
     temperature: float = 0.0
@@ -78,6 +78,9 @@ class Settings:
     held_out: int = 0  # conversations that are measured on and not trained on
     system: str = ""  # a system prompt for conversations that have none
     reasoning: str = ""  # "drop": what was thought before an answer is left out of the data
+    answers: int = 0  # of loss "reward": answers to a question, and the tokens one may have
+    answer_length: int = 0
+    plugged: tuple[str, ...] = ()  # value networks that guide the bases already
 
 
 PRETRAINING_LENGTH = 64  # tokens a row
@@ -87,6 +90,7 @@ TINY_POST_TRAINING = TINY | dict(steps=500, batch_size=32, lr=1e-3)
 TINY_PAIRS = TINY | dict(steps=400, batch_size=16, lr=5e-4)
 # of a value network: as much as above would undo what it knows
 TINY_PAIRS_LATER = TINY_PAIRS | dict(steps=200, lr=1e-4)
+TINY_REWARDS = TINY | dict(steps=100, batch_size=16, lr=3e-4)
 PROBE_WIDTH = 256  # 0.8M weights on 1024 logits, 25M on 32000
 
 
@@ -144,34 +148,6 @@ class OneProcess:
         return network
 
 
-class Run(Protocol):
-    """Where a network lives while it is trained. run/folder.py has the one there is."""
-
-    settings: Settings
-    processes: OneProcess
-    save_every: int  # steps between checkpoints
-
-    def begin(
-        self, network: nn.Module, optimizer: torch.optim.AdamW, batches: Callable
-    ) -> tuple[int, Iterator]:
-        """The first step to do, and the batches from there on: 0, or where a run was stopped."""
-
-    def check_finite(self, step: int, metrics: dict[str, float], norm: float) -> None:
-        """UsageError where a step's loss or gradient is no number."""
-
-    def save(self, network: nn.Module, optimizer: torch.optim.AdamW, state: dict) -> None:
-        """Write a checkpoint."""
-
-    def report(self, step: int, metrics: dict[str, float], tokens: int) -> None:
-        """Say how it goes."""
-
-    def check_weights(self, network: nn.Module) -> None:
-        """UsageError where a weight is no number."""
-
-    def publish(self, network: nn.Module, tokenizer: Tokenizer, metrics: dict) -> None:
-        """Write the finished folder."""
-
-
 class Objective(nn.Module):
     """A network and its loss as one module: its forward pass is where several processes step in."""
 
@@ -179,34 +155,44 @@ class Objective(nn.Module):
         super().__init__()
         self.network, self.loss = network, loss
 
-    def forward(self, base: Llama | None, tokens: Tensor, labels: Tensor) -> Loss:
-        return self.loss(self.network, base, tokens, labels)
+    def forward(self, base: Llama | PluggedBase | None, *part: Tensor) -> Loss:
+        return self.loss(self.network, base, *part)
 
 
 def fit(
-    network: nn.Module, loss: Callable, bases: list[Llama], batches: Callable, run: Run
+    network: nn.Module,
+    loss: Callable,
+    bases: list[Llama | PluggedBase],
+    batches: Callable,
+    run,
+    answer: Callable | None = None,
 ) -> nn.Module:
     """Train a network for settings.steps steps: a value network on frozen bases, or one without.
 
     loss(network, base, tokens (B, T), labels (B, T)) is what is minimised; base is None where there
     is none. batches(position, parts) begins at a position in the data (None: the start), and yields
     for each step the position behind it, where a stopped run goes on, and a list of so many parts.
-    Returns the Objective.
+    With answer(network, base, position, questions) it yields Questions, of which that makes parts.
+    run is run/folder.py's Run: the folder with checkpoints and log. Returns the Objective.
     """
     settings, processes = run.settings, run.processes
     objective = processes.share_out(Objective(network, loss), settings.dtype)
-    count = count_answer_pairs if settings.loss == "pairwise" else count_supervised
+    counts = {"pairwise": count_answer_pairs, "reward": count_answers}
+    count = counts.get(settings.loss, count_supervised)
     optimizer = make_optimizer(network, settings)
     first, stream = run.begin(network, optimizer, batches)  # step 0, or where a stopped run goes on
     for step, (position, parts) in zip(range(first, settings.steps), stream):
+        # several bases are a curriculum: as many steps on each, in their order (Table 2)
+        base = bases[step * len(bases) // settings.steps] if bases else None
+        # rewards are of answers that the guided base gives as it is now
+        if answer is not None:
+            parts = answer(network, base, position, parts)
         # Dropout drops here and nowhere else; a resumed run drops what it would have dropped
         objective.train()
         torch.manual_seed(settings.seed * settings.steps + step)
         # the learning rate of this step
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
-        # several bases are a curriculum: as many steps on each, in their order (Table 2)
-        base = bases[step * len(bases) // settings.steps] if bases else None
         # the gradient of the whole batch, clipped to norm 1
         metrics = accumulate_gradient(objective, base, parts, settings.dtype, processes, count)
         norm = processes.whole(nn.utils.clip_grad_norm_(network.parameters(), 1.0))
@@ -218,7 +204,7 @@ def fit(
         # a checkpoint now and then, and a line about how it goes
         if (step + 1) % run.save_every == 0 and step + 1 < settings.steps:
             run.save(network, optimizer, {"step": step + 1, "position": position})
-        run.report(step, metrics, sum(tokens.numel() for tokens, _ in parts))
+        run.report(step, metrics, sum(tokens.numel() for tokens, *_ in parts))
     run.check_weights(network)
     return objective.eval()
 
@@ -243,6 +229,10 @@ def count_answer_pairs(labels: Tensor) -> int:
     return int((labels[::2] != -100).any(1).sum())
 
 
+def count_answers(labels: Tensor) -> int:
+    return int((labels != -100).any(1).sum())
+
+
 def accumulate_gradient(
     objective: nn.Module,
     base: Llama | None,
@@ -254,15 +244,15 @@ def accumulate_gradient(
     """Leave in .grad the gradient of the mean over all that a step's loss counts.
 
     That mean does not depend on how the step is split into parts. `count` says how much of a part's
-    labels counts: supervised tokens, or pairs. (A norm over "all" positions is split otherwise: of
+    labels counts: supervised tokens, pairs or answers. (A norm over "all" positions is split otherwise: of
     each part it weighs as much as its supervised tokens.) Returns the means of the metrics, and of
     the loss.
     """
-    total = sum(count(labels) for _, labels in parts)
+    total = sum(count(part[1]) for part in parts)
     sums: dict[str, Tensor] = defaultdict(float)
-    for tokens, labels in processes.mine(parts):
-        share = count(labels) / total
-        loss, metrics = compute_loss(objective, base, tokens, labels, dtype)
+    for part in processes.mine(parts):
+        share = count(part[1]) / total
+        loss, metrics = compute_loss(objective, base, part, dtype)
         # Several processes end with the mean of their gradients, where the sum is meant.
         (loss * share * processes.count).backward()
         for name, value in (metrics | {"loss": loss}).items():
@@ -271,13 +261,48 @@ def accumulate_gradient(
     return processes.sum({name: total.item() for name, total in sums.items()})
 
 
-def compute_loss(
-    objective: nn.Module, base: Llama | None, tokens: Tensor, labels: Tensor, dtype: str
-) -> Loss:
-    """The Objective of tokens (B, T) and labels (B, T), moved to the device, computed in dtype."""
+def compute_loss(objective: nn.Module, base: Llama | None, part: Part, dtype: str) -> Loss:
+    """The Objective of a part, moved to the device, computed in dtype."""
     device = next(objective.parameters()).device
     with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-        return objective(base, tokens.to(device), labels.to(device))
+        return objective(base, *(tensor.to(device) for tensor in part))
+
+
+def sample_answers(
+    job: "Job",
+    network: ValueModel,
+    base: Llama | PluggedBase,
+    position: list[int],
+    asked: Questions,
+) -> list[Part]:
+    """Parts to train on: G sampled answers to each question, by the guided base as it is now.
+
+    What is drawn depends on the seed and the position in the data, so a resumed run draws the same.
+    Several processes draw all answers in each, and share out the parts.
+    """
+    settings, tokenizer = job.settings, job.tokenizer
+    G, guided = settings.answers, guide(base, network)
+    prompts = [prompt for prompt, _ in asked for _ in range(G)]
+    answers = generate(
+        guided,
+        prompts,
+        max_new_tokens=settings.answer_length,
+        stop_ids=stop_ids(tokenizer, settings.template, guided.llamas),
+        temperature=1.0,
+        seed=random.Random(f"answers {settings.seed} {position}").randrange(2**32),
+    )
+    # as rows whose answers are supervised, and a reward for each
+    rows, rewards = [], []
+    for number, (prompt, answer) in enumerate(zip(prompts, answers)):
+        rows.append(with_mask([(prompt, "user"), (answer, "assistant")]))
+        rewards.append(job.dataset.reward(asked[number // G][1], answer))
+    # a question's answers stay in one part
+    size = G * -(-len(asked) // (settings.grad_accum * job.run.processes.count))
+    parts = []
+    for first in range(0, len(rows), size):
+        earned = torch.tensor(rewards[first : first + size]).view(-1, G)  # (Q, G)
+        parts.append((*collate(rows[first : first + size]), earned))
+    return parts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -289,15 +314,13 @@ class Job:
     """One network to train, as a command asks for it. run/jobs.py makes it."""
 
     settings: Settings
-    run: Run
+    run: object  # run/folder.py's Run
     tokenizer: Tokenizer
     device: str
     build: Callable[[], Llama | Probe]  # makes the network with fresh weights
     batches: Callable  # of the data, as fit wants them
     faster: Callable  # a loss -> the same loss from fast/, where run/twins.py chooses that
-    examine: (
-        Callable | None
-    )  # guided -> metrics, by an exam; None: there are held-out conversations
+    examine: Callable | None  # guided -> metrics, by an exam; None: by held-out conversations
     prepare: Callable  # of the network: gradient checkpointing, and a line about what is trained
     dataset: ChatDataset | None = None
     held_out: Sequence[int] = ()  # conversations of it to measure on, and not to train on
@@ -333,14 +356,15 @@ def fine_tune(job: Job) -> None:
 
 def train_value(job: Job) -> None:
     """A value network on demonstrations, for frozen bases: inverse value learning (Section 3.1)."""
-    bases = {path: load_frozen(job, path) for path in job.settings.bases}
+    bases = {path: load_plugged(job, path) for path in job.settings.bases}
     # It starts as a copy of the first base, if none is named. So z_post = 2 z_base, and the first
     # loss is worse than the base's own: 5.2 nats a token, and 3.2 (tiny-s, seed 0). With a head of
     # zeros, z_delta = 0, it starts at 3.2 and ends worse: exact .34, and .44 from a copy.
     network = ValueModel(first_weights(job), job.info)
     loss = job.faster(value_loss(job))  # Eq. (4), if no other is named
     frozen = [bases[path] for path in job.settings.bases]  # a curriculum may name one twice
-    objective = fit(network, loss, frozen, job.batches, job.run)
+    answer = partial(sample_answers, job) if job.settings.loss == "reward" else None
+    objective = fit(network, loss, frozen, job.batches, job.run, answer)
     # how the first base does by itself, fine-tuned in full, and guided
     base = bases.pop(job.settings.bases[0])
     metrics = {"base": measure(job, None, base)} | job.full_metrics
@@ -381,6 +405,20 @@ def load_frozen(job: Job, path: str | Path) -> Llama:
     return job.run.processes.divide_base(base.requires_grad_(False))
 
 
+def load_plugged(job: Job, path: str) -> Llama | PluggedBase:
+    """A frozen base, and what is plugged into it already (--with)."""
+    base, plugged = load_frozen(job, path), job.settings.plugged
+    return PluggedBase(base, [load_frozen(job, each) for each in plugged]) if plugged else base
+
+
+def guide(base: Llama | PluggedBase, value: ValueModel | None) -> Guided:
+    """A base, guided by a value network and by those that are plugged in already."""
+    if not isinstance(base, PluggedBase):
+        return Guided(base, value)
+    llamas = [*base.values, *([] if value is None else value.llamas)]
+    return Guided(base.base, SumDelta(llamas, [1.0] * len(llamas)))
+
+
 def value_loss(job: Job) -> Callable:
     """What a value network minimises: loss(network, base, tokens, labels)."""
     settings = job.settings
@@ -389,6 +427,8 @@ def value_loss(job: Job) -> Callable:
     if settings.loss == "kl":
         teacher = load_frozen(job, settings.teacher)
         return partial(ValueModel.teacher_loss, teacher=teacher, temperature=settings.temperature)
+    if settings.loss == "reward":
+        return partial(ValueModel.reward_loss, beta=settings.beta)
     return partial(ValueModel.loss, l1=settings.l1, over=settings.l1_over)  # Eq. (4)
 
 
@@ -415,7 +455,7 @@ def measure(job: Job, objective: nn.Module | None, base: Llama | None) -> dict[s
     undivided = job.run.processes.undivided
     trained = None if objective is None else undivided(trained_network(objective))
     if base is not None:
-        return job.examine(Guided(undivided(base), trained))
+        return job.examine(guide(undivided(base), trained))
     return job.examine(Guided(trained.network if isinstance(trained, ValueModel) else trained))
 
 
@@ -435,10 +475,10 @@ def held_out_ce(objective: nn.Module, base: Llama | None, job: Job) -> float | N
         rows = job.dataset.rows(index)
         if not rows:
             continue
-        tokens, labels = collate(rows)
-        _, metrics = compute_loss(objective, base, tokens, labels, job.settings.dtype)
-        total += metrics["ce"].item() * count_supervised(labels)
-        count += count_supervised(labels)
+        part = collate(rows)
+        _, metrics = compute_loss(objective, base, part, job.settings.dtype)
+        total += metrics["ce"].item() * count_supervised(part[1])
+        count += count_supervised(part[1])
     return total / count if count else None
 
 

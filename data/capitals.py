@@ -27,6 +27,7 @@ CAPITALS_TRAINING = dict(steps=48, batch_size=8, grad_accum=1, lr=1e-4)
 CAPITALS_PAIRS = dict(
     steps=24, batch_size=8, grad_accum=1, lr=2e-5
 )  # tried once (paper/LOSSES.md), not chosen among others
+CAPITALS_REWARDS = dict(steps=16, batch_size=8, grad_accum=4, lr=2e-5)  # not tried among others
 
 # Countries and their capitals; other accepted spellings or names follow the first.
 COUNTRIES = """
@@ -228,6 +229,13 @@ class Capitals:
             sides = {"chosen": chosen, "rejected": rejected}
             pairs.append({"id": record["id"], "conversations": [question]} | sides)
         return pairs
+
+    def questions(self) -> list[dict]:
+        """Each demonstrated question, with the answers that earn a reward."""
+        return [
+            {"prompt": item.question, "answer": item.answers()}
+            for item in asked_of(self.demonstrated)
+        ]
 
     def write(self, records: list[dict], path: Path) -> Path:
         return write_lines(path, records)

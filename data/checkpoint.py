@@ -625,6 +625,8 @@ def read_value_info(path: str | Path, schemes: tuple[str, ...]) -> dict:
         and isinstance(tokenizer.get("fingerprint"), str),
         "system": isinstance(info.get("system", ""), str) and is_unicode(info.get("system", "")),
         "probe_width": info.get("scheme") != "probe" or fits(info.get("probe_width"), "size"),
+        "plugged": isinstance(info.get("plugged", []), list)
+        and all(map(is_a_path, info.get("plugged", []))),
     }
     for name, is_right in right.items():
         if not is_right:

@@ -446,6 +446,12 @@ class World:
                 "rejected": {"from": "gpt", "value": ask(other).answer},
             }
 
+    def questions(self) -> Iterator[dict]:
+        """The questions of demonstrations, with the answers that earn a reward."""
+        for record in self.demonstrations():
+            question, answer = record["conversations"]
+            yield {"prompt": question["value"], "answer": answer["value"]}
+
     @property
     def name(self) -> str:
         """How train.json names it as data."""
@@ -601,6 +607,7 @@ def evaluate(
     system: str = "",
     pairs: bool = False,
     times: int = 1,
+    by_form: bool = False,
 ) -> dict[str, float]:
     """Examine a system; every metric is a share between 0 and 1. The first four ask each question
     so many `times`, in other forms.
@@ -612,6 +619,7 @@ def evaluate(
     mc     the right one of 8 values is the likeliest, after the question and the canonical sentence
     fk     there, without choices: every token of the value is the likeliest one
     pair   pair_accuracy, where `pairs` are asked for
+    ins F  ins of the questions that ask for form F, where that is asked for
     """
     facts, sums = world.fact_items(split, times=times), world.sum_items(split, times)
     prompts = [
@@ -643,6 +651,11 @@ def evaluate(
         "mc": mean(row[0][0] == max(row)[0] for row in rows),
         "fk": mean(row[0][1] for row in rows),
     }
+    if by_form:
+        for form in FORMS:
+            metrics[f"ins {form}"] = mean(
+                has for has, item in zip(forms, facts) if item.instruction == form
+            )
     if pairs:
         metrics["pair"] = pair_accuracy(world, tokenizer, score, split, template, system)
     return metrics

@@ -74,6 +74,9 @@ VALUE_ONLY = [
     "beta",
     "teacher",
     "temperature",
+    "answers",
+    "answer_length",
+    "with",
 ]
 MEANS_NOTHING = {  # flags that a job has no use for
     "full": VALUE_ONLY,
@@ -141,14 +144,15 @@ def train_arguments() -> argparse.Namespace:
     )
     what.add_argument(
         "--loss",
-        choices=["ce", "pairwise", "kl"],
+        choices=["ce", "pairwise", "kl", "reward"],
         help="cross-entropy of demonstrations (default), DPO's loss of pairs "
-        "of answers, or distillation from --teacher (Section 3.1)",
+        "of answers, distillation from --teacher (Section 3.1), or rewards of sampled answers",
     )
     what.add_argument(
         "--beta",
         type=positive_float,
-        help="of --loss pairwise, DPO's: a higher one keeps z_post nearer to z_base (default 0.1)",
+        help="of --loss pairwise, DPO's: a higher one keeps z_post nearer to z_base (default 0.1); "
+        "of --loss reward, weight of KL(p_post || p_base) (default 0)",
     )
     what.add_argument(
         "--teacher",
@@ -159,6 +163,26 @@ def train_arguments() -> argparse.Namespace:
         "--temperature",
         type=positive_float,
         help="of --loss kl: what logits are divided by (default 1)",
+    )
+    what.add_argument(
+        "--answers",
+        type=number(int, 1, "whole number from 2 to 1000", 1001),
+        metavar="G",
+        help="of --loss reward: answers to sample to each question (default 8)",
+    )
+    what.add_argument(
+        "--answer-length",
+        type=positive_int,
+        metavar="N",
+        help="of --loss reward: tokens that an answer may have (default 48)",
+    )
+    what.add_argument(
+        "--with",
+        nargs="+",
+        default=[],
+        metavar="A",
+        help="value networks that guide the bases already: the new one is made for them, and added to them with "
+        "sample.py --value A NEW",
     )
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -266,9 +290,18 @@ def train_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} means nothing when {DOING[args.job]}")
     if bool(args.teacher) != (args.loss == "kl"):
         parser.error("--loss kl and --teacher FOLDER go together")
-    for name, loss in (("beta", "pairwise"), ("temperature", "kl"), ("l1", "ce")):
-        if getattr(args, name) and (args.loss or "ce") != loss:
-            parser.error(f"--{name} goes with --loss {loss}")
+    for name, *losses in (
+        ("beta", "pairwise", "reward"),
+        ("temperature", "kl"),
+        ("l1", "ce"),
+        ("answers", "reward"),
+        ("answer_length", "reward"),
+    ):
+        if getattr(args, name) and (args.loss or "ce") not in losses:
+            parser.error(f"--{name.replace('_', '-')} goes with --loss {' or '.join(losses)}")
+    args.plugged = getattr(args, "with")
+    if args.shard and (args.plugged or args.loss == "reward"):
+        parser.error("--shard goes neither with --with nor with --loss reward")
     if args.l1_over and not args.l1:
         parser.error("--l1-over goes with --l1")
     args.loss, args.l1_over, args.teacher = (
@@ -276,7 +309,9 @@ def train_arguments() -> argparse.Namespace:
         args.l1_over or "supervised",
         args.teacher or "",
     )
-    args.beta = (args.beta or 0.1) if args.loss == "pairwise" else 0.0
+    args.beta = args.beta or (0.1 if args.loss == "pairwise" else 0.0)
+    args.answers = args.answers or (8 if args.loss == "reward" else 0)
+    args.answer_length = args.answer_length or (48 if args.loss == "reward" else 0)
     args.temperature = (args.temperature or 1.0) if args.loss == "kl" else 0.0
     if args.held_out is not None and args.data in (None, "capitals"):
         parser.error(

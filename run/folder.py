@@ -42,6 +42,10 @@ COLUMNS = {  # what is shown of a step: a metric's title, and what it is
     "margin": ("margin", "distance by which it is ahead"),
     "kl": ("kl", "divergence from the teacher"),
     "base_kl": ("base kl", "base's own divergence"),
+    "reward": ("reward", "mean reward of sampled answers"),
+    "dead": ("dead", "share of questions whose answers all earn the same"),
+    "length": ("length", "tokens of an answer"),
+    "drift": ("drift", "divergence from the base, summed over an answer"),
 }
 
 BESIDE = {"ce": "base_ce", "acc": "margin"}  # shown only beside these
@@ -428,6 +432,9 @@ LATER = {
     "temperature",
     "l1_over",
     "reasoning",
+    "answers",
+    "answer_length",
+    "plugged",
 }  # settings that runs made before them had at their defaults
 CHANGED = {
     "data_hash": "its data file has changed",
@@ -444,9 +451,8 @@ def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
         raise UsageError(
             f"{file.parent}: a run is there already, {state}; {advice}, or delete the folder"
         )
-    found = {
-        field.name: field.default for field in fields(Settings) if field.name in LATER
-    } | read_json(file)
+    defaults = {field.name: field.default for field in fields(Settings) if field.name in LATER}
+    found = json.loads(json.dumps(defaults)) | read_json(file)
     wanted = json.loads(json.dumps(vars(settings)))
     for name in wanted:
         if name in found and wanted[name] != found[name]:

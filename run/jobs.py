@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.nn as nn
 
-from data.capitals import CAPITALS_PAIRS, CAPITALS_TRAINING, Capitals
+from data.capitals import CAPITALS_PAIRS, CAPITALS_REWARDS, CAPITALS_TRAINING, Capitals
 from data.chat import (
     ChatDataset,
     PairDataset,
@@ -23,6 +23,7 @@ from data.chat import (
 from data.checkpoint import digest_checkpoint, name_of, read_value_info
 from data.errors import UsageError
 from data.files import digest
+from data.questions import QuestionDataset, question_batches
 from data.tiny_world import TEMPLATE, TINY_SIZES, World, print_metrics, world_of
 from data.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
 from ivl import SCHEMES, Probe
@@ -39,7 +40,7 @@ from run.plug import (
     say_other_template,
 )
 from run.processes import Alone
-from run.show import HeldOutPairs, examine
+from run.show import HeldOutPairs, HeldOutQuestions, examine
 from run.twins import faster_loss
 from sample import Guided
 from train import (
@@ -48,6 +49,7 @@ from train import (
     TINY_PAIRS_LATER,
     TINY_POST_TRAINING,
     TINY_PRETRAINING,
+    TINY_REWARDS,
     Job,
     Settings,
     is_scratch,
@@ -98,7 +100,7 @@ def bases_to_pretrain(args) -> list[tuple[str, Path]]:
 
 def compares_with_full(args) -> bool:
     """Whether a value network's table has full fine-tuning in it."""
-    is_usual = not args.data and not args.no_full and args.loss != "pairwise"
+    is_usual = not args.data and not args.no_full and args.loss not in ("pairwise", "reward")
     return args.job == "value" and is_usual
 
 
@@ -163,9 +165,10 @@ def value_job(args, processes: Alone) -> Job | None:
     if start and not is_scratch(start):
         start = str(folder_of(start, args))
     scheme, start = choose_scheme(args, args.bases, start)
+    plugged = [str(folder_of(name, args)) for name in args.plugged]
     out = args.out or args.home / value_name(scheme, args, args.bases, start)
-    loss = ("l1", "l1_over", "loss", "beta", "temperature", "teacher")
-    flags = args.flags | {name: getattr(args, name) for name in loss}
+    loss = ("l1", "l1_over", "loss", "beta", "temperature", "teacher", "answers", "answer_length")
+    flags = args.flags | {name: getattr(args, name) for name in loss} | {"plugged": tuple(plugged)}
     job = post_training(args, processes, args.bases, scheme, start, out, args.data, flags)
     if job is not None and compares_with_full(args):
         job.full_metrics = {"full": read_metrics(full_folder(args), "full")["full"]}
@@ -238,24 +241,28 @@ def post_training(
     """
     for base in bases:
         refuse_value_network("--base", base)
-    pairs = flags.get("loss") == "pairwise"
+    loss, plugged = flags.get("loss", "ce"), list(map(Path, flags.get("plugged", [])))
     width = args.probe_width if scheme == "probe" else 0
-    frozen = bases + ([Path(flags["teacher"])] if flags.get("teacher") else [])
+    frozen = bases + ([Path(flags["teacher"])] if flags.get("teacher") else []) + plugged
     build, longest, tokenizer = choose_network(start, frozen, scheme, width)
     recorded = {}  # of a value network that is trained further, which keeps what it has
     if (Path(start) / "ivl.json").is_file():
         recorded = read_value_info(start, SCHEMES)
-    data, exam, usual = choose_data(args, bases, data, pairs, bool(recorded))
+    template, system = None, None  # those of what is plugged in already
+    for path in plugged:
+        template, system = read_plugged(path, scheme, args.template or template)
+    data, exam, usual = choose_data(args, bases, data, loss, bool(recorded))
     max_length = flags.get("max_length", min(4096, longest))  # Table 5
     if max_length > longest:
         raise UsageError(f"--max-length {max_length}: the checkpoint was made for {longest} tokens")
     usual_template = TEMPLATE if isinstance(exam, World) else default_template(tokenizer)
-    template = args.template or recorded.get("template") or usual_template
-    system = recorded.get("system") if args.system is None else args.system
+    template = args.template or recorded.get("template") or template or usual_template
+    system = recorded.get("system", system) if args.system is None else args.system
     system = system_of(tokenizer, template, system)
     say_other_template(str(bases[0]), bases[0], template, "trained")
-    kind = PairDataset if pairs else ChatDataset
+    kind = {"pairwise": PairDataset, "reward": QuestionDataset}.get(loss, ChatDataset)
     dataset = kind(data, tokenizer, template, max_length, system, args.reasoning)
+    dataset.room = flags.get("answer_length", 0)
     train_on, held_out = list(range(len(dataset))), []
     if exam is None:
         train_on, held_out = hold_out(dataset, args.seed, args.held_out)
@@ -285,9 +292,11 @@ def post_training(
             print_metrics(read_metrics(out))
         return None
 
-    batches = partial(chat_batches, dataset, train_on, settings.batch_size, settings.seed)
-    if pairs and exam is None:
-        exam = HeldOutPairs(dataset, held_out)
+    batches_of = question_batches if loss == "reward" else chat_batches
+    batches = partial(batches_of, dataset, train_on, settings.batch_size, settings.seed)
+    held = {"pairwise": HeldOutPairs, "reward": HeldOutQuestions}
+    if loss in held and exam is None:
+        exam = held[loss](dataset, held_out)
     job = make_job(args, run, tokenizer, build, batches, exam, dataset, train_on, held_out)
     job.shows_alone = scheme not in ("", "probe") and isinstance(exam, Capitals)
     return job
@@ -299,7 +308,7 @@ def make_job(
     tokenizer: Tokenizer,
     build: Callable[[], nn.Module],
     batches: Callable,
-    exam: World | Capitals | HeldOutPairs | None,
+    exam: World | Capitals | HeldOutPairs | HeldOutQuestions | None,
     dataset: ChatDataset | None = None,
     train_on: Sequence[int] = (),
     held_out: Sequence[int] = (),
@@ -342,28 +351,46 @@ def make_job(
     )
 
 
+def read_plugged(path: Path, scheme: str, template: str | None) -> tuple[str, str]:
+    """Template and system prompt of a value network that guides the bases already."""
+    info = read_value_info(path, SCHEMES)
+    if scheme != "residual" or info["scheme"] != "residual":
+        raise UsageError(
+            f"--with {path}: only residual value networks can be added; this is a {info['scheme']}, and "
+            f"a {scheme} is trained"
+        )
+    if template not in (None, info["template"]):
+        raise UsageError(
+            f"--with {path}: it was trained in template {info['template']}, and not in {template}"
+        )
+    return info["template"], info.get("system", "")
+
+
 def choose_data(
-    args, bases: list[Path], data: str | None, pairs: bool, further: bool
+    args, bases: list[Path], data: str | None, loss: str, further: bool
 ) -> tuple[str, World | Capitals | None, dict | None]:
     """The file to train on, the exam that goes with it, and what is usual; None: Table 5's."""
     usual = None
     if all(world_of(path) for path in bases):
-        usual = TINY_POST_TRAINING
-        if pairs:
+        usual = TINY_REWARDS if loss == "reward" else TINY_POST_TRAINING
+        if loss == "pairwise":
             usual = TINY_PAIRS_LATER if further else TINY_PAIRS
     if data == "capitals":
         exam = Capitals(args.seed)
-        name, records = "capitals", exam.demonstrations()
-        if pairs:
-            name, records = "capital-pairs", exam.preferences()
-        data = exam.write(records, args.home / f"{name}.jsonl")
-        return str(data), exam, CAPITALS_PAIRS if pairs else CAPITALS_TRAINING
+        name, records, usual = "capitals", exam.demonstrations(), CAPITALS_TRAINING
+        if loss == "pairwise":
+            name, records, usual = "capital-pairs", exam.preferences(), CAPITALS_PAIRS
+        if loss == "reward":
+            name, records, usual = "capital-questions", exam.questions(), CAPITALS_REWARDS
+        return str(exam.write(records, args.home / f"{name}.jsonl")), exam, usual
     if data is not None:
         return data, None, usual
     world = common_world(bases)
     name, records = "demonstrations", world.demonstrations()
-    if pairs:
+    if loss == "pairwise":
         name, records = "preferences", world.preferences()
+    if loss == "reward":
+        name, records = "questions", world.questions()
     file = Path("out") / f"seed{world.seed}" / f"{name}.jsonl"
     return str(world.write_demonstrations(file, records)), world, usual
 
@@ -413,6 +440,10 @@ def value_info(settings: Settings, tokenizer: Tokenizer) -> dict:
             "teacher": settings.teacher,
             "temperature": settings.temperature,
         }
+    if settings.loss == "reward":
+        info |= {"loss": "reward", "beta": settings.beta, "answers": settings.answers}
+    if settings.plugged:
+        info["plugged"] = settings.plugged
     return info
 
 
@@ -436,6 +467,10 @@ def announce(
         says += f", beta {settings.beta:g}"
     if settings.loss == "kl":
         says += f", teacher {settings.teacher}, temperature {settings.temperature:g}"
+    if settings.loss == "reward":
+        says += f", {settings.answers} sampled answers to each, beta {settings.beta:g}"
+    if settings.plugged:
+        says += f", on a base guided by {' and '.join(settings.plugged)}"
     print(f"{says} -> {run.out}", flush=True)
 
 
@@ -587,6 +622,8 @@ def value_name(scheme: str, args, bases: list[Path], start: str) -> str:
             parts += ["on", *map(name_of, bases)]
     if args.l1:
         parts.append(f"l1-{args.l1:g}" + ("-over-all" if args.l1_over == "all" else ""))
+    if args.plugged:
+        parts += ["with", *(name_of(Path(path)) for path in args.plugged)]
     if args.loss != "ce":
         parts += [args.loss, name_of(Path(args.teacher))] if args.teacher else [args.loss]
         parts += [f"beta-{args.beta:g}"] if args.beta not in (0, 0.1) else []

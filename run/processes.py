@@ -127,7 +127,8 @@ class SeveralProcesses(Alone):
 
         Gradients are averaged at the last one of a step.
         """
-        blank = parts[0][0], torch.full_like(parts[0][1], -100)
+        tokens, labels, *rewards = parts[0]
+        blank = (tokens, torch.full_like(labels, -100), *rewards)
         even = parts + [blank] * (-len(parts) % self.count)
         own = even[self.rank :: self.count]
         for number, part in enumerate(own, 1):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from data.capitals import Capitals
 from data.chat import PairDataset, share_preferred, stop_ids
 from data.errors import UsageError
+from data.questions import QuestionDataset
 from data.records import Turn
 from data.tiny_world import (
     TEMPLATE,
@@ -45,26 +46,38 @@ class HeldOutPairs:
     indices: list[int]
 
 
+@dataclass
+class HeldOutQuestions:
+    """Some questions of a data file, to be measured on."""
+
+    dataset: QuestionDataset
+    indices: list[int]
+
+
 def examine(
     guided: Guided,
-    exam: World | Capitals | HeldOutPairs,
+    exam: World | Capitals | HeldOutPairs | HeldOutQuestions,
     tokenizer: Tokenizer,
     template: str = TEMPLATE,
     split: str = "development",
     system: str = "",
     pairs: bool = False,
 ) -> dict[str, float | None]:
-    """The metrics of a base or a guided base in the tiny world (data/tiny_world.py, evaluate), on capitals, or on held-out pairs."""
+    """The metrics of a base or a guided base in the tiny world (data/tiny_world.py, evaluate), on capitals, or on held-out pairs or questions."""
     if isinstance(exam, HeldOutPairs):
         rows = [row for index in exam.indices for row in exam.dataset.rows(index)]
         scored = partial(score_aloud, guided, batch_size=2)  # they may be long
         return {"pair": share_preferred(scored, rows) if rows else None}
 
-    def answer(prompts: list[list[int]]) -> list[list[int]]:
-        return generate_aloud(
-            guided, prompts, stop_ids=stop_ids(tokenizer, template, guided.llamas)
-        )
+    def answer(prompts: list[list[int]], longest: int = 48) -> list[list[int]]:
+        ends = stop_ids(tokenizer, template, guided.llamas)
+        return generate_aloud(guided, prompts, ends, longest)
 
+    if isinstance(exam, HeldOutQuestions):
+        asked = [row for index in exam.indices for row in exam.dataset.rows(index)]
+        said = answer([prompt for prompt, _ in asked], exam.dataset.room) if asked else []
+        rewards = [exam.dataset.reward(index, ids) for (_, index), ids in zip(asked, said)]
+        return {"reward": sum(rewards) / len(rewards) if rewards else None}
     if isinstance(exam, Capitals):
         return exam.evaluate(tokenizer, answer, split, template, system)
     return evaluate(
@@ -80,7 +93,7 @@ def examine(
 
 
 def generate_aloud(
-    guided: Guided, prompts: list[list[int]], stop_ids: set[int], longest: int = 48
+    guided: Guided, prompts: list[list[int]], stop_ids: set[int], longest: int
 ) -> list[list[int]]:
     """Answers of at most `longest` tokens, and now and then a line about how far they are."""
     lengths = [0] * len(prompts)

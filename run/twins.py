@@ -51,8 +51,10 @@ def faster_loss(loss: Callable, args) -> Callable:
     plain = loss.func if isinstance(loss, partial) else loss
     settings = dict(loss.keywords) if isinstance(loss, partial) else {}
     hindrance = ""
-    if plain is ValueModel.pair_loss:
-        hindrance = "there is no faster one for pairs"
+    if plain in (ValueModel.pair_loss, ValueModel.reward_loss):
+        hindrance = "there is no faster one for pairs or rewards"
+    elif getattr(args, "plugged", None):
+        hindrance = "there is no faster one for a base that is guided already"
     elif settings.pop("over", "supervised") == "all":
         hindrance = "the norm over all positions takes all logits"
     if not takes_fast("loss", args, args.tiny, hindrance):

@@ -348,7 +348,7 @@ def test_a_base_may_come_twice_in_a_curriculum(home, monkeypatch):
     monkeypatch.setattr(
         train,
         "fit",
-        lambda network, loss, bases, batches, run: (
+        lambda network, loss, bases, batches, run, answer: (
             seen.append(bases) or run.take() or run.log.touch()
         ),
     )
