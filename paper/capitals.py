@@ -33,7 +33,7 @@ from run.device import pick_device
 from run.plug import guide_mapped
 from run.processes import Alone
 from run.show import examine
-from sample import Guided
+from sample import Guided, Speaker
 from vocab_map import build
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +75,26 @@ def measure(
     return found
 
 
+def plugged(
+    row: str, form: str, plug: Path, base: Llama, value: Path, network: ValueModel
+) -> Speaker:
+    """A base of another family, in the folder `plug`: alone, or with a value network through a map of a kind."""
+    its_own, values = load_tokenizer(plug), load_tokenizer(value)
+    template = network.info.get("template", default_template(values))
+    asked_in = template_of(form, plug, its_own, template)
+    if row == "alone":
+        asked_in = asked_in or default_template(its_own)
+        guided = Guided(base, readable=its_own.vocab_size)
+        return Speaker(row, guided, its_own, asked_in, system_of(its_own, asked_in, None))
+    texts = read_texts(value.parent / "capitals.jsonl") if row == "paper" else None
+    vocab_map = build(its_own, values, row, texts, align_all)
+    ask = None if form == "value" else asking(vocab_map, template, asked_in, None)
+    if row == "pieces":
+        vocab_map = with_ends(vocab_map, asked_in, template)
+    guided = guide_mapped(base, network, vocab_map, ask=ask)
+    return Speaker(row, guided, values, template, network.info.get("system", ""))
+
+
 def measure_plugged(args, value: Path, seed: int, dtype: str, device: str) -> dict[str, dict]:
     """The metrics of a base of another family, alone and with the value network, in each row asked for.
 
@@ -87,35 +107,15 @@ def measure_plugged(args, value: Path, seed: int, dtype: str, device: str) -> di
     if missing := [name for name in names if name not in kept]:
         base = load_base(plug, dtype, device, Alone())
         network = ValueModel.from_pretrained(value, getattr(torch, dtype), device)
-        tokenizers = load_tokenizer(plug), load_tokenizer(value)
-        template = network.info.get("template", default_template(tokenizers[1]))
-        asked_in = template_of(form, plug, tokenizers[0], template)
     for name in missing:
-        if names[name] == "alone":
-            in_form = asked_in or default_template(tokenizers[0])
-            told = system_of(tokenizers[0], in_form, None)
-            guided, what = (
-                Guided(base, readable=tokenizers[0].vocab_size),
-                (*tokenizers[:1], in_form),
-            )
-        else:
-            texts = read_texts(value.parent / "capitals.jsonl") if names[name] == "paper" else None
-            vocab_map = build(*tokenizers, names[name], texts, align_all)
-            ask = None
-            if form != "value":
-                ask = asking(vocab_map, template, asked_in, None)
-            if names[name] == "pieces":
-                vocab_map = with_ends(vocab_map, asked_in, template)
-            told = network.info.get("system", "")
-            guided, what = (
-                guide_mapped(base, network, vocab_map, ask=ask),
-                (tokenizers[1], template),
-            )
+        speaker = plugged(names[name], form, plug, base, value, network)
+        what = speaker.guided, Capitals(seed), speaker.tokenizer, speaker.template
         started = time.monotonic()
-        kept[name] = examine(guided, Capitals(seed), *what, args.split, told)
+        kept[name] = examine(*what, args.split, speaker.system)
         kept[name]["s"] = time.monotonic() - started
         if names[name] != "alone":
-            kept[name]["base/value"] = guided.base_tokens_read / guided.value_tokens_asked
+            read, asked = speaker.guided.base_tokens_read, speaker.guided.value_tokens_asked
+            kept[name]["base/value"] = read / asked
         write_text(file, json.dumps(kept, indent=2) + "\n")
         print(f"seed {seed}, {args.split}, {name}: {kept[name]}", flush=True)
     return {name: kept[name] for name in names}

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from data.chat import (
+    TEMPLATES,
     can_speak,
     encode_chat,
     end_token,
@@ -22,7 +23,7 @@ from data.chat import (
 from data.checkpoint import own_template, why_foreign
 from data.errors import OtherArchitecture, UsageError
 from data.files import base_folder, read_json
-from data.tokenizer import Tokenizer, read_chat_template
+from data.tokenizer import Tokenizer
 from model import Llama, read_config
 from run.processes import Alone
 from run.tensor_parallel import load_divided
@@ -69,16 +70,10 @@ def choose_form(args, path: Path, tiny: bool) -> str:
         form, reason = args.base_prompt, "as asked"
     elif tiny:
         form, reason = "value", "as always in the tiny world"
-    elif own:
+    elif own in TEMPLATES:
         form, reason = "own", "it has a chat_template"
-    elif read_chat_template(path):
-        form, reason = "qa", "its chat_template is none that we know"
     else:
-        form, reason = "qa", "it has no chat_template"
-    if form == "own" and own is None:
-        raise UsageError(
-            f"--base-prompt own: {path} has no chat_template, or none that we know; qa asks without one"
-        )
+        form, reason = "qa", f"its chat_template is {own}" if own else "it has no chat_template"
     print(f"the base is asked in form {form} ({reason}; --base-prompt takes {', '.join(FORMS)})")
     return form
 
@@ -87,7 +82,14 @@ def template_of(form: str, path: Path, tokenizer: Tokenizer, value_template: str
     """The template of a form for a base's own tokens; None where it lacks the tokens of the value network's."""
     if form == "value":
         return value_template if can_speak(tokenizer, value_template) else None
-    return "qa" if form == "qa" else own_template(path)
+    if form == "qa":
+        return "qa"
+    own = own_template(path)
+    if own not in TEMPLATES:
+        raise UsageError(
+            f"--base-prompt own: the chat_template of {path} is {own or 'not there'}; qa asks without one"
+        )
+    return own
 
 
 def asking(

@@ -243,6 +243,21 @@ def test_sample_takes_a_foreign_base_by_itself_and_says_so(home, foreign, tmp_pa
     assert "form qa (it has no chat_template" in alone and "Greet Fufa." in alone
 
 
+@pytest.mark.parametrize("mark, form", [("<start_of_turn>", "qa"), ("<|start_header_id|>", "own")])
+def test_a_chat_template_that_we_lack_is_named_and_the_base_asked_without_it(mark, form, tmp_path):
+    made(tmp_path / "base", "gemma3_text", vocab_size=600)
+    (tmp_path / "base" / "tokenizer.model").write_bytes(byte_pairs(b"ab", b"abc"))
+    config = {"chat_template": f"{{% for turn in messages %}}{mark}{{{{ turn.content }}}}"}
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(config))
+    command = "sample.py --base base --prompt x --max-new-tokens 2".split()
+    status, output, errors = inside(tmp_path, *command)
+    assert status == 0 and f"asked in form {form}" in output, errors
+    if form == "qa":
+        assert "none of llama-2, " in output and "it has <start_of_turn>" in output
+        said = refused(tmp_path, *command, "--base-prompt", "own")
+        assert "it has <start_of_turn>); qa asks without one" in said
+
+
 def test_training_on_a_foreign_base_is_refused_with_the_way(home, foreign):
     said = refused(home, "train.py", "--base", foreign, "--value", "--data", "x.jsonl")
     assert "sample.py takes it as a base" in said

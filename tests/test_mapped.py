@@ -1,19 +1,35 @@
 """Decoding through a vocabulary map, against brute force and against no map."""
 
 import copy
+import json
 import random
+import re
+from pydoc_data.topics import topics
 
 import pytest
 import torch
 
 from beyond import hypotheses
 from beyond.hypotheses import FLOOR, Context, Hypotheses
+from data.chat import default_template
 from data.tiny_world import World
-from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer
+from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, load_tokenizer
 from ivl import ValueModel
 from model import Llama
+from run.bases import load_base, with_ends
+from run.processes import Alone
 from sample import Guided, MappedGuided, generate, score
-from tests.helpers import byte_pairs, json_byte_pairs, refused, run, small, succeed, worked
+from tests.helpers import (
+    ROOT,
+    SHARED,
+    byte_pairs,
+    json_byte_pairs,
+    refused,
+    run,
+    small,
+    succeed,
+    worked,
+)
 from vocab_map import HOWS, VocabMap, build
 
 # Few tokens, so that brute force is possible: the base's are sometimes longer than the value network's, sometimes shorter.
@@ -481,3 +497,69 @@ def test_ends_may_cross_over_several_value_tokens(text):
     assert [EVEN.token_bytes(id) for id in EVEN.encode("abcdef")] == [b"ab", b"cd", b"ef"]
     found, own, count = both_ways(text, ODD, EVEN)
     assert abs(found - own) < 1e-3 * count
+
+
+# ---- real texts, in real tokens
+
+
+def real_texts() -> list[str]:
+    """100 beginnings of GSM8K's questions and answers, and 100 paragraphs that come with every Python."""
+    if not (SHARED / "gsm8k-train.jsonl").is_file():
+        pytest.skip("GSM8K is not beside the repository")
+    rng = random.Random(0)
+    lines = rng.sample((SHARED / "gsm8k-train.jsonl").read_text().splitlines(), 100)
+    problems = [
+        json.loads(line)["question answer".split()[at % 2]] for at, line in enumerate(lines)
+    ]
+    paragraphs = "\n\n".join(topics.values()).split("\n\n")
+    prose = [
+        text.strip() for text in paragraphs if re.match(r"\s*[A-Z][a-z]+ [^|*{}]{60,200}$", text)
+    ]
+    return [text[:200].rpartition(" ")[0] for text in problems] + rng.sample(prose, 100)
+
+
+@torch.inference_mode()
+def compare_texts(mapped: Hypotheses, texts: list[str], ends: tuple[int, int]) -> list[float]:
+    """Of each text and its end: log p through the map less log p in the base's own tokens, in nats a token."""
+    base, value = mapped.map.base_tokenizer, mapped.map.value_tokenizer
+    mapped.begin([value.encode("", bos=True)] * len(texts))
+    rows, all_texts = [[*value.encode(text), ends[1]] for text in texts], mapped.texts
+    for at in range(max(map(len, rows))):
+        going_on = [number for number, row in enumerate(rows) if at < len(row)]
+        mapped.texts = [all_texts[number] for number in going_on]
+        mapped.base_logits(torch.zeros(len(going_on), value.vocab_size))
+        mapped.push([rows[number][at] for number in going_on])
+    differences = []
+    for text, found in zip(texts, all_texts):
+        first, ids = base.encode("", bos=True), [*base.encode(text, bos=True), ends[0]]
+        z = mapped.base(torch.tensor([ids[:-1]]))[0, len(first) - 1 :].float()  # (T, Vb)
+        log_p = z.masked_fill(mapped.tables.silent, -torch.inf).log_softmax(-1)
+        own = log_p.gather(1, torch.tensor(ids[len(first) :])[:, None]).double().sum().item()
+        differences.append((found.log_probability() - own) / log_p.shape[0])
+    return differences
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["gemma-3-270m", "tiny-b-s"])
+def test_199_of_200_texts_are_as_likely_through_the_map_as_in_the_bases_own_tokens(base, request):
+    """Of Gemma for SmolLM2's tokens, and of a tiny base of another family for tiny-s's."""
+    if base == "tiny-b-s":
+        home = request.getfixturevalue("home")
+        succeed(home, "train.py --base tiny-b-s")
+        folders = home / "out/seed0/tiny-b-s", home / "out/seed0/tiny-s"
+    else:
+        folders = ROOT / "out/gemma-3-270m", ROOT / "out/smollm2-135m"
+        if not all(folder.is_dir() for folder in folders):
+            pytest.skip("data.gemma and data.smollm2 make the folders that this reads")
+    tokenizers = [load_tokenizer(folder) for folder in folders]
+    vocab = with_ends(build(*tokenizers), None, default_template(tokenizers[1]))
+    end = tokenizers[0].end_of_turn_id
+    mapped = mapped_by(vocab, load_base(folders[0], "float32", "cpu", Alone()))
+    texts, differences = real_texts(), []
+    for first in range(0, 200, 50):
+        ends = end, *vocab.value_tokens[end]
+        differences += compare_texts(mapped, texts[first : first + 50], ends)
+    for text, difference in zip(texts, differences):
+        if not abs(difference) < 1e-3:
+            print(f"{difference:.4f} nats a token more through the map: {text!r}")
+    assert sum(abs(difference) < 1e-3 for difference in differences) >= 199
