@@ -11,6 +11,7 @@ values for instance, is found when it is loaded: its logits then differ from tho
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,12 +25,20 @@ from model import KVCache, LlamaConfig
 ATTENTION = "ivl"  # the name by which transformers finds `attend` and `may_see`
 
 
-def may_see(*sizes, mask_function: Callable, **others) -> Callable:
-    """transformers asks for a mask and says which keys a query may see: (row, head, query, key) -> bool.
+@dataclass
+class MaySee:
+    """Which keys a query may see, by windows and the like: (row, head, query, key) -> bool.
 
-    That rule itself is the mask, so `attend` applies it to positions that only the KVCache knows.
+    transformers asks for a mask once a pass and kind of layer, and passes it on to the layers. This is what it
+    gets, so that the first of them, in `attend`, applies the rule to positions that only the KVCache knows.
     """
-    return mask_function
+
+    rule: Callable
+    seen: Tensor | None = None  # (1 or B, 1, T, S)
+
+
+def may_see(*sizes, mask_function: Callable, **others) -> MaySee:
+    return MaySee(mask_function)
 
 
 def attend(
@@ -37,7 +46,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rule: Callable,
+    mask: MaySee,
     scaling: float | None = None,
     softcap: float | None = None,
     kv_cache: KVCache | None = None,
@@ -51,18 +60,18 @@ def attend(
     if kv_cache is not None:
         positions = kv_cache.positions  # (B, T)
         k, v = kv_cache.append(layer.layer_idx, k, v)  # (B, K, S, F)
-    # which keys each query may see, by windows and the like
-    rows = torch.arange(B, device=q.device)[:, None, None, None]
-    keys = torch.arange(k.shape[2], device=q.device)
-    seen = rule(rows, rows[:1] * 0, positions[:, None, :, None], keys)  # (1 or B, 1, T, S)
+    if mask.seen is None:
+        rows = torch.arange(B, device=q.device)[:, None, None, None]
+        keys = torch.arange(k.shape[2], device=q.device)
+        mask.seen = mask.rule(rows, rows[:1] * 0, positions[:, None, :, None], keys)
     if softcap is None:
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, scale=scaling, enable_gqa=H != k.shape[1]
+            q, k, v, attn_mask=mask.seen, scale=scaling, enable_gqa=H != k.shape[1]
         )  # (B, H, T, F)
     else:  # Gemma 2's
         k, v = [x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v)]  # (B, H, S, F)
         scores = q @ k.transpose(2, 3) * (scaling or q.shape[-1] ** -0.5)  # (B, H, T, S)
-        scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~seen, -torch.inf)
+        scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask.seen, -torch.inf)
         y = scores.float().softmax(-1).to(v.dtype) @ v  # (B, H, T, F)
     return y.transpose(1, 2).contiguous(), None
 
