@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn as nn
@@ -148,6 +149,23 @@ class OneProcess:
         return network
 
 
+class Run(Protocol):
+    """Where a network lives while it is trained: a folder with checkpoints and a log.
+
+    run/folder.py has the one there is. It says more of each.
+    """
+
+    settings: Settings
+    processes: OneProcess
+    save_every: int  # steps between checkpoints
+    begin: Callable  # network, optimizer, batches -> the first step to do, the batches from there
+    check_finite: Callable  # step, metrics, norm: UsageError where one of them is no number
+    save: Callable  # network, optimizer, state: write a checkpoint
+    report: Callable  # step, metrics, tokens: say how it goes
+    check_weights: Callable  # network: UsageError where a weight is no number
+    publish: Callable  # network, tokenizer, metrics: write the finished folder
+
+
 class Objective(nn.Module):
     """A network and its loss as one module: its forward pass is where several processes step in."""
 
@@ -164,7 +182,7 @@ def fit(
     loss: Callable,
     bases: list[Llama | PluggedBase],
     batches: Callable,
-    run,
+    run: Run,
     answer: Callable | None = None,
 ) -> nn.Module:
     """Train a network for settings.steps steps: a value network on frozen bases, or one without.
@@ -173,7 +191,7 @@ def fit(
     is none. batches(position, parts) begins at a position in the data (None: the start), and yields
     for each step the position behind it, where a stopped run goes on, and a list of so many parts.
     With answer(network, base, position, questions) it yields Questions, of which that makes parts.
-    run is run/folder.py's Run: the folder with checkpoints and log. Returns the Objective.
+    Returns the Objective.
     """
     settings, processes = run.settings, run.processes
     objective = processes.share_out(Objective(network, loss), settings.dtype)
@@ -244,9 +262,9 @@ def accumulate_gradient(
     """Leave in .grad the gradient of the mean over all that a step's loss counts.
 
     That mean does not depend on how the step is split into parts. `count` says how much of a part's
-    labels counts: supervised tokens, pairs or answers. (A norm over "all" positions is split otherwise: of
-    each part it weighs as much as its supervised tokens.) Returns the means of the metrics, and of
-    the loss.
+    labels counts: supervised tokens, pairs or answers. (A norm over "all" positions is split
+    otherwise: of each part it weighs as much as its supervised tokens.) Returns the means of the
+    metrics, and of the loss.
     """
     total = sum(count(part[1]) for part in parts)
     sums: dict[str, Tensor] = defaultdict(float)
@@ -314,7 +332,7 @@ class Job:
     """One network to train, as a command asks for it. run/jobs.py makes it."""
 
     settings: Settings
-    run: object  # run/folder.py's Run
+    run: Run
     tokenizer: Tokenizer
     device: str
     build: Callable[[], Llama | Probe]  # makes the network with fresh weights
