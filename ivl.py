@@ -373,7 +373,7 @@ class SumDelta(nn.Module):
     """A weighted sum of z_deltas: several value networks at once, or proxy tuning.
 
     Each is the logits of a Llama that reads the text alone, so they can be added up. Value networks
-    should be made for each other (train.py --with; paper/REWARDS.md). Proxy tuning (Section 2,
+    should be made for each other (train.py --with). Proxy tuning (Section 2,
     Table 4) has weights 1 and -1: an expert and an anti-expert, one small model, tuned and untuned.
     It takes a model that was post-trained already. Each summand costs a forward pass a token.
 

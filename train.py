@@ -374,7 +374,10 @@ def fine_tune(job: Job) -> None:
 
 def train_value(job: Job) -> None:
     """A value network on demonstrations, for frozen bases: inverse value learning (Section 3.1)."""
-    bases = {path: load_plugged(job, path) for path in job.settings.bases}
+    bases = {path: load_frozen(job, path) for path in job.settings.bases}
+    if job.settings.plugged:  # value networks that guide the bases already
+        plugged = [load_frozen(job, path) for path in job.settings.plugged]
+        bases = {path: PluggedBase(base, plugged) for path, base in bases.items()}
     # It starts as a copy of the first base, if none is named. So z_post = 2 z_base, and the first
     # loss is worse than the base's own: 5.2 nats a token, and 3.2 (tiny-s, seed 0). With a head of
     # zeros, z_delta = 0, it starts at 3.2 and ends worse: exact .34, and .44 from a copy.
@@ -421,12 +424,6 @@ def load_frozen(job: Job, path: str | Path) -> Llama:
     device = "cpu" if job.run.processes.shard else job.device  # divided, it is never whole on a GPU
     base = Llama.from_pretrained(path, getattr(torch, job.settings.dtype), device)
     return job.run.processes.divide_base(base.requires_grad_(False))
-
-
-def load_plugged(job: Job, path: str) -> Llama | PluggedBase:
-    """A frozen base, and what is plugged into it already (--with)."""
-    base, plugged = load_frozen(job, path), job.settings.plugged
-    return PluggedBase(base, [load_frozen(job, each) for each in plugged]) if plugged else base
 
 
 def guide(base: Llama | PluggedBase, value: ValueModel | None) -> Guided:

@@ -28,14 +28,18 @@ TIMES = 2
 
 def load(system: str, kept: Kept, device: str) -> tuple[Guided, Tokenizer]:
     """The system and its tokenizer; with a vocabulary map, the value network's."""
-    base, plug, alpha, how = parts_of(system)
+    _, plugs, how = parts_of(system)
     folders = [kept.home / network for network in networks_of(system)]
-    base_network, value = Llama.from_pretrained(folders[0], torch.float32, device), None
-    if plug.startswith("proxy-"):
-        small = [Llama.from_pretrained(each, torch.float32, device) for each in folders[1:]]
-        value = SumDelta(small, [1.0, -1.0])
-    elif plug:
-        value = ValueModel.from_pretrained(folders[1], torch.float32, device)
+    llamas = partial(Llama.from_pretrained, dtype=torch.float32, device=device)
+    base_network, value, alpha = llamas(folders[0]), None, 1.0
+    if len(plugs) == 1:
+        [(plug, alpha)] = plugs.items()
+        if plug.startswith("proxy-"):
+            value = SumDelta(list(map(llamas, folders[1:])), [1.0, -1.0])
+        else:
+            value = ValueModel.from_pretrained(folders[1], torch.float32, device)
+    elif plugs:
+        value = SumDelta(list(map(llamas, folders[1:])), list(plugs.values()))
     tokenizers = [load_tokenizer(folder) for folder in folders]
     if how:  # counted, if at all, in what the value network learnt from
         texts = read_texts(kept.home / "demonstrations.jsonl")
@@ -62,7 +66,7 @@ def measure(system: str, kept: Kept, device: str) -> dict[str, float]:
 
     asked = world, tokenizer, answer, partial(score, guided)
     is_mapped = isinstance(guided, MappedGuided)
-    metrics = evaluate(*asked, "evaluation", times=1 if is_mapped else TIMES)
+    metrics = evaluate(*asked, "evaluation", times=1 if is_mapped else TIMES, by_form=True)
     if is_mapped:
         return metrics | {"base passes": passes[0]}
     few = partial(few_shot, world, tokenizer, partial(score, guided))

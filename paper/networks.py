@@ -3,23 +3,27 @@
 Every network is trained by a command that anybody can type, in a process of its own with one
 thread. A system is a base, alone or with something plugged in; each is measured once, on the
 evaluation people. A system has a name such as "tiny-l", "tiny-l + value-residual-tiny-s", "tiny-l +
-value-residual-tiny-s x 0.5" (alpha), "tiny-l + proxy-tiny-s" (proxy tuning) or "tiny-b-l +
-value-residual-tiny-m via pieces" (a vocabulary map of that kind).
+value-residual-tiny-s x 0.5" (alpha), "tiny-l + value-forms + value-sums x 0.5" (a sum), "tiny-l +
+proxy-tiny-s" (proxy tuning) or "tiny-b-l + value-residual-tiny-m via pieces" (a vocabulary map of
+that kind).
 """
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from data import tiny_world
 from data.errors import UsageError
 from data.files import read_json, write_text
-from data.tiny_world import World
+from data.tiny_world import World, prompt_text
 from run.cli import clock
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +56,88 @@ PAIRS_AFTER_NORM = "value-pairs-after-norm-tiny-s"
 # bases with other tokenizers; the value network of their own is made on the -m of the family
 FOREIGN = ["tiny-b-l", "tiny-c-m"]
 
+# by the rewards of paper/rewards.py, and for the sums of paper/sums.py
+START, MORE, NEVER = "value-few-tiny-s", "value-few-more-tiny-s", "value-none-tiny-s"
+REWARDED, RARE, WITH_KL = "value-rewarded-tiny-s", "value-rewarded-rare", "value-rewarded-kl"
+SLOWER, NEVER_REWARDED = "value-rewarded-slower", "value-none-rewarded"
+SUMS_REWARDED = "value-sums-rewarded"
+FORMS, SUMS, ON_TOP = "value-forms-tiny-s", "value-sums-tiny-s", "value-sums-on-forms"
+NORMED = {l1: f"{ON_TOP}-l1-{l1:g}" for l1 in (0.3, 1.0, 3.0)}
+SHOWN = {percent: f"{ON_TOP}-shown-{percent}" for percent in (1, 5, 20)}
+ALL_ON_TOP, OWN_ON_TOP = f"{ON_TOP}-shown-all", f"{ON_TOP}-own"
+OWN_ANSWERS = ("-m", "paper.own_answers")
+RARE_FORMS = ("Be polite.", "Begin with a dash.")
+FEW = 40  # demonstrations of the rare forms
+
+
+def asks(record: dict, *endings: str) -> bool:
+    return record["conversations"][0]["value"].endswith(endings)
+
+
+def is_sum(record: dict) -> bool:
+    return " plus " in record["conversations"][0]["value"]
+
+
+def few_of_the_rare(world: World, count: int = FEW) -> list[dict]:
+    """Demonstrations, `count` of them in the rare forms."""
+    records, left = [], count
+    for record in world.demonstrations():
+        left -= asks(record, *RARE_FORMS)
+        if left >= 0 or not asks(record, *RARE_FORMS):
+            records.append(record)
+    return records
+
+
+def forms_only(world: World) -> list[dict]:
+    return [record for record in world.demonstrations() if not is_sum(record)]
+
+
+def sums_and(world: World, percent: int) -> list[dict]:
+    """The sums of the demonstrations, and so many percent of the others."""
+    forms, sums = forms_only(world), list(filter(is_sum, world.demonstrations()))
+    kept = random.Random(f"{percent}% of world {world.seed}").sample(
+        forms, len(forms) * percent // 100
+    )
+    return sums + kept
+
+
+def questions(world: World, rare: float, sums: float = 0.0, count: int = 2000) -> list[dict]:
+    """Questions about demonstrated people or sums, and greetings; a share `rare` in the rare forms."""
+    rng, records = random.Random(f"questions of world {world.seed}"), []
+    for _ in range(count):
+        form = rng.choice(RARE_FORMS if rng.random() < rare else tiny_world.FORMS)
+        shares = (0.0, 1.0) if rng.random() < sums else (0.7, 0.7)
+        item = world.demonstrated_item(rng, *shares, world.demonstrated_sums)(form)
+        records.append({"prompt": prompt_text(item), "answer": item.answer})
+    return records
+
+
+DATA = {  # files that networks are trained on, besides those that train.py writes itself
+    "infinity": World.infinity,
+    "few": few_of_the_rare,
+    "none": partial(few_of_the_rare, count=0),
+    "forms": forms_only,
+    **{f"sums-{percent}": partial(sums_and, percent=percent) for percent in (0, 1, 5, 20)},
+    "questions-rare": partial(questions, rare=0.5),
+    "questions-mixed": partial(questions, rare=0.0),
+    "questions-sums": partial(questions, rare=0.0, sums=1.0),
+}
+
+
+def by_rewards(name: str, start: str, data: str, more: str = "", seconds: int = 45) -> Network:
+    """A value network that goes on from another by rewards."""
+    flags = f"--loss reward --data {{home}}/questions-{data}.jsonl --held-out 0 {more}"
+    return Network(f"{FURTHER}/{start} {flags} --out {{home}}/{name}", (start,), seconds)
+
+
+def on_top(name: str, data: str, more: str = "") -> Network:
+    """A value network that is made for the one of forms."""
+    flags = f"{ON_DATA} {{home}}/{data}.jsonl --with {{home}}/{FORMS} {more}"
+    return Network(f"{flags} --out {{home}}/{name}", (FORMS,), 33)
+
+
 ON_S = "--base tiny-s --value --no-full"
+ON_DATA, FURTHER = "--base tiny-s --value --held-out 0 --data", "--base tiny-s --value {home}"
 ON_INFINITY = "--base tiny-s --value --data {home}/infinity.jsonl --steps 1000 --out {home}/"
 NETWORKS = {  # bases first, since the others wait for them
     "tiny-b-l": Network("--base tiny-b-l", (), 315),
@@ -106,6 +191,29 @@ NETWORKS = {  # bases first, since the others wait for them
         (NORM,),
         15,
     ),
+    START: Network(f"{ON_DATA} {{home}}/few.jsonl --out {{home}}/{START}", (S,), 28),
+    MORE: Network(
+        f"{FURTHER}/{START} --data {{home}}/few.jsonl --held-out 0 --steps 800 --lr 3e-4 "
+        f"--out {{home}}/{MORE}",
+        (START,),
+        40,
+    ),
+    REWARDED: by_rewards(REWARDED, START, "mixed"),
+    RARE: by_rewards(RARE, START, "rare"),
+    SLOWER: by_rewards(SLOWER, START, "rare", "--lr 1e-4"),
+    WITH_KL: by_rewards(WITH_KL, START, "rare", "--beta 0.01"),
+    NEVER: Network(f"{ON_DATA} {{home}}/none.jsonl --out {{home}}/{NEVER}", (S,), 28),
+    NEVER_REWARDED: by_rewards(NEVER_REWARDED, NEVER, "rare", "--steps 60", 30),
+    SUMS_REWARDED: by_rewards(SUMS_REWARDED, VALUE, "sums", "", 55),
+    FORMS: Network(f"{ON_DATA} {{home}}/forms.jsonl --out {{home}}/{FORMS}", (S,), 28),
+    SUMS: Network(f"{ON_DATA} {{home}}/sums-0.jsonl --out {{home}}/{SUMS}", (S,), 28),
+    ON_TOP: on_top(ON_TOP, "sums-0"),
+    **{name: on_top(name, "sums-0", f"--l1 {l1:g}") for l1, name in NORMED.items()},
+    **{name: on_top(name, f"sums-{share}") for share, name in SHOWN.items()},
+    ALL_ON_TOP: Network(
+        f"{ON_S} --with {{home}}/{FORMS} --out {{home}}/{ALL_ON_TOP}", (FORMS,), 33
+    ),
+    OWN_ON_TOP: Network(on_top(OWN_ON_TOP, "sums-own").flags, (FORMS,), 40, OWN_ANSWERS),
     **{
         f"value-probe-{base}": Network(f"--base {base} --value --no-full --scheme probe", (base,))
         for base in (S, M, L)
@@ -113,21 +221,25 @@ NETWORKS = {  # bases first, since the others wait for them
 }
 
 
-def parts_of(system: str) -> tuple[str, str, float, str]:
-    """Base, what is plugged in, alpha, and how the vocabulary map is made ("" for none)."""
+def parts_of(system: str) -> tuple[str, dict[str, float], str]:
+    """Base, what is plugged in with its weight, and how the vocabulary map is made ("" for none)."""
     system, _, how = system.partition(" via ")
-    base, _, rest = system.partition(" + ")
-    plug, _, alpha = rest.partition(" x ")
-    return base, plug, float(alpha or 1), how
+    base, *plugs = system.split(" + ")
+    weights = {}
+    for plug in plugs:
+        name, _, weight = plug.partition(" x ")
+        weights[name] = float(weight or 1)
+    return base, weights, how
 
 
 def networks_of(system: str) -> list[str]:
     """The folders that a system is made of."""
-    base, plug, *_ = parts_of(system)
-    if plug.startswith("proxy-"):
+    base, plugs, _ = parts_of(system)
+    networks = [base]
+    for plug in plugs:
         small = plug.removeprefix("proxy-")
-        return [base, f"full-{small}", small]
-    return [base, plug] if plug else [base]
+        networks += [plug] if small == plug else [f"full-{small}", small]
+    return networks
 
 
 def command_of(network: str, home: Path) -> list[str]:
@@ -230,9 +342,10 @@ def jobs_for(systems: Iterable[str], seed: int) -> list[Job]:
         seconds = 4 if kept.made(name) else NETWORKS[name].seconds
         needs = [need for need in NETWORKS[name].needs if need in todo]
         jobs.append(Job(name, kept, command, seconds, needs))
-        if name.startswith(INFINITY):
-            world = World(seed)
-            world.write_demonstrations(kept.home / "infinity.jsonl", world.infinity())
+        for data, records in DATA.items():
+            if f"{{home}}/{data}.jsonl" in NETWORKS[name].flags:
+                world = World(seed)
+                world.write_demonstrations(kept.home / f"{data}.jsonl", records(world))
     bases = Counter(parts_of(system)[0] for system in missing)
     for base, count in bases.most_common():  # the longest first
         here = [system for system in missing if parts_of(system)[0] == base]

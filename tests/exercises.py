@@ -15,11 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.files import read_json, write_text
+from data.tiny_world import World
+from paper.networks import DATA
 from tests.rounding import HOME, RARE, ROOT, ROUNDINGS, by_frequency, measured, read_table, run
 
 WORK = Path("out/exercises")
 TRAIN = "train.py --base --value --no-full --seed {seed} --out out/seed{seed}/mine"
 LOOK = "sample.py --value out/seed{seed}/mine --base tiny-l"
+TRAIN_ON = (  # out/seedN/DATA.jsonl
+    "train.py --base --value --held-out 0 --seed {{seed}} --data out/seed{{seed}}/{data}.jsonl "
+    "--out out/seed{{seed}}/{out}"
+)
+BOTH = "sample.py --value out/seed{seed}/A out/seed{seed}/B --alpha"
 LOOK_AT_THE_FIRST = "sample.py --value out/seed{seed}/value-residual-tiny-s"
 ROWS = {
     "base": "tiny-s alone",
@@ -117,6 +124,34 @@ EXERCISES = {
         {"train": TRAIN},
         [("train: tiny-s + value, ins", "train: tiny-s alone, ins")],
     ),
+    "9": Exercise(
+        "ivl.py",
+        "    loss = -(advantages.flatten()[row] * log_p).sum() / count\n",
+        "    loss = -(advantages.flatten()[row] * log_p).sum() / count\n"
+        "    one_hot = F.one_hot(labels[supervised], z_post.shape[-1])\n"
+        "    gradient = advantages.flatten()[row, None] * (z_post.softmax(-1) - one_hot) / count\n"
+        "    loss = (gradient.detach() * z_post).sum()\n",
+        {
+            "train": "train.py --base --value out/seed{seed}/value-residual-tiny-s --loss reward "
+            "--seed {seed} --out out/seed{seed}/mine"
+        },
+        [("train: tiny-s + value, ins", "train: tiny-s alone, ins")],
+    ),
+    "10": Exercise(
+        "",
+        "",
+        "",
+        {
+            "": TRAIN_ON.format(data="forms", out="A"),
+            " ": TRAIN_ON.format(data="sums-0", out="B"),
+            "half": f"{BOTH} 0.5 0.5",
+            "whole": f"{BOTH} 1 1",
+        },
+        [
+            ("whole: tiny-s + value + value, ins", "half: tiny-s + value + value, ins"),
+            ("half: tiny-s + value + value, arith", "whole: tiny-s + value + value, arith"),
+        ],
+    ),
 }
 
 
@@ -141,10 +176,13 @@ def do(name: str, rounding: str, seed: int) -> dict[str, float]:
             HOME / rounding / f"out/seed{seed}", house / f"out/seed{seed}", ignore=ignore
         )
         edited(exercise, house)
+        world = World(seed)
+        for data in ("forms", "sums-0"):  # of exercise 10
+            world.write_demonstrations(house / f"out/seed{seed}/{data}.jsonl", DATA[data](world))
         numbers = {}
         for label, command in exercise.commands.items():
             output = run(command.format(seed=seed), house, rounding, house.resolve())
-            if label:
+            if label.strip():
                 for row, metrics in read_table(output, "exact").items():
                     for metric, value in metrics.items():
                         numbers[f"{label}: {ROWS.get(row, row)}, {metric}"] = value

@@ -1,20 +1,25 @@
 """Rewards in place of demonstrations (ivl.reward_loss, data/questions.py), and networks made for others (train.py --with)."""
 
+import importlib.util
 import itertools
 import json
 import math
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from data.questions import Question, last_number
+from data.capitals import Capitals
+from data.questions import Question, last_number, read_question
 from data.tiny_world import World, greeting_item, prompt_text
 from ivl import PluggedBase, ValueModel, combine, reward_loss
 from sample import Guided
+from tests.exercises import EXERCISES, edited
 from tests.helpers import (
+    ROOT,
     VALUE,
     refused,
     small,
@@ -113,6 +118,22 @@ def test_the_expected_gradient_is_that_of_the_expected_reward():
     assert drift == pytest.approx((p * (log_p - log_base)).sum().item(), abs=1e-6)
 
 
+def test_the_exercise_that_writes_the_gradient_gives_the_same(tmp_path):
+    """EXERCISES.md, 9, done in a copy of ivl.py."""
+    shutil.copy(ROOT / "ivl.py", tmp_path / "mine.py")
+    edited(replace(EXERCISES["9"], file="mine.py"), tmp_path)
+    spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
+    mine = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mine)
+    z_base, z_delta, labels, rewards = random_answers()
+    z_delta.requires_grad_()
+    gradients = [
+        torch.autograd.grad(loss(z_base, z_delta, labels, rewards)[0], z_delta)[0]
+        for loss in (reward_loss, mine.reward_loss)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
 def test_answers_are_counted_and_those_that_only_pad_are_not():
     assert count_answers(torch.tensor([[1, -100], [-100, -100], [3, 4]])) == 2
 
@@ -140,6 +161,20 @@ def test_rewards(check, right, said, reward):
 
 def test_the_last_number():
     assert [last_number(text) for text in ("a", "1 2.5", "-1,000 x", "7.")] == [None, 2.5, -1000, 7]
+
+
+def test_the_worlds_and_the_capitals_ask_what_demonstrations_show():
+    for exam, demonstrations in (
+        (World(0), World(0).demonstrations()),
+        (Capitals(0), Capitals(0).demonstrations()),
+    ):
+        records = list(exam.questions())
+        for record, shown in zip(records[:200], demonstrations):
+            question, left_out = read_question(record)
+            human, gpt = shown["conversations"]
+            assert question.turns == [("user", human["value"])] and not left_out
+            assert question.reward(gpt["value"]) == 1 and question.reward("something else") == 0
+    assert any(len(read_question(record)[0].answers) > 1 for record in records)  # two spellings
 
 
 # ---- the command
