@@ -84,11 +84,8 @@ def end_tokens(tokenizer: Tokenizer, template: str) -> set[int]:
 
 def end_token(tokenizer: Tokenizer, template: str) -> int:
     """The token that ends the assistant's turn."""
-    return (
-        tokenizer.specials[NEEDED[template][-1]]
-        if can_speak(tokenizer, template) and template in NEEDED
-        else tokenizer.eos_id
-    )
+    *_, mark = NEEDED.get(template, [""])
+    return tokenizer.specials.get(mark, tokenizer.eos_id)
 
 
 def stop_ids(tokenizer: Tokenizer, template: str, llamas: list) -> set[int]:

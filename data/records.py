@@ -161,8 +161,9 @@ def find_turns(record: dict) -> tuple[str, list]:
             refuse_unseen(record, UNSEEN_BESIDE)
             return " and ".join(pair), one_exchange(record, *pair)
     for key in OTHER_LISTS:
-        if holds_turns(record.get(key)):
-            return key, list_turns(record[key], key)
+        value = record.get(key)
+        if isinstance(value, list) and value and (is_turn(value[0]) or type(value[0]) is str):
+            return key, list_turns(value, key)
     for key in ("text", "chosen"):  # chosen: of pairs whose rejected side was taken out
         if found := conversation_of(record.get(key)):
             return f"{key}, a whole conversation,", found
@@ -198,11 +199,6 @@ FRAMES = re.compile(
     r"\[/?INST\]|<<SYS>>|<\|im_start\|>|<\|start_header_id\|>|<\|(user|assistant|system)\|>|<start_of_turn>"
     r"|### Instruction:|Below is an instruction that describes a task"
 )
-
-
-def holds_turns(value) -> bool:
-    """A list of turns, or of texts that alternate."""
-    return isinstance(value, list) and bool(value) and (is_turn(value[0]) or type(value[0]) is str)
 
 
 def is_turn(value) -> bool:
@@ -426,16 +422,15 @@ def find_answers(record: dict) -> tuple | None:
                 raise Unusable("two answers of which neither is better")
             return (record[first], record[second])[:: -1 if better > 0 else 1]
     ranked = record.get("completions")  # NeMo's
-    if isinstance(ranked, list) and ranked and all(map(has_rank, ranked)):
+    if isinstance(ranked, list) and ranked:
+        ranks = [each.get("rank") if isinstance(each, dict) else None for each in ranked]
+        if any(type(rank) not in (int, float) for rank in ranks):
+            return None
         ranked = sorted(ranked, key=lambda each: each["rank"])
         if ranked[0]["rank"] == ranked[-1]["rank"]:
             raise Unusable("two answers of which neither is better")
         return ranked[0].get("completion"), ranked[-1].get("completion")
     return None
-
-
-def has_rank(answer) -> bool:
-    return isinstance(answer, dict) and type(answer.get("rank")) in (int, float)
 
 
 def with_answer(record: dict, answer, side: str) -> dict:
@@ -502,8 +497,9 @@ class Records:
 
     def __init__(self, path: str | Path):
         self.path, self.whole = Path(path), None
-        if says := NO_RECORDS.get(kind_of(self.path)):
-            raise UsageError(f"{path}: {says}")
+        for ending, says in NO_RECORDS.items():
+            if self.path.name.lower().removesuffix(".gz").endswith(ending):
+                raise UsageError(f"{path}: {says}")
         self.file = open_text(path)
         weakref.finalize(self, self.file.close)
         start = self.file.read(4096).removeprefix(b"\xef\xbb\xbf")
@@ -642,11 +638,6 @@ def refuse_wrapping(path: Path, record) -> None:
         )
 
 
-def kind_of(path: Path) -> str:
-    """The ending of a file's name, without .gz."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
 # --------------------------------------------------------------------------------------------------
 # Plain texts, for vocab_map.py
 
@@ -658,7 +649,7 @@ def read_texts(file: Path) -> list[str]:
     all turns of a conversation.
     """
     notes = []
-    if kind_of(file) == ".txt":
+    if file.name.lower().removesuffix(".gz").endswith(".txt"):
         try:
             with open_text(file) as text:
                 texts = re.split(r"\n\s*\n", text.read().decode("utf-8-sig"))

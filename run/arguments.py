@@ -29,11 +29,10 @@ from vocab_map import HOWS
 PAGE_TITLE = b"Where did post-training speak?"  # by which a page of --explain is known
 MOST_AHEAD = 32  # tokens to draft at a time; as many as fast/graphs.py captures in one step
 LLAMA_SCHEMES = [scheme for scheme in SCHEMES if scheme != "probe"]
+epochs = number(float, 0, "positive number up to 10000", 10_001)
+answers = number(int, 1, "whole number from 2 to 1000", 1001)
+port = number(int, -1, "port from 0 to 65535", 2**16)
 few = number(int, 0, f"whole number from 1 to {MOST_AHEAD}", MOST_AHEAD + 1)
-
-
-def first_line(script) -> str:
-    return script.__doc__.split("\n\n")[0]
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +91,9 @@ DOING = {
 
 def train_arguments() -> argparse.Namespace:
     """The flags of train.py; besides `job`, and `flags`, the settings that were given."""
-    parser = ArgumentParser(description=first_line(train), epilog="With no flags: --base --value.")
+    parser = ArgumentParser(
+        description=train.__doc__.partition("\n")[0], epilog="With no flags: --base --value."
+    )
     what = parser.add_argument_group("what to train")
     what.add_argument(
         "--base",
@@ -166,7 +167,7 @@ def train_arguments() -> argparse.Namespace:
     )
     what.add_argument(
         "--answers",
-        type=number(int, 1, "whole number from 2 to 1000", 1001),
+        type=answers,
         metavar="G",
         help="of --loss reward: answers to sample to each question (default 8)",
     )
@@ -227,7 +228,7 @@ def train_arguments() -> argparse.Namespace:
     length = how.add_mutually_exclusive_group()
     length.add_argument(
         "--epochs",
-        type=number(float, 0, "positive number up to 10000", 10_001),
+        type=epochs,
         help="passes over the data",
     )
     length.add_argument("--steps", type=positive_int, help="optimizer steps, instead of --epochs")
@@ -483,7 +484,7 @@ def measured_arguments(parser: argparse.ArgumentParser, temperature: float) -> a
 
 
 def sample_arguments() -> argparse.Namespace:
-    parser = ArgumentParser(description=first_line(sample))
+    parser = ArgumentParser(description=sample.__doc__.partition("\n")[0])
     add_guidance(parser)
     ask = add_asking(parser)
     ask.add_argument("--chat", action="store_true", help="a conversation in the terminal")
@@ -494,7 +495,7 @@ def sample_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--port",
-        type=number(int, -1, "port from 0 to 65535", 2**16),
+        type=port,
         metavar="N",
         help="of that page (default 8000; 0 is any that is free)",
     )
@@ -561,7 +562,7 @@ def sample_arguments() -> argparse.Namespace:
 
 
 def vocab_map_arguments() -> argparse.Namespace:
-    parser = ArgumentParser(description=first_line(vocab_map))
+    parser = ArgumentParser(description=vocab_map.__doc__.partition("\n")[0])
     parser.add_argument(
         "--base-tokenizer",
         required=True,

@@ -18,19 +18,15 @@ def pick_device(dtype: str | None, tiny: bool, wanted: str | None = None) -> tup
     threads are 1.4 to 1.6 times as fast on a quiet machine, and many times slower on a busy one.
     """
     device, reason = find_device(wanted)
-    halves = (
-        torch.cuda.is_bf16_supported(including_emulation=False)
-        if device == "cuda"
-        else cpu_has_bf16()
-    )
-    default = "bfloat16" if halves and not tiny else "float32"
-    why = (
-        "as asked"
-        if dtype
-        else "which this processor computes with"
-        if halves and not tiny and device == "cpu"
-        else "the default there"
-    )
+    default, why = "float32", "the default there"
+    if not tiny and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        default = "bfloat16"
+    elif not tiny and device != "cuda" and cpu_has_bf16():
+        default = "bfloat16"
+        if device == "cpu":
+            why = "which this processor computes with"
+    if dtype:
+        why = "as asked"
     threads = ""
     if device == "cpu":
         if tiny and "OMP_NUM_THREADS" not in os.environ:

@@ -10,12 +10,13 @@ Checkpoints and OUT appear by one atomic rename each, so a reader never meets ha
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ COLUMNS = {  # what is shown of a step: a metric's title, and what it is
     "drift": ("drift", "divergence from the base, summed over an answer"),
 }
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 BESIDE = {"ce": "base_ce", "acc": "margin"}  # shown only beside these
 
 
@@ -62,26 +64,22 @@ class Run:
     def __init__(
         self, out: Path, settings: Settings, resume: bool, save_every: int, processes: Alone
     ):
-        self.out, self.settings, self.save_every, self.processes = (
-            out,
-            settings,
-            save_every,
-            processes,
-        )
+        self.out, self.settings = out, settings
+        self.save_every, self.processes = save_every, processes
+        self.finished = is_finished(out)
         self.work = out.with_name(out.name + ".training")
         self.log = self.work / "log.jsonl"
         self.later = 0.0  # how many tokens the command trains on when this network is done, about
         saved = self.work / "settings.json"
-        self.refuse_foreign(saved)
+        if any(map(os.path.lexists, (out, self.work))):
+            self.refuse_foreign(saved)
         if self.finished:
             check_same_settings(out / "train.json", settings, resume)
-            shutil.rmtree(
-                self.work, ignore_errors=True
-            )  # a kill between the last rename and the removal left it
+            # a kill between the last rename and the removal left it
+            shutil.rmtree(self.work, ignore_errors=True)
             return
-        self.has_settings = saved.exists() and (
-            resume or bool(self.checkpoints())
-        )  # no checkpoint: nothing to lose
+        # without a checkpoint there is nothing to lose
+        self.has_settings = saved.exists() and (resume or bool(self.checkpoints()))
         if self.has_settings:
             check_same_settings(saved, settings, resume)
 
@@ -116,10 +114,6 @@ class Run:
                     f"{self.work}: exists, and is no run of train.py, as it {what}; choose another --out"
                 )
 
-    @property
-    def finished(self) -> bool:
-        return is_finished(self.out)
-
     def checkpoints(self) -> list[Path]:
         """Oldest first; more than one only if a kill came between the rename and the removal."""
         found = [
@@ -139,10 +133,8 @@ class Run:
         A start that fails leaves nothing behind.
         """
         network.refuse_unsaved()  # rather now than when it is trained
-        if self.has_settings:
-            self.processes.first_does(
-                self.take
-            )  # before a checkpoint is read that another process may be replacing
+        if self.has_settings:  # before a checkpoint is read that another process may be replacing
+            self.processes.first_does(self.take)
         state = self.restore(network, optimizer)
         stream = batches(state["position"], self.settings.grad_accum * self.processes.count)
         stream = itertools.chain(
@@ -256,7 +248,7 @@ class Run:
         tensors = {}
         for name, parameter in network.named_parameters():
             tensors[f"weight.{name}"] = self.processes.whole(parameter)
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in MOMENTS:
                 if parameter in optimizer.state:
                     tensors[f"{moment}.{name}"] = self.processes.whole(
                         optimizer.state[parameter][moment]
@@ -299,7 +291,7 @@ class Run:
                 if f"exp_avg.{name}" in tensors:
                     step = torch.tensor(float(state["step"]), device=parameter.device)
                     optimizer.state[parameter] = {"step": step}
-                    for moment in ("exp_avg", "exp_avg_sq"):
+                    for moment in MOMENTS:
                         whole = tensors[f"{moment}.{name}"]
                         optimizer.state[parameter][moment] = self.processes.slice_of(
                             whole, parameter
@@ -328,25 +320,15 @@ class Run:
                 f"state.json: position is {str(position)[:60]}, not {length} whole numbers"
             )
         for name, parameter in network.named_parameters():
-            moments = {kind for kind in ("exp_avg", "exp_avg_sq") if f"{kind}.{name}" in tensors}
-            if parameter.requires_grad and len(moments) != 2:
-                raise ValueError(
-                    f"state.safetensors: {'a moment' if moments else 'no moment'} of {name} is there, and two are needed"
-                )
-            for kind in ("weight", *sorted(moments)):
+            kinds = ("weight", *MOMENTS) if parameter.requires_grad else ("weight",)
+            for kind in kinds:
                 tensor = tensors.get(f"{kind}.{name}")
-                if (
-                    tensor is None
-                    or tensor.shape != parameter.shape
-                    or tensor.dtype != parameter.dtype
-                ):
-                    found = (
-                        "not there"
-                        if tensor is None
-                        else f"{tuple(tensor.shape)} of {tensor.dtype}"
-                    )
+                if tensor is None:
+                    raise ValueError(f"state.safetensors: {kind}.{name} is not there")
+                if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
                     raise ValueError(
-                        f"state.safetensors: {kind}.{name} is {found}, not {tuple(parameter.shape)} of {parameter.dtype}"
+                        f"state.safetensors: {kind}.{name} is {tuple(tensor.shape)} of {tensor.dtype}, not "
+                        f"{tuple(parameter.shape)} of {parameter.dtype}"
                     )
                 if not tensor.isfinite().all():
                     raise ValueError(f"state.safetensors: {kind}.{name} has what is no number")
@@ -418,24 +400,6 @@ def leave(work: Path, made: list[Path], lock: FileLock) -> None:
     lock.release()
 
 
-NEWER = {
-    "data_hash",
-    "base_hashes",
-    "held_out",
-    "system",
-}  # settings that runs of earlier versions lack
-OLDER = {"data_bytes"}  # and those that only they have
-LATER = {
-    "loss",
-    "beta",
-    "teacher",
-    "temperature",
-    "l1_over",
-    "reasoning",
-    "answers",
-    "answer_length",
-    "plugged",
-}  # settings that runs made before them had at their defaults
 CHANGED = {
     "data_hash": "its data file has changed",
     "base_hashes": "a base has changed, or a teacher: other weights are in its folder",
@@ -451,33 +415,34 @@ def check_same_settings(file: Path, settings: Settings, resume: bool) -> None:
         raise UsageError(
             f"{file.parent}: a run is there already, {state}; {advice}, or delete the folder"
         )
-    defaults = {field.name: field.default for field in fields(Settings) if field.name in LATER}
-    found = json.loads(json.dumps(defaults)) | read_json(file)
+    found = read_json(file)
     wanted = json.loads(json.dumps(vars(settings)))
-    for name in wanted:
-        if name in found and wanted[name] != found[name]:
-            leave_out = (
-                ", or leave the comparison out with --no-full" if settings.job == "full" else ""
-            )
-            if name == "steps" and state == "finished" and settings.job == "value":
-                raise UsageError(
-                    f"{file.parent}: this run is finished, after {found[name]} steps; to train its network further give "
-                    f"--value {file.parent} and another folder, --out NEW: it starts from these weights"
-                )
-            if name in CHANGED:
-                raise UsageError(
-                    f"{file.parent}: a run is there, and {CHANGED[name]}; choose another --out, or delete the folder{leave_out}"
-                )
-            raise UsageError(
-                f"{file.parent}: a run with other settings is there: {name} was {found[name]!r}, now "
-                f"{wanted[name]!r}; choose another --out, or delete the folder{leave_out}"
-            )
-    newer = NEWER if OLDER & found.keys() else set()
-    for name in sorted((wanted.keys() - newer) ^ (found.keys() - newer - OLDER)):
+    # a setting that a run lacks was at its default, if it has one
+    defaults = {each.name: each.default for each in fields(Settings) if each.default is not MISSING}
+    for name in sorted((wanted.keys() ^ found.keys()) - defaults.keys()):
         raise UsageError(
             f"{file}: damaged, or a run with other settings than this version has: {name} is "
             f"{'there' if name in found else 'not there'}; choose another --out, or delete the folder"
         )
+    found = json.loads(json.dumps(defaults)) | found
+    name = next((name for name in wanted if wanted[name] != found[name]), None)
+    if name is None:
+        return
+    if name == "steps" and state == "finished" and settings.job == "value":
+        raise UsageError(
+            f"{file.parent}: this run is finished, after {found[name]} steps; to train its network further give "
+            f"--value {file.parent} and another folder, --out NEW: it starts from these weights"
+        )
+    if name in CHANGED:
+        what = f"a run is there, and {CHANGED[name]}"
+    else:
+        what = (
+            f"a run with other settings is there: {name} was {found[name]!r}, now {wanted[name]!r}"
+        )
+    leave_out = ", or leave the comparison out with --no-full" if settings.job == "full" else ""
+    raise UsageError(
+        f"{file.parent}: {what}; choose another --out, or delete the folder{leave_out}"
+    )
 
 
 def read_metrics(folder: Path, system: str = "base") -> dict[str, dict[str, float | None]]:

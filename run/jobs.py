@@ -147,9 +147,9 @@ def full_job(args, processes: Alone) -> Job | None:
     start, out = str(bases[0]), full_folder(args)
     if args.job == "full":
         return post_training(
-            args, processes, bases, "", start, args.out or out, args.data, args.flags
+            args, processes, bases, "", start, args.out or out, args.data, args.flags, {}
         )
-    return post_training(args, processes, bases, "", start, out, None, {}, keep=True)
+    return post_training(args, processes, bases, "", start, out, None, {}, {}, keep=True)
 
 
 def full_folder(args) -> Path:
@@ -164,12 +164,15 @@ def value_job(args, processes: Alone) -> Job | None:
     start = args.value
     if start and not is_scratch(start):
         start = str(folder_of(start, args))
-    scheme, start = choose_scheme(args, args.bases, start)
+    recorded = {}  # what is known of a value network that is trained further
+    if start and (Path(start) / "ivl.json").is_file():
+        recorded = read_value_info(start, SCHEMES)
+    scheme, start = choose_scheme(args, args.bases, start, recorded)
     plugged = [str(folder_of(name, args)) for name in args.plugged]
     out = args.out or args.home / value_name(scheme, args, args.bases, start)
     loss = ("l1", "l1_over", "loss", "beta", "temperature", "teacher", "answers", "answer_length")
     flags = args.flags | {name: getattr(args, name) for name in loss} | {"plugged": tuple(plugged)}
-    job = post_training(args, processes, args.bases, scheme, start, out, args.data, flags)
+    job = post_training(args, processes, args.bases, scheme, start, out, args.data, flags, recorded)
     if job is not None and compares_with_full(args):
         job.full_metrics = {"full": read_metrics(full_folder(args), "full")["full"]}
     return job
@@ -233,21 +236,20 @@ def post_training(
     out: Path,
     data: str | None,
     flags: dict,
+    recorded: dict,
     keep: bool = False,
 ) -> Job | None:
     """A value network on frozen bases or, with no scheme, full fine-tuning of a copy of the first.
 
-    None if it is finished. `keep` is content with a finished run of these settings.
+    None if it is finished. What a value network `recorded` that is trained further, it keeps.
+    `keep` is content with a finished run of these settings.
     """
     for base in bases:
         refuse_value_network("--base", base)
     loss, plugged = flags.get("loss", "ce"), list(map(Path, flags.get("plugged", [])))
     width = args.probe_width if scheme == "probe" else 0
     frozen = bases + ([Path(flags["teacher"])] if flags.get("teacher") else []) + plugged
-    build, longest, tokenizer = choose_network(start, frozen, scheme, width)
-    recorded = {}  # of a value network that is trained further, which keeps what it has
-    if (Path(start) / "ivl.json").is_file():
-        recorded = read_value_info(start, SCHEMES)
+    build, longest, tokenizer = choose_network(start, frozen, scheme, width, recorded)
     template, system = None, None  # those of what is plugged in already
     for path in plugged:
         template, system = read_plugged(path, scheme, args.template or template)
@@ -547,18 +549,19 @@ def tiny_config(name: str, tokenizer: Tokenizer) -> LlamaConfig:
 
 
 def choose_network(
-    start: str, bases: list[Path], scheme: str, probe_width: int
+    start: str, bases: list[Path], scheme: str, probe_width: int, recorded: dict
 ) -> tuple[Callable[[], nn.Module], int, Tokenizer]:
     """How to build the network to train, the most tokens a conversation may have, and the tokenizer.
 
     `start` is a folder, or scratch (the first base's architecture) or scratch:NAME (a tiny one's).
+    `recorded` is what its ivl.json says, if it has one.
     """
     configs = {str(path): read_config(path) for path in bases}
     tokenizers = [load_tokenizer(path) for path in bases]
     _, _, size = start.partition(":")
     own_tokenizer = tokenizers[0] if is_scratch(start) else load_tokenizer(start)
-    if (Path(start) / "ivl.json").is_file():
-        check_recorded(own_tokenizer, read_value_info(start, SCHEMES), Path(start))
+    if recorded:
+        check_recorded(own_tokenizer, recorded, Path(start))
     for other, path in zip(tokenizers, bases):
         check_same_family(other, own_tokenizer, str(path), start)
     # what all of them can read
@@ -586,14 +589,11 @@ def choose_network(
     return build, min(config.max_position_embeddings for config in configs.values()), tokenizer
 
 
-def choose_scheme(args, bases: list[Path], start: str) -> tuple[str, str]:
+def choose_scheme(args, bases: list[Path], start: str, info: dict) -> tuple[str, str]:
     """The scheme, and where the value network's first weights come from.
 
-    What is trained further keeps its scheme.
+    What is trained further keeps its scheme, which `info` says.
     """
-    info = {}
-    if start and (Path(start) / "ivl.json").is_file():
-        info = read_value_info(start, SCHEMES)
     scheme = args.scheme or info.get("scheme", "residual")
     if scheme != info.get("scheme", scheme):
         raise UsageError(

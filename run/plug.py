@@ -53,13 +53,6 @@ def newest_value(base: str | None) -> Path | None:
     return None
 
 
-def trained_on(value: Path, info: dict) -> Path:
-    """The base that a value network records; beside it if out/ was moved as a whole."""
-    recorded = Path(info["bases"][0])
-    beside = value.parent / recorded.name
-    return beside if beside.is_dir() and not recorded.is_dir() else recorded
-
-
 def find_base(name: str, value: Path, info: dict) -> Path:
     """The folder of the base to guide, as asked for."""
     path = find_tiny(name, [value.parent, Path(info["bases"][0]).parent])
@@ -99,10 +92,8 @@ def check_same_family(
         )
 
 
-def choose_map(args, base: Tokenizer, value: Tokenizer, scheme: str) -> VocabMap | None:
-    """The vocabulary map that was asked for, or one made from the tokenizers where they are unrelated."""
-    if not args.vocab_map and is_same_family(base, value):
-        return None
+def choose_map(args, base: Tokenizer, value: Tokenizer, scheme: str) -> VocabMap:
+    """The vocabulary map that was asked for, or one made from the two tokenizers."""
     if scheme != "residual":
         raise UsageError(
             f"a value network of scheme {scheme} reads the base's logits over its own vocabulary, so it has no use "
@@ -162,15 +153,17 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
     base_tokenizer, *tokenizers = [load_tokenizer(path) for path in [base_path, *plugs]]
     if not args.expert:
         check_recorded(tokenizers[0], info, value_path)
+    if len(value_paths) > 1:
         check_sum(value_paths, tokenizers, info, args)
-    for path, other in zip(plugs, tokenizers):
+    for path, other in zip(plugs[1:], tokenizers[1:]):
         check_same_family(tokenizers[0], other, str(value_path), str(path))
     tokenizer = min(tokenizers, key=lambda each: each.vocab_size)  # what all of them can read
-    vocab_map = choose_map(args, base_tokenizer, tokenizer, info["scheme"])
-    if vocab_map is None:
-        tokenizer = base_tokenizer = min(
-            tokenizer, base_tokenizer, key=lambda each: each.vocab_size
-        )
+    vocab_map = None
+    if args.vocab_map or not is_same_family(base_tokenizer, tokenizer):
+        vocab_map = choose_map(args, base_tokenizer, tokenizer, info["scheme"])
+    else:
+        both = tokenizer, base_tokenizer
+        tokenizer = base_tokenizer = min(both, key=lambda each: each.vocab_size)
     world = world_of(base_path)
     refuse_no_question(args, world)
     # the networks
@@ -218,7 +211,10 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
     else:
         value = ValueModel.from_pretrained(value_path, getattr(torch, dtype), device)
     base = load_base(base_path, dtype, device, processes)
-    check_probe(value, base, base_path)
+    if info["scheme"] == "probe" and base.config.vocab_size < value.vocab_size:
+        raise UsageError(
+            f"{base_path}: {base.config.vocab_size} logits, and the probe reads {value.vocab_size}"
+        )
     plug = "proxy" if args.expert else " + ".join(["value"] * len(value_paths))
     guide_words = "the value networks" if len(value_paths) > 1 else "the value network"
     if vocab_map is None:
@@ -332,9 +328,12 @@ def find_guide(args) -> tuple[Path, dict, Path] | None:
                 "no value network under out/ yet; `python train.py` trains one, in three to five minutes"
             )
         info = plain_info(args) if args.scheme else read_value_info(path, SCHEMES)
-    if not args.anti_expert:
-        return path, info, trained_on(path, info)
-    return path, info, find_base(args.anti_expert, path, info)
+    if args.anti_expert:
+        return path, info, find_base(args.anti_expert, path, info)
+    # the base that it records; beside it if out/ was moved as a whole
+    recorded = Path(info["bases"][0])
+    beside = path.parent / recorded.name
+    return path, info, beside if beside.is_dir() and not recorded.is_dir() else recorded
 
 
 def plain_info(args) -> dict:
@@ -438,17 +437,6 @@ def check_sum(paths: list[Path], tokenizers: list[Tokenizer], info: dict, args) 
                 f"--value: {paths[0]} and {path} were trained with different system prompts; "
                 "--system TEXT says which"
             )
-
-
-def check_probe(value: ValueModel | SumDelta, base: Llama, path: Path) -> None:
-    if (
-        isinstance(value, ValueModel)
-        and value.scheme == "probe"
-        and base.config.vocab_size < value.vocab_size
-    ):
-        raise UsageError(
-            f"{path}: {base.config.vocab_size} logits, and the probe reads {value.vocab_size}"
-        )
 
 
 def guide_mapped(

@@ -41,7 +41,8 @@ def join_processes(args) -> Iterator["Alone"]:
         )
     with join_decoders(args.device, args.shard) as processes:
         yield processes
-        print_core_seconds()
+        seconds = sum(os.times()[:4])  # of this process and those that it started
+        print(f"{seconds:.0f} core-seconds (the time that all processor cores worked)")
         if getattr(args, "next", ""):
             print(f"next: {args.next}")
 
@@ -83,11 +84,6 @@ def join_decoders(device: str | None = None, shard: bool = False) -> Iterator["A
     os._exit(
         0
     )  # DTensor's caches keep gloo's threads, and one that is still busy when Python ends would abort it
-
-
-def print_core_seconds() -> None:
-    """What this process and those it started have computed so far."""
-    print(f"{sum(os.times()[:4]):.0f} core-seconds (the time that all processor cores worked)")
 
 
 class Alone(OneProcess):

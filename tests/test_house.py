@@ -235,8 +235,8 @@ print("called", len([code for code in ours if not code.co_name.startswith("<")])
 @pytest.mark.parametrize(
     "command, most",
     [
-        ("train.py --base --value --no-full --out out/mine", 176),
-        ("sample.py --base tiny-s --prompt Hello", 123),
+        ("train.py --base --value --no-full --out out/mine", 171),
+        ("sample.py --base tiny-s --prompt Hello", 115),
     ],
 )
 def test_few_functions_run_before_the_first_gradient_and_the_first_guided_step(
