@@ -300,7 +300,9 @@ def sample_answers(
     """
     settings, tokenizer = job.settings, job.tokenizer
     G, guided = settings.answers, guide(base, network)
-    prompts = [prompt for prompt, _ in asked for _ in range(G)]
+    prompts = []
+    for prompt, _ in asked:
+        prompts += [prompt] * G
     answers = generate(
         guided,
         prompts,

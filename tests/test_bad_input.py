@@ -893,7 +893,7 @@ FOLDERS = {
     ),
     "yarn rope": (
         edit(C, rope_scaling={"type": "yarn", "factor": 2.0}),
-        SAMPLE,
+        TRAIN,
         2,
         "rope_type 'yarn' is not supported",
     ),
