@@ -90,7 +90,7 @@ def plugged(
     vocab_map = build(its_own, values, row, texts, align_all)
     ask = None if form == "value" else asking(vocab_map, template, asked_in, None)
     if row == "pieces":
-        vocab_map = with_ends(vocab_map, asked_in, template)
+        vocab_map = with_ends(vocab_map, template)
     guided = guide_mapped(base, network, vocab_map, ask=ask)
     return Speaker(row, guided, values, template, network.info.get("system", ""))
 

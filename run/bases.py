@@ -15,7 +15,6 @@ from data.chat import (
     can_speak,
     encode_chat,
     end_token,
-    end_tokens,
     read_chat,
     system_of,
     with_system,
@@ -114,13 +113,14 @@ def asking(
     return ask
 
 
-def with_ends(vocab_map: VocabMap, base_template: str | None, value_template: str) -> VocabMap:
-    """A map in which whatever ends the base's answer ends the value network's turn, and says nothing else."""
+def with_ends(vocab_map: VocabMap, value_template: str) -> VocabMap:
+    """A map in which the base's end of a text or of a turn ends the value network's turn, and says nothing else.
+
+    A new line does not, though a base alone that is asked in qa stops there: an answer may have several lines,
+    and z_delta knows where it ends.
+    """
     base, value = vocab_map.base_tokenizer, vocab_map.value_tokenizer
-    ends = {base.eos_id, base.end_of_turn_id}
-    if base_template is not None:
-        ends |= end_tokens(base, base_template)
     pieces = list(vocab_map.value_tokens)
-    for token in ends:
+    for token in {base.eos_id, base.end_of_turn_id}:
         pieces[token] = (end_token(value, value_template),)
     return replace(vocab_map, value_tokens=pieces)

@@ -193,7 +193,7 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
             alone_system = system_of(base_tokenizer, alone_template, args.system)
             ask = asking(vocab_map, template, alone_template, args.system)
         if vocab_map.how == "pieces":
-            vocab_map = with_ends(vocab_map, asked_in, template)
+            vocab_map = with_ends(vocab_map, template)
     print(
         f"base {base_path}, {describe_guide(args, value_path, own_path, info)}, template {template}"
         + (f", system prompt {system[:60]!r}" if system else "")

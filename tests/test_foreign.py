@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data import gemma
-from data.chat import TURN, encode_chat, end_tokens, read_chat, stop_ids
+from data.chat import TURN, encode_chat, read_chat, stop_ids
 from data.errors import UsageError
 from data.packaged import CONTROL, USER_DEFINED
 from data.tokenizer import JsonTokenizer, TiktokenTokenizer, load_tokenizer
@@ -335,25 +335,24 @@ def test_what_the_base_was_asked_stands_in_front_of_the_answer(how):
 
 
 @torch.no_grad()
-def test_whatever_ends_the_bases_answer_ends_the_value_networks_turn():
-    """In qa a new line, too: P of the value network's end is the sum of all of them, and new lines are never said."""
+def test_the_bases_end_of_a_text_and_of_a_turn_end_the_value_networks_turn():
+    """P of the value network's end is the sum of both. A new line is said, though a base alone in qa stops there."""
     from beyond.hypotheses import FLOOR, Hypotheses
 
-    vocab = with_ends(build(LONG, SHORT), "qa", "llama-3")
+    vocab = with_ends(build(LONG, SHORT), "llama-3")
     base = small(vocab_size=LONG.vocab_size)
     guided = Hypotheses(base, ValueModel(small(vocab_size=SHORT.vocab_size)), vocab)
-    prompt = SHORT.encode("abc", bos=True)
-    guided.begin([prompt])
+    guided.begin([SHORT.encode("abc", bos=True)])
     P = guided.base_logits(torch.zeros(1, SHORT.vocab_size))[0].exp()
     z = base(torch.tensor([LONG.encode("abc", bos=True)]))[0, -1]
     said = [token for token, pieces in enumerate(vocab.value_tokens) if pieces]
     p = z[said].softmax(-1)
-    ends = [at for at, token in enumerate(said) if token in end_tokens(LONG, "qa")]
-    ends.append(said.index(LONG.end_of_turn_id))
-    newline = SHORT.encode("\n")[0]
-    assert len(ends) == 4
+    ends = [said.index(token) for token in (LONG.eos_id, LONG.end_of_turn_id)]
+    lines = [at for at, token in enumerate(said) if LONG.token_bytes(token)[:1] == b"\n"]
+    assert len(lines) == 2
     torch.testing.assert_close(P[SHORT.end_of_turn_id], p[ends].sum())
-    assert P[newline] <= 2 * FLOOR
+    torch.testing.assert_close(P[SHORT.encode("\n")[0]], p[lines].sum())
+    assert P[SHORT.eos_id] <= 2 * FLOOR
     assert stop_ids(LONG, "qa", []) >= {LONG.encode("\n")[0], LONG.encode("\n\n")[0], LONG.eos_id}
 
 

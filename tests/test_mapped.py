@@ -564,7 +564,7 @@ def test_199_of_200_texts_are_as_likely_through_the_map_as_in_the_bases_own_toke
             pytest.skip("data.gemma and data.smollm2 make the folders that this reads")
         texts = real_texts()
     tokenizers = [load_tokenizer(folder) for folder in folders]
-    vocab = with_ends(build(*tokenizers), None, default_template(tokenizers[1]))
+    vocab = with_ends(build(*tokenizers), default_template(tokenizers[1]))
     [end] = vocab.value_tokens[tokenizers[0].eos_id]
     mapped = mapped_by(vocab, load_base(folders[0], "float32", "cpu", Alone()))
     differences = []
