@@ -542,3 +542,71 @@ def test_flags_that_do_not_go_with_a_guided_base(base, value, monkeypatch):
         monkeypatch.setattr(sys, "argv", list(map(str, words)))
         with pytest.raises(UsageError, match=message):
             serving.main()
+
+
+HEAD = """task: {name}
+dataset_path: json
+dataset_kwargs: {{cache_dir: {folder}/cache, data_files: {{test: {folder}/{name}.jsonl}}}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+"""
+TASKS = {
+    "choices": """output_type: multiple_choice
+doc_to_target: label
+doc_to_choice: choices
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+""",
+    "answers": """output_type: generate_until
+doc_to_target: "{{choices[label]}}"
+generation_kwargs: {until: ["."], max_gen_toks: 8, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+""",
+}
+
+
+@pytest.mark.slow
+def test_the_harness_finds_the_same_through_the_server(base, value, tmp_path):
+    """lm_eval's local-completions beside paper/guided_lm.py: 100 items with choices, 50 answers."""
+    lm_eval, tasks = pytest.importorskip("lm_eval"), pytest.importorskip("lm_eval.tasks")
+    from paper.guided_lm import GuidedLM
+
+    rng = random.Random(0)
+    words = ["the", "sky", "is", "blue", "Hello", "7", "naïve", "Straße", "and"]
+    for (name, body), count in zip(TASKS.items(), (100, 50)):
+        rows = [
+            {
+                "question": " ".join(rng.choices(words, k=rng.randint(2, 12))),
+                "choices": [" ".join(rng.choices(words, k=2)) for _ in range(4)],
+                "label": rng.randrange(4),
+            }
+            for _ in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / f"{name}.yaml").write_text(HEAD.format(name=name, folder=tmp_path) + body)
+
+    def scored(model, **options) -> tuple[dict, list]:
+        manager = tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+        found = lm_eval.simple_evaluate(
+            model, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0, **options
+        )
+        answers = {
+            name: [sample["filtered_resps"] for sample in found["samples"][name]] for name in TASKS
+        }
+        metrics = {name: found["results"][name] for name in TASKS}
+        return metrics, answers
+
+    settings = settle(base, [value], [1.0])
+    llama, network = [Llama.from_pretrained(path, torch.float32) for path in (base, value)]
+    guided = Guided(llama, SumDelta([network], [1.0]), readable=settings.readable)
+    ours, our_answers = scored(GuidedLM(guided, settings.tokenizer, "chatml"))
+    with served(base, value) as port:
+        options = dict(model=settings.name, tokenizer=str(value), num_concurrent=4, max_length=256)
+        options["base_url"] = f"http://127.0.0.1:{port}/v1/completions"
+        theirs, their_answers = scored("local-completions", model_args=options)
+    assert ours == theirs
+    # Random weights write broken UTF-8, too; behind that vLLM's text may differ from tokenizers' own.
+    for one, other in zip(our_answers["answers"], their_answers["answers"], strict=True):
+        assert one[0].partition("\ufffd")[0] == other[0].partition("\ufffd")[0]
+    for one, other in zip(our_answers["choices"], their_answers["choices"], strict=True):
+        for (log_p, greedy), (their_log_p, their_greedy) in zip(one, other, strict=True):
+            assert log_p == pytest.approx(their_log_p, abs=1e-3) and greedy == their_greedy
