@@ -62,8 +62,7 @@ REWARDED, RARE, WITH_KL = "value-rewarded-tiny-s", "value-rewarded-rare", "value
 SLOWER, NEVER_REWARDED = "value-rewarded-slower", "value-none-rewarded"
 SUMS_REWARDED = "value-sums-rewarded"
 FORMS, SUMS, ON_TOP = "value-forms-tiny-s", "value-sums-tiny-s", "value-sums-on-forms"
-NORMED = {l1: f"{ON_TOP}-l1-{l1:g}" for l1 in (0.3, 1.0, 3.0)}
-SHOWN = {percent: f"{ON_TOP}-shown-{percent}" for percent in (1, 5, 20)}
+SHOWN = {percent: f"{ON_TOP}-shown-{percent}" for percent in (1, 5)}
 ALL_ON_TOP, OWN_ON_TOP = f"{ON_TOP}-shown-all", f"{ON_TOP}-own"
 OWN_ANSWERS = ("-m", "paper.own_answers")
 RARE_FORMS = ("Be polite.", "Begin with a dash.")
@@ -117,7 +116,7 @@ DATA = {  # files that networks are trained on, besides those that train.py writ
     "few": few_of_the_rare,
     "none": partial(few_of_the_rare, count=0),
     "forms": forms_only,
-    **{f"sums-{percent}": partial(sums_and, percent=percent) for percent in (0, 1, 5, 20)},
+    **{f"sums-{percent}": partial(sums_and, percent=percent) for percent in (0, 1, 5)},
     "questions-rare": partial(questions, rare=0.5),
     "questions-mixed": partial(questions, rare=0.0),
     "questions-sums": partial(questions, rare=0.0, sums=1.0),
@@ -208,7 +207,6 @@ NETWORKS = {  # bases first, since the others wait for them
     FORMS: Network(f"{ON_DATA} {{home}}/forms.jsonl --out {{home}}/{FORMS}", (S,), 28),
     SUMS: Network(f"{ON_DATA} {{home}}/sums-0.jsonl --out {{home}}/{SUMS}", (S,), 28),
     ON_TOP: on_top(ON_TOP, "sums-0"),
-    **{name: on_top(name, "sums-0", f"--l1 {l1:g}") for l1, name in NORMED.items()},
     **{name: on_top(name, f"sums-{share}") for share, name in SHOWN.items()},
     ALL_ON_TOP: Network(
         f"{ON_S} --with {{home}}/{FORMS} --out {{home}}/{ALL_ON_TOP}", (FORMS,), 33

@@ -180,8 +180,8 @@ python train.py --base --value --with A --data FILE --out B        # B is made f
 python sample.py --value A B --alpha 1 0.5
 ```
 
-The guided base answers each question eight times, and a right answer earns 1. Answers that earn more than others to the same
-question become likelier. [data/README.md](../data/README.md) has the form of questions.
+The guided base answers each question eight times. A right answer earns 1, and becomes likelier where others are wrong
+([data/README.md](../data/README.md) has the form of questions).
 
 {made_on()} `python -m paper.rewards` makes this page; its networks take {core_minutes(seeds):.0f} core-minutes, besides the bases. Percentages, mean and
 deviation over seeds {", ".join(map(str, range(seeds)))}, on evaluation people; s is tiny-s, l tiny-l. [RESULTS.md](RESULTS.md) explains metrics and verdicts.

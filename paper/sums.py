@@ -13,7 +13,6 @@ import numpy as np
 from paper.networks import (
     ALL_ON_TOP,
     FORMS,
-    NORMED,
     ON_TOP,
     OWN_ON_TOP,
     SHOWN,
@@ -22,6 +21,7 @@ from paper.networks import (
     L,
     S,
 )
+from paper.own_answers import COUNT
 from paper.report import (
     OURS,
     Claim,
@@ -49,7 +49,6 @@ VALUES = {
     "A + B, made for A": f"{FORMS} + {ON_TOP}",
     **{f"also shown {share}% of A's data": f"{FORMS} + {name}" for share, name in SHOWN.items()},
     "also shown what base + A answers about others": f"{FORMS} + {OWN_ON_TOP}",
-    **{f"made for A, `--l1 {l1:g}`": f"{FORMS} + {name}" for l1, name in NORMED.items()},
     "made for A, all demonstrations": f"{FORMS} + {ALL_ON_TOP}",
     "one network, all demonstrations": VALUE,
 }
@@ -76,6 +75,10 @@ def least(network: str):
     return lambda results: np.min([gap(results) for gap in kept(network)], axis=0)
 
 
+BOTH = (
+    "the least of three: `ins` less A's plus 5 on tiny-s, plus 10 on tiny-l; `arith` on tiny-s less one "
+    "network's less 20"
+)
 CLAIMS = [
     Claim(
         OURS,
@@ -96,18 +99,11 @@ CLAIMS = [
         between(f"{S} + {FORMS}", on(S, ON_TOP), "ins"),
     ),
     *(
-        Claim(
-            OURS,
-            f"Both are there after {data}: `ins` within .05 of A's on tiny-s and .10 on tiny-l, `arith` .20 "
-            "above one network.",
-            "the least of the three gaps",
-            least(network),
-        )
-        for data, network in (
-            ("1% of A's data", SHOWN[1]),
-            ("5%", SHOWN[5]),
-            ("20%", SHOWN[20]),
-            ("what base + A itself answers about other people", OWN_ON_TOP),
+        Claim(OURS, f"Shown {data}, A + B has both.", measured, least(network))
+        for data, measured, network in (
+            ("1% of A's data", BOTH, SHOWN[1]),
+            ("5% of it", "the same", SHOWN[5]),
+            ("what base + A answers about others", "the same", OWN_ON_TOP),
         )
     ),
     Claim(
@@ -126,7 +122,19 @@ def text(results: Results) -> str:
             percent(results(f"{base} + {value}", metric)) for base in BASES for metric in METRICS
         ]
         lines.append([name, *cells])
-    return table(lines)
+
+    def shown(system: str, metric: str) -> str:
+        return percent(results(system, metric))
+
+    return f"""{table(lines)}
+
+Both networks began as copies of the base, and each learnt to turn its whole z_base into an answer. Added up, they do it twice:
+of B's sums ({shown(f"{S} + {SUMS}", "arith")}) {shown(on(S, SUMS), "arith")} are left, and no weights bring them back without losing the form.
+
+Made for A, B learns only what A lacks ({shown(on(S, ON_TOP), "arith")}). Shown sums alone, it never sees what A does, and spoils it (`ins`
+{shown(on(S, ON_TOP), "ins")}). A few answers in A's form keep it. They need not be A's data: base and A answer {COUNT} other questions
+themselves, about people whom no demonstration mentions. Six in ten of these answers are wrong, and they keep the form as well
+({shown(on(S, OWN_ON_TOP), "ins")})."""
 
 
 def main():
