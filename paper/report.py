@@ -93,12 +93,14 @@ def metric_table(results: Results, label: str, rows: dict[str, str], metrics: li
 
 
 def claims_text(claims: list[Claim], results: Results) -> str:
+    all_ours = all(claim.section == OURS for claim in claims)  # said once, above them
     lines = []
     for claim in claims:
         gaps = claim.gap(results)
         ours = verdict(gaps)
         numbers = ", ".join(f"{100 * gap:+.1f}" for gap in gaps)
-        line = f"- **{ours[0].upper() + ours[1:]}**: {claim.says} ({claim.section})  \n"
+        section = "" if all_ours else f" ({claim.section})"
+        line = f"- **{ours[0].upper() + ours[1:]}**: {claim.says}{section}  \n"
         line += f"  {claim.measured}: {numbers}; mean {100 * gaps.mean():+.1f}."
         if ours in ("undecided", "does not hold") and claim.note:
             line += f" {claim.note}"

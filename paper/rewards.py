@@ -183,9 +183,10 @@ python sample.py --value A B --alpha 1 0.5
 The guided base answers each question eight times. A right answer earns 1, and becomes likelier where others are wrong
 ([data/README.md](../data/README.md) has the form of questions).
 
-{made_on()} `python -m paper.rewards` makes this page; its networks take {core_minutes(seeds):.0f} core-minutes, besides the bases. Percentages, mean and
+{made_on()} `python -m paper.rewards` makes this page; its networks take about {round(core_minutes(seeds), -1):.0f} core-minutes, besides the bases. Percentages, mean and
 deviation over seeds {", ".join(map(str, range(seeds)))}, on evaluation people; s is tiny-s, l tiny-l. [RESULTS.md](RESULTS.md) explains metrics and verdicts.
 "Two forms": `ins` of {" and ".join(f'"{form}"' for form in RARE_FORMS)} "Lost": `ins` of another form, the one that fell most since the start.
+To ask all forms alike was chosen when both ways had been measured, on evaluation people too; the table has both.
 
 {section_text(sys.modules[__name__], results, seeds)}
 {section_text(sums, results, seeds)}"""
