@@ -53,13 +53,14 @@ def newest_value(base: str | None) -> Path | None:
     return None
 
 
-def find_base(name: str, value: Path, info: dict) -> Path:
-    """The folder of the base to guide, as asked for."""
-    path = find_tiny(name, [value.parent, Path(info["bases"][0]).parent])
+def find_base(name: str, value: Path | None, info: dict) -> Path:
+    """The folder of a base, as asked for: near the value network and its own base, or in out/seed0."""
+    homes = [Path("out/seed0")] if value is None else [value.parent, Path(info["bases"][0]).parent]
+    path = find_tiny(name, homes)
     if path is None:
         return Path(name)
     if not path.is_dir():
-        world = world_of(value)
+        world = value and world_of(value)
         command = f"python train.py --base {name} --seed {world.seed if world else 0}"
         raise UsageError(f"{path}: not there yet; `{command}` makes it, in a few minutes")
     return path
@@ -276,7 +277,7 @@ def plug_nothing_in(args, processes: Alone) -> Plugged:
             f"--base {args.base}: no value network was named with --value, and none of its kind is under "
             "out/; without one there is nothing to explain, draft or show beside it"
         )
-    path = find_tiny(args.base, [Path("out/seed0")]) or Path(args.base)
+    path = find_base(args.base, None, {})
     world = world_of(path)
     refuse_no_question(args, world)
     print(
@@ -288,7 +289,7 @@ def plug_nothing_in(args, processes: Alone) -> Plugged:
 
 def load_alone(args, processes: Alone) -> Speaker:
     """The base that --base names, by itself."""
-    path = find_tiny(args.base, [Path("out/seed0")]) or Path(args.base)
+    path = find_base(args.base, None, {})
     refuse_value_network("--base", path)
     tokenizer, tiny = load_tokenizer(path), world_of(path) is not None
     device, dtype = pick_device(args.dtype, tiny, args.device)

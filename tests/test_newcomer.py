@@ -187,6 +187,8 @@ def test_a_base_without_a_value_network_answers_alone(home, checkpoint, tmp_path
     message = refused(tmp_path, "sample.py", "--base", checkpoint, "--explain", "--prompt", "Hello")
     assert "no value network" in message
     assert "no value network under out/ yet" in refused(tmp_path, "sample.py", "--prompt", "Hello")
+    message = refused(tmp_path, "sample.py --base tiny-l")
+    assert "not there yet; `python train.py --base tiny-l --seed 0` makes it" in message
 
 
 def test_a_base_takes_no_value_network_of_the_other_kind_unless_it_is_named(home, monkeypatch):
