@@ -332,42 +332,52 @@ class Text:
                 self.crossings.append(each)
             if (nothing_fits or not goes_on) and tables.is_own_cut(each.since):
                 parts += self.first_parts(each, taken)
-        count = 0
+        count, later = 0, []
         while parts and count < (DESPERATE if best == -torch.inf else EXPANSIONS):
             part = max(parts, key=lambda each: each[0])
             parts.remove(part)
-            score, token, crossing = part
-            if score <= best:
+            score, token, crossing, rest = part
+            if score < best - UNLIKELY:
                 break
+            if not rest and text:  # it fits, and is read with what else does
+                options.append((score, crossing.context, [token]))
+                best = max(best, score)
+                continue
+            if score <= best:
+                later.append(part)
+                continue
             context = read.get((*crossing.context.tokens, token))
             if context is None:
                 [context] = yield [(crossing.context, [token])]
                 count += 1
-            context = replace(context, weight=score, pending=())
-            if crossing.text:
-                crossing = Crossing(context, crossing.text, crossing.since)
-                if text and tables.goes_on(crossing.text):
+            crossing = Crossing(replace(context, weight=score, pending=()), rest, crossing.since)
+            if rest:
+                if text and tables.goes_on(rest):
                     self.crossings.append(crossing)
                 parts += self.first_parts(crossing, taken)
-            elif text:
-                waiting.append((score, context))
-                best = max(best, score)
             else:
-                options += self.whole_tokens(context, value)
+                options += self.whole_tokens(crossing.context, value)
                 best = max(best, *(each[0] for each in options))
+        # what is not worth a pass yet, but may be when the text is longer
+        known = {tuple(each.context.tokens) for each in self.crossings}
+        for _, _, crossing, rest in later:
+            if text and tables.goes_on(rest) and tuple(crossing.context.tokens) not in known:
+                known.add(tuple(crossing.context.tokens))
+                self.crossings.append(crossing)
         self.crossings.sort(key=lambda each: -each.context.weight)
         del self.crossings[HYPOTHESES:]
         return count
 
-    def first_parts(self, crossing: Crossing, taken: set) -> list[tuple[float, int, Crossing]]:
-        """Base tokens that a text begins with: how likely at best, and what is then left of it."""
-        parts, context = [], crossing.context
-        for end in range(1, len(crossing.text) + 1):
-            for token in self.tables.by_text.get(crossing.text[:end], []):
+    def first_parts(
+        self, crossing: Crossing, taken: set
+    ) -> list[tuple[float, int, Crossing, bytes]]:
+        """Base tokens that a text begins with: how likely at best, behind what, and what is then left of it."""
+        parts, context, text = [], crossing.context, crossing.text
+        for end in range(1, len(text) + 1):
+            for token in self.tables.by_text.get(text[:end], []):
                 if (*context.tokens, token) not in taken:
                     score = (context.log_p[token] + context.weight).item()
-                    left = Crossing(context, crossing.text[end:], crossing.since)
-                    parts.append((score, token, left))
+                    parts.append((score, token, crossing, text[end:]))
         return parts
 
     def weights(self, context: Context, pending: Tokens) -> tuple[slice, Tensor, Tensor]:
