@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,7 @@ def run_script(folder: Path, script, *arguments) -> tuple[int, str, str]:
 def hardly_trained(monkeypatch):
     """Every network of paper/, after two steps of training."""
     hardly = {
-        name: networks.Network(f"{each.flags} --steps 2 --batch-size 2", each.needs, 1)
+        name: replace(each, flags=f"{each.flags} --steps 2 --batch-size 2", seconds=1)
         for name, each in NETWORKS.items()
     }
     monkeypatch.setattr(networks, "NETWORKS", hardly)
