@@ -5,7 +5,8 @@ each kind of map.
 
 The value network is one that was trained for the capitals (paper/capitals.py). All contenders answer
 the same questions, one at a time, in one process and with one thread, and take turns. The base alone
-writes as many tokens as --tokens says. Guided, it answers up to the end of its turn.
+writes as many tokens as --tokens says, and so does the value network alone: guidance runs both. Guided,
+the base answers up to the end of its turn.
 """
 
 import functools
@@ -17,14 +18,16 @@ import torch
 from bench.measure import bench_parser, describe, progress, share, table
 from data.capitals import Capitals
 from data.chat import stop_ids
+from data.tokenizer import load_tokenizer
 from ivl import ValueModel
 from paper.capitals import plugged
 from run.bases import load_base
 from run.cli import positive_int, run_cli
 from run.processes import Alone
-from sample import MappedGuided, Speaker, generate
+from sample import Guided, MappedGuided, Speaker, generate
 
 THEIRS, OURS = "transformers' generate, alone", "beyond/foreign.py, alone"
+VALUE = "the value network, alone"
 PAPER, PIECES = "guided, the paper's map", "guided, pieces"
 
 
@@ -71,6 +74,9 @@ def main():
         name: plugged(row, "qa", args.base, base, args.value, network)
         for name, row in ((OURS, "alone"), (PAPER, "paper"), (PIECES, "pieces"))
     }
+    vocabulary, pieces = load_tokenizer(args.value), speakers[PIECES]
+    alone = Guided(network.llamas[0], readable=vocabulary.vocab_size)
+    speakers[VALUE] = Speaker(VALUE, alone, vocabulary, pieces.template, pieces.system)
     prompts = {
         name: [speaker.encode([("user", question)]) for question in questions]
         for name, speaker in speakers.items()
@@ -99,6 +105,10 @@ def main():
         rows.append([name, f"{rate:.2f}", f"{reads:.2f}", beside])
     print(f"{describe('cpu')}, {args.dtype}\n\n{table(rows)}\n")
     print(f"pieces beside the paper's map: {share(seconds[PAPER], seconds[PIECES])} of its speed")
+    both = [theirs + value for theirs, value in zip(seconds[THEIRS], seconds[VALUE])]
+    print(
+        f"guided, pieces, takes {share(seconds[PIECES], both)} of the time of generate + value network"
+    )
 
 
 if __name__ == "__main__":

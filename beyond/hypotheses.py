@@ -33,15 +33,13 @@ from sample import MappedGuided
 from vocab_map import Speller, VocabMap
 
 FLOOR = 1e-12  # the least P(v): what the base rules out can still be said if z_delta outbids log(1e-12) = -27.6
-HYPOTHESES, EXPANSIONS = (
-    3,
-    8,
-)  # contexts of one text; base tokens read for paths or parts in one step
+HYPOTHESES = 4  # contexts of one text
+EXPANSIONS = 8  # base tokens read for paths or parts in one step
 DESPERATE = 64  # the same where nothing fits
 MARGIN = (
     5.0  # nats below the best within which a path is worth reading when sampling; 0 when greedy
 )
-UNLIKELY = 7.0  # nats below the best at which a hypothesis is not worth a pass
+UNLIKELY = 10.0  # nats below the best at which a hypothesis is not worth a pass
 
 Tokens = tuple[int, ...]
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from filelock import FileLock
+
 from data import tiny_world
 from data.errors import UsageError
 from data.files import read_json, write_text
@@ -62,7 +64,8 @@ REWARDED, RARE, WITH_KL = "value-rewarded-tiny-s", "value-rewarded-rare", "value
 SLOWER, NEVER_REWARDED = "value-rewarded-slower", "value-none-rewarded"
 SUMS_REWARDED = "value-sums-rewarded"
 FORMS, SUMS, ON_TOP = "value-forms-tiny-s", "value-sums-tiny-s", "value-sums-on-forms"
-SHOWN = {percent: f"{ON_TOP}-shown-{percent}" for percent in (1, 5)}
+SHOWN = {percent: f"{ON_TOP}-shown-{percent}" for percent in (1, 5, 20)}
+QUIET = {l1: f"{ON_TOP}-l1-{l1:g}" for l1 in (0.3, 1.0, 3.0)}  # with the norm, and sums alone
 ALL_ON_TOP, OWN_ON_TOP = f"{ON_TOP}-shown-all", f"{ON_TOP}-own"
 OWN_ANSWERS = ("-m", "paper.own_answers")
 RARE_FORMS = ("Be polite.", "Begin with a dash.")
@@ -116,7 +119,7 @@ DATA = {  # files that networks are trained on, besides those that train.py writ
     "few": few_of_the_rare,
     "none": partial(few_of_the_rare, count=0),
     "forms": forms_only,
-    **{f"sums-{percent}": partial(sums_and, percent=percent) for percent in (0, 1, 5)},
+    **{f"sums-{percent}": partial(sums_and, percent=percent) for percent in (0, *SHOWN)},
     "questions-rare": partial(questions, rare=0.5),
     "questions-mixed": partial(questions, rare=0.0),
     "questions-sums": partial(questions, rare=0.0, sums=1.0),
@@ -208,6 +211,7 @@ NETWORKS = {  # bases first, since the others wait for them
     SUMS: Network(f"{ON_DATA} {{home}}/sums-0.jsonl --out {{home}}/{SUMS}", (S,), 28),
     ON_TOP: on_top(ON_TOP, "sums-0"),
     **{name: on_top(name, f"sums-{share}") for share, name in SHOWN.items()},
+    **{name: on_top(name, "sums-0", f"--l1 {l1:g}") for l1, name in QUIET.items()},
     ALL_ON_TOP: Network(
         f"{ON_S} --with {{home}}/{FORMS} --out {{home}}/{ALL_ON_TOP}", (FORMS,), 33
     ),
@@ -282,8 +286,15 @@ class Kept:
         return network in self.ledger and self.ledger[network]["made"] == self.made(network)
 
     def vouch(self, network: str, core_seconds: float) -> None:
-        self.ledger[network] = {"made": self.made(network), "core_seconds": round(core_seconds, 1)}
-        write(self.folder / "networks.json", self.ledger)
+        file = self.folder / "networks.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):  # two commands may make networks of one seed
+            self.ledger = read_json(file) if file.is_file() else {}
+            self.ledger[network] = {
+                "made": self.made(network),
+                "core_seconds": round(core_seconds, 1),
+            }
+            write(file, self.ledger)
 
     def measured(self, system: str) -> dict[str, float] | None:
         """The metrics of a system; None if they are not there, or its networks are newer."""

@@ -15,6 +15,7 @@ from paper.networks import (
     FORMS,
     ON_TOP,
     OWN_ON_TOP,
+    QUIET,
     SHOWN,
     SUMS,
     VALUE,
@@ -47,6 +48,7 @@ VALUES = {
     "half of each": f"{FORMS} x 0.5 + {SUMS} x 0.5",
     "weights chosen on development people": WEIGHTS.format(FORMS, SUMS),
     "A + B, made for A": f"{FORMS} + {ON_TOP}",
+    **{f"the same, `--l1 {l1:g}`": f"{FORMS} + {name}" for l1, name in QUIET.items()},
     **{f"also shown {share}% of A's data": f"{FORMS} + {name}" for share, name in SHOWN.items()},
     "also shown what base + A answers about others": f"{FORMS} + {OWN_ON_TOP}",
     "made for A, all demonstrations": f"{FORMS} + {ALL_ON_TOP}",
@@ -97,6 +99,12 @@ CLAIMS = [
         "Shown sums alone, it spoils A's form.",
         "`ins` on tiny-s, A less A + B",
         between(f"{S} + {FORMS}", on(S, ON_TOP), "ins"),
+    ),
+    Claim(
+        OURS,
+        "The norm keeps more of A's form.",
+        f"`ins` on tiny-s, A + B with `--l1 {max(QUIET):g}` less without",
+        between(on(S, QUIET[max(QUIET)]), on(S, ON_TOP), "ins"),
     ),
     *(
         Claim(OURS, f"Shown {data}, A + B has both.", measured, least(network))
