@@ -28,36 +28,21 @@ from run.cli import run_cli
 
 SCRIPTS = [fig2, fig3, norm, table1, table2, fig4, table4]  # in the paper's order
 
-METRICS = {  # what each is, and how it differs from the paper's columns
-    "exact": (
-        "the whole answer right, in the form asked for, and ended",
-        "answers are short, and checked rather than judged",
-    ),
-    "ins": ("the form asked for, six kinds, whatever the answer says", ""),
-    "arith": (
-        "`exact` on sums that no demonstration shows",
-        "one addition, whose answer bases have read, or two, whose answer they have not",
-    ),
-    "new exact": (
-        "`exact` on people of whom only the further text tells",
-        "the paper's other bases know some code; ours know nothing of these people",
-    ),
-    "2-shot": (
-        "two answered questions, then a choice of all 12 to 16 values, by log-likelihood, without a chat",
-        "one metric for four columns",
-    ),
-    "mc": (
-        "a choice of 8 values by log-likelihood, in the chat",
-        "zero-shot choices too, but between plain facts",
-    ),
-    "know": ("the right value somewhere in the answer", ""),
-    "fk": ("the right value is the likeliest continuation, without choices", ""),
+METRICS = {  # what each is
+    "exact": "the whole answer is right, in the form asked for, and ended: checked, not judged",
+    "ins": "the form is the one asked for, of six kinds",
+    "arith": "`exact` on sums that no demonstration shows",
+    "new exact": "`exact` on new people, of whom only the text of the further pretraining tells",
+    "2-shot": "two answered questions, then the likeliest of all 12 to 16 values, without a chat",
+    "mc": "the likeliest of 8 values, in the chat",
+    "know": "the right value is somewhere in the answer",
+    "fk": "the right value is the likeliest continuation, without choices",
 }
 
 
 def overview(results: Results) -> str:
     """How many verdicts of each kind there are, and which claims do not hold or are undecided."""
-    rows, counts = [["", "", "the paper concludes", "here"]], Counter()
+    lines, counts = [], Counter()
     for script in SCRIPTS:
         for claim in script.CLAIMS:
             if claim.section == OURS:
@@ -65,9 +50,10 @@ def overview(results: Results) -> str:
             ours = verdict(claim.gap(results))
             counts[ours] += 1
             if ours != "holds":
-                rows.append([script.TITLE.partition(":")[0], claim.section, claim.says, ours])
+                lines.append(f"- {script.TITLE.partition(':')[0]}, {ours}: {claim.says}")
     tally = ", ".join(f'"{ours}" {count}' for ours, count in counts.most_common())
-    return f"Of {counts.total()} claims of the paper: {tally}. All but those that hold:\n\n{table(rows)}"
+    rest = "\n".join(lines)
+    return f"Of {counts.total()} claims of the paper: {tally}. All but those that hold:\n\n{rest}"
 
 
 def document(results: Results, seeds: int) -> str:
@@ -75,34 +61,35 @@ def document(results: Results, seeds: int) -> str:
     made = with_needs(network for system in systems for network in networks_of(system))
     ledgers = [Kept(seed).ledger for seed in range(seeds)]
     costs = [ledger[network]["core_seconds"] for ledger in ledgers for network in made]
-    metrics = [["the paper's column", "here", "what it is", "how it differs"]]
-    for name, (what, but) in METRICS.items():
+    metrics = [["the paper's column", "here", "what it asks for"]]
+    for name, what in METRICS.items():
         columns = [column for column, ours in STAND_INS.items() if ours == name]
-        metrics.append([", ".join(columns) or "-", f"`{name}`", what, but])
-    metrics.append(["ToxiGen", "no stand-in", "nothing toxic can be said in this world", ""])
+        metrics.append([", ".join(columns) or "-", f"`{name}`", what])
+    metrics.append(["ToxiGen", "-", "nothing toxic can be said in this world"])
     facts, sums = len(World(0).fact_items("evaluation")), len(World(0).sum_items("evaluation"))
     sections = "\n".join(section_text(script, results, seeds) for script in SCRIPTS)
     return f"""# The paper in miniature
 
 `python -m paper --seeds {seeds}`
 
-{made_on()} {len(costs)} networks were trained, one thread each, in {sum(costs) / 60:.0f} core-minutes. Seeds:
-{", ".join(map(str, range(seeds)))}; a seed changes the whole world: names, facts, tokenizer, first weights and the order of the data. Numbers are
-percentages: mean and standard deviation over the seeds, on evaluation people, never used to choose anything. On each seed a system
-answers {facts} questions about facts and {sums} about sums, each in {TIMES} forms (through a vocabulary map in one). A single seed's
-`exact`, `know` and `ins` therefore have a sampling error of at most about 2 points, and `arith` of 4 (through a map 3 and 5). `mc`,
-`fk` and `2-shot` ask once: 3. `new exact` and `new 2-shot` ask 80 questions once: 6.
+{made_on()} {len(costs)} networks were trained, one thread each, in {sum(costs) / 60:.0f} core-minutes.
 
-tiny-s stands for TinyLlama-1.1B, tiny-m for Llama-2-7B, tiny-l for Llama-2-13B or 70B, and tiny-m pretrained further for
-CodeLlama-7B. {" and ".join(FOREIGN)} have tokenizers of their own and stand for Llama-3-8B. Bigger bases have read more text. What
-stands for the paper's columns:
+Numbers are percentages: mean and standard deviation over seeds {", ".join(map(str, range(seeds)))}. A seed changes the whole world: names, facts,
+tokenizer, first weights and the order of the data. Questions are about evaluation people, never used to choose anything.
+On each seed a system answers {facts} questions about facts and {sums} about sums, each in {TIMES} forms (through a vocabulary map in
+one). The sampling error of a single seed's `exact`, `know` and `ins` is at most about 2 points, of `arith` 4 (through a map 3
+and 5). `mc`, `fk` and `2-shot` ask once: 3. `new exact` and `new 2-shot` ask 80 questions once: 6.
+
+tiny-s stands for TinyLlama-1.1B, tiny-m for Llama-2-7B, tiny-l for Llama-2-13B (in Table 2 for 70B), and tiny-m pretrained
+further for CodeLlama-7B. {" and ".join(FOREIGN)} have tokenizers of their own and stand for Llama-3-8B. Bigger bases have read
+more text. What stands for the paper's columns:
 
 {table(metrics)}
 
-One rule gives all verdicts. It takes the mean of a claim's gap over the seeds, and two standard errors on both sides of it. A claim
-*holds* if this whole interval is above zero, *does not hold* if all of it is below, and is *undecided* if zero lies in it.
-With three seeds such an interval covers 82%: of 40 claims with nothing behind them, three or four would hold by luck. Each
-claim is printed with its gap on each seed, in points.
+One rule gives all verdicts. Each claim has a gap that is above zero where the claim is true. It is printed in points: the mean
+over the seeds, then the gap on each seed in brackets. The rule takes two standard errors on both sides of the mean. A claim
+*holds* if all of this interval is above zero, *does not hold* if all of it is below, and is *undecided* if zero lies in it.
+With three seeds the interval covers 82%: of 40 claims with nothing behind them, three or four would hold by luck.
 
 {overview(results)}
 

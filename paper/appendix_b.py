@@ -48,11 +48,11 @@ def section(seeds: int) -> str:
 
 `python -m paper.appendix_b --seeds {seeds}`
 
-How many of a text's value tokens come out of its base tokens through a map: the intersection of both multisets over the
-number of value tokens, in percent. Counted in one half of the demonstrations, held out on the other. `paper`, `dtw`,
-`offsets` and `first piece` give one value token for each base token, `pieces` gives all tokens of its bytes. No map finds a value
-token that is longer than a base token. Decoding writes such a token as several base tokens; this measure does not see that.
-The paper reports 42 for Llama-3 / Llama-2 and its own training texts, and does not say how it counts.
+How many percent of a text's value tokens come out of its base tokens through a map: the intersection of both multisets over
+the number of value tokens. Maps are counted in one half of the demonstrations; the second number is of the other half.
+`pieces` gives all value tokens of a base token's bytes, the others one. No map finds a value token that is longer than a base
+token; decoding spells such a token, which this measure does not see. The paper reports 42 for Llama-3 / Llama-2 on its own
+texts, and does not say how it counts.
 
 {table(lines)}
 """

@@ -10,7 +10,7 @@ from data.chat import ChatDataset, mean_supervised
 from data.tiny_world import TEMPLATE
 from data.tokenizer import load_tokenizer
 from paper.networks import NORM, NORMS, VALUE, Kept, L, M, S
-from paper.report import Claim, Results, between, percent, run, table, verdict
+from paper.report import Claim, Results, bases_table, between, run, table, verdict
 from run.cli import run_cli
 from run.jobs import TINY_LIMIT
 
@@ -48,7 +48,7 @@ CONCLUSIONS = {
     "more so on farther bases (`2-shot`, tiny-l less tiny-s)": farther,
     "better generalisation (`exact` on tiny-l)": lambda value: gain(value, L, "exact"),
 }
-METRICS = ["exact", "know", "ins", "2-shot"]
+METRICS = ["exact", "ins", "2-shot"]
 SYSTEMS = [
     *BASES,
     *(f"{base} + {value}" for base in BASES for value in LAMBDAS.values()),
@@ -60,8 +60,7 @@ CLAIMS = [  # table1.py has those of knowledge, reasoning and instruction follow
         "The norm improves generalisation to other bases.",
         "`exact` on tiny-l, lambda 1 less lambda 0",
         gain(NORM, L, "exact"),
-        "With the norm fewer answers have the form asked for, which costs `exact` what is won in "
-        "knowledge.",
+        "The norm keeps knowledge, but fewer answers have the form asked for, which `exact` counts, too.",
     ),
 ]
 
@@ -77,21 +76,11 @@ def supervised_positions() -> float:
 
 def text(results: Results) -> str:
     supervised = supervised_positions()
-
-    def weights_table(rows: dict[str, list[str]]) -> str:
-        """Rows of a name and the system on each of BASES."""
-        lines = [["", *(f"`{metric}` {base}" for metric in METRICS for base in BASES)]]
-        for name, systems in rows.items():
-            cells = [percent(results(each, metric)) for metric in METRICS for each in systems]
-            lines.append([name, *cells])
-        return table(lines)
-
     lambdas = {
         f"lambda {l1:g}": [f"{base} + {value}" for base in BASES] for l1, value in LAMBDAS.items()
     }
-    alphas = {"alpha 0 (base alone)": BASES} | {
-        f"alpha {alpha:g}": [weighted(base, alpha) for base in BASES] for alpha in ALPHAS
-    }
+    alphas = {"alpha 0 (base alone)": [L]}
+    alphas |= {f"alpha {alpha:g}": [weighted(L, alpha)] for alpha in ALPHAS}
     judged = [["", *CONCLUSIONS]]
     for l1 in NORMS:
         gaps = [conclusion(LAMBDAS[l1])(results) for conclusion in CONCLUSIONS.values()]
@@ -99,28 +88,26 @@ def text(results: Results) -> str:
         judged.append([name, *(f"{100 * gap.mean():+.1f}, {verdict(gap)}" for gap in gaps)])
     return f"""![lambda and alpha against transfer]({PICTURE})
 
-Table 5's lambda is 1.0, and so is that of every `norm` row in these tables. The norm is a mean over the vocabulary, so
-each logit feels more of it in a small one: lambda 1 over our 1024 logits is 31 times lambda 1 over Llama-2's 32000.
+Table 5's lambda is 1.0, as in every `norm` row on this page. The norm is a mean over the vocabulary, so each logit of a small
+vocabulary feels more of it: lambda 1 over our 1024 logits is 31 times lambda 1 over Llama-2's 32000.
 
-How much lambda weighs beside a supervised position also depends on what the norm is averaged over: in the paper all positions of rows
-padded to the maximum length, here the supervised ones. Padded to {TINY_LIMIT} tokens, these demonstrations would have {supervised:.1f}
-supervised positions each, so lambda 1 here weighs like the paper's {TINY_LIMIT / supervised:.0f}, and the paper's 1 like {supervised / TINY_LIMIT:.2f} here. (`train.py` prints the
-equivalent for every run. `--l1-over all` averages over all positions of a batch, which is nearer to the paper, without its long padding.)
+The paper also averages over all positions of padded rows; we average over the supervised ones. Padded to {TINY_LIMIT} tokens, these
+demonstrations would have {supervised:.1f} supervised positions each. So beside a supervised position lambda 1 here weighs like the
+paper's {TINY_LIMIT / supervised:.0f}, and the paper's 1 like {supervised / TINY_LIMIT:.2f} here. `train.py` prints the equivalent for every run. (`--l1-over all` averages
+over all positions of a batch, without the paper's long padding.)
 
-{weights_table(lambdas)}
+{bases_table(results, BASES, lambdas, METRICS)}
 
-The paper's conclusions about the norm at each of these strengths: the mean gap in points, and the verdict. In the first row the norm weighs
-beside a supervised position what it weighs in the paper:
+The paper's conclusions about the norm at each strength. The first row weighs what the paper's norm weighs:
 
 {table(judged)}
 
-In an earlier version of this world (200 people, the same text for all bases) every base knew nearly all facts, and no claim about
-the norm held: a bigger base knew nothing more that a value network could talk over. Here a bigger base knows more, as in the paper,
-and the norm leaves it that. The price is form.
+A bigger base knows more, and the norm leaves it that. The price is form. (In an earlier world every base knew nearly all facts,
+and no claim about the norm held.)
 
-alpha is ours, not the paper's: z_base + alpha * z_delta, with the value network of lambda 0.
+alpha is ours, not the paper's: z_base + alpha * z_delta, here on tiny-l with lambda 0:
 
-{weights_table(alphas)}"""
+{bases_table(results, [L], alphas, METRICS)}"""
 
 
 def draw(axes, results: Results) -> None:

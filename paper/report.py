@@ -7,6 +7,7 @@ import datetime
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 
@@ -92,29 +93,65 @@ def metric_table(results: Results, label: str, rows: dict[str, str], metrics: li
     return table(lines)
 
 
+def bases_table(
+    results: Results, bases: list[str], rows: dict[str, list[str]], metrics: list[str]
+) -> str:
+    """Rows of label -> its system on each base, with a column for each metric on each base."""
+    lines = [["", *(f"`{metric}` {base}" for metric in metrics for base in bases)]]
+    for name, systems in rows.items():
+        cells = [percent(results(system, metric)) for metric in metrics for system in systems]
+        lines.append([name, *cells])
+    return table(lines)
+
+
+def paper_beside_ours(
+    results: Results, paper: dict[str, tuple], systems: dict[str, str], heads: list[str]
+) -> list[list[str]]:
+    """The paper's columns as rows: its numbers, the metric that stands in, and our systems.
+
+    Columns of the paper that share a stand-in share a row.
+    """
+    lines = [["", *heads, "ours", *systems]]
+    for metric, columns in groupby(sorted(paper, key=stand_in_order), STAND_INS.get):
+        columns = list(columns)
+        theirs = zip(*(paper[column] for column in columns))
+        cells = [", ".join(f"{value:g}" for value in numbers) for numbers in theirs]
+        ours = [percent(results(system, metric)) for system in systems.values()]
+        lines.append([", ".join(columns), *cells, f"`{metric}`", *ours])
+    return lines
+
+
+def stand_in_order(column: str) -> int:
+    """Columns of the paper with the same stand-in come together, in the order of STAND_INS."""
+    return list(STAND_INS.values()).index(STAND_INS[column])
+
+
+def claim_text(claim: Claim, results: Results) -> str:
+    """The verdict; then the mean gap, and the gap on each seed in brackets."""
+    gaps = claim.gap(results)
+    ours = verdict(gaps)
+    numbers = ", ".join(f"{100 * gap:+.1f}" for gap in gaps)
+    text = f"- **{ours[0].upper() + ours[1:]}**: {claim.says}  \n"
+    text += f"  {claim.measured}: {100 * gaps.mean():+.1f} ({numbers})."
+    if ours in ("undecided", "does not hold") and claim.note:
+        text += f" {claim.note}"
+    return text
+
+
 def claims_text(claims: list[Claim], results: Results) -> str:
-    all_ours = all(claim.section == OURS for claim in claims)  # said once, above them
-    lines = []
-    for claim in claims:
-        gaps = claim.gap(results)
-        ours = verdict(gaps)
-        numbers = ", ".join(f"{100 * gap:+.1f}" for gap in gaps)
-        section = "" if all_ours else f" ({claim.section})"
-        line = f"- **{ours[0].upper() + ours[1:]}**: {claim.says}{section}  \n"
-        line += f"  {claim.measured}: {numbers}; mean {100 * gaps.mean():+.1f}."
-        if ours in ("undecided", "does not hold") and claim.note:
-            line += f" {claim.note}"
-        lines.append(line)
-    return "\n".join(lines)
+    """A list for each section of the paper, and one for what the paper does not say."""
+    parts = []
+    for section, of_it in groupby(claims, lambda claim: claim.section):
+        head = "Not in the paper" if section == OURS else f"The paper concludes ({section})"
+        lines = [claim_text(claim, results) for claim in of_it]
+        parts.append(f"{head}:\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def section_text(script: ModuleType, results: Results, seeds: int) -> str:
-    ours = all(claim.section == OURS for claim in script.CLAIMS)
-    head = "What we claim" if ours else "What the paper concludes"
     return (
         f"## {script.TITLE}\n\n`python -m paper.{Path(script.__file__).stem} --seeds {seeds}`\n\n"
-        f"{script.text(results).strip()}\n\n"
-        f"{head}, and whether it shows here:\n\n{claims_text(script.CLAIMS, results)}\n"
+        f"{script.text(results).strip()}\n\n{claims_text(script.CLAIMS, results)}\n"
     )
 
 

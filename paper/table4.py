@@ -7,7 +7,7 @@ python -m paper.table4
 import sys
 
 from paper.networks import VALUE, L, M, S
-from paper.report import OURS, STAND_INS, Claim, Results, between, percent, run, table
+from paper.report import OURS, Claim, Results, between, paper_beside_ours, run, table
 from run.cli import run_cli
 
 TITLE = "Table 4: comparison with proxy tuning"
@@ -57,11 +57,8 @@ def text(results: Results) -> str:
     systems = {}
     for base in (M, L):
         systems |= {f"{base} + value": VALUED[base], f"{base} + proxy": PROXY[base]}
-    lines = [["", "paper: 7B+1.1B", "paper: 7B+1.1B+1.1B", "ours", *systems]]
-    for column, theirs in PAPER.items():
-        metric = STAND_INS[column]
-        ours = [percent(results(system, metric)) for system in systems.values()]
-        lines.append([column, *(f"{value:g}" for value in theirs), f"`{metric}`", *ours])
+    heads = ["paper: 7B+1.1B", "paper: 7B+1.1B+1.1B"]
+    lines = paper_beside_ours(results, PAPER, systems, heads)
     passes = [f"{results(system, 'passes')[0]:.0f}" for system in systems.values()]
     lines.append(["forward passes a token", "2", "3", "", *passes])
     return f"""{table(lines)}
