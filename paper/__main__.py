@@ -42,18 +42,21 @@ METRICS = {  # what each is
 
 def overview(results: Results) -> str:
     """How many verdicts of each kind there are, and which claims do not hold or are undecided."""
-    lines, counts = [], Counter()
+    lists, counts = {}, Counter()
     for script in SCRIPTS:
         for claim in script.CLAIMS:
             if claim.section == OURS:
                 continue
             ours = verdict(claim.gap(results))
             counts[ours] += 1
-            if ours != "holds":
-                lines.append(f"- {script.TITLE.partition(':')[0]}, {ours}: {claim.says}")
+            name = script.TITLE.partition(":")[0]
+            lists.setdefault(ours, []).append(f"- {name}: {claim.says}")
     tally = ", ".join(f'"{ours}" {count}' for ours, count in counts.most_common())
-    rest = "\n".join(lines)
-    return f"Of {counts.total()} claims of the paper: {tally}. All but those that hold:\n\n{rest}"
+    parts = [f"Of {counts.total()} claims of the paper: {tally}."]
+    for ours, lines in lists.items():
+        if ours != "holds":
+            parts.append("\n".join([f"{ours.capitalize()}:\n", *lines]))
+    return "\n\n".join(parts)
 
 
 def document(results: Results, seeds: int) -> str:

@@ -38,12 +38,12 @@ CLAIMS = [
         "The token's own embedding is an essential input (Cascade against Cascade+).",
         "`exact` on tiny-s, Cascade+ less Cascade",
         between(PLUS[S], CASCADE[S], "exact"),
-        "The base's prediction already names the fact, so on the base trained on, questions about facts do not need the token.",
+        "The base's prediction already names the fact; on the base trained on, facts do not need the token.",
     ),
     Claim(
         "Section 5.4",
         "The same, when transferred.",
-        "`exact`, mean over tiny-m and tiny-l, Cascade+ less Cascade",
+        "`exact` on tiny-m and tiny-l, Cascade+ less Cascade",
         between_on([M, L], SCHEMES["Cascade+"], SCHEMES["Cascade"], "exact"),
     ),
     Claim(
@@ -63,7 +63,7 @@ CLAIMS = [
     Claim(
         "Section 5.4",
         "On a bigger base Residual is the better one.",
-        "`exact`, mean over tiny-m and tiny-l, Residual less Cascade+",
+        "`exact` on tiny-m and tiny-l, Residual less Cascade+",
         between_on([M, L], SCHEMES["Residual"], SCHEMES["Cascade+"], "exact"),
         "The paper's difference is small, too.",
     ),
@@ -88,8 +88,7 @@ def text(results: Results) -> str:
     }
     return f"""![Figure 3b]({PICTURE})
 
-All networks here were trained on tiny-s. They are tiny-s themselves, those of the last two rows tiny-m: bigger than their base
-(strong to weak, Section 3.1).
+All networks were trained on tiny-s. They are tiny-s themselves; in the last two rows they are tiny-m, bigger than their base.
 
 {metric_table(results, "", rows, METRICS)}
 

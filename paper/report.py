@@ -104,20 +104,26 @@ def bases_table(
     return table(lines)
 
 
-def paper_beside_ours(
-    results: Results, paper: dict[str, tuple], systems: dict[str, str], heads: list[str]
-) -> list[list[str]]:
-    """The paper's columns as rows: its numbers, the metric that stands in, and our systems.
+def with_theirs(ours: np.ndarray, theirs: list[float]) -> str:
+    """Ours, then the paper's numbers in brackets."""
+    numbers = ", ".join(f"{number:g}" for number in theirs)
+    return percent(ours) + (f" ({numbers})" if theirs else "")
 
-    Columns of the paper that share a stand-in share a row.
+
+def stand_ins_table(
+    results: Results, systems: dict[str, str], paper: dict[str, tuple]
+) -> list[list[str]]:
+    """A row for each metric that stands for columns of the paper; its numbers are of the first
+    systems.
     """
-    lines = [["", *heads, "ours", *systems]]
+    lines = [["", *systems]]
     for metric, columns in groupby(sorted(paper, key=stand_in_order), STAND_INS.get):
         columns = list(columns)
-        theirs = zip(*(paper[column] for column in columns))
-        cells = [", ".join(f"{value:g}" for value in numbers) for numbers in theirs]
-        ours = [percent(results(system, metric)) for system in systems.values()]
-        lines.append([", ".join(columns), *cells, f"`{metric}`", *ours])
+        cells = []
+        for index, system in enumerate(systems.values()):
+            theirs = [paper[column][index] for column in columns if index < len(paper[column])]
+            cells.append(with_theirs(results(system, metric), theirs))
+        lines.append([f"`{metric}` ({', '.join(columns)})", *cells])
     return lines
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from paper.networks import CONTINUED, INFINITY, NORM, VALUE, L, M, S
 from paper.norm import cost, farther, gain
-from paper.report import OURS, Claim, Results, between, percent, run, table
+from paper.report import OURS, Claim, Results, between, run, table, with_theirs
 from run.cli import run_cli
 
 TITLE = "Table 1: full fine-tuning and inverse value learning"
@@ -105,84 +105,90 @@ CLAIMS = [
     *(
         Claim(
             "Section 5.4",
-            f"A small value network gives a bigger base a large portion of what full fine-tuning does ({name}).",
-            f"`exact` on {base}, value network tiny-s less {NEARLY_ALL} times full",
+            says,
+            f"`exact` on {base}, 1.1B less {NEARLY_ALL} times full",
             lambda results, base=base: (
                 results(system(base, "1.1B"), "exact")
                 - NEARLY_ALL * results(system(base, "Full"), "exact")
             ),
         )
-        for base, name in [(M, "7B"), (L, "13B")]
+        for base, says in [
+            (M, "A small value network gives 7B a large portion of what full fine-tuning does."),
+            (L, "The same on 13B."),
+        ]
     ),
     Claim(
         "Section 5.4",
         "A 7B value network on 13B matches full fine-tuning of 13B.",
-        f"`exact` on tiny-l, value network tiny-m less full, plus {100 * COMPARABLE:g}",
+        f"`exact` on tiny-l, 7B less full, plus {100 * COMPARABLE:g}",
         gap((L, "7B"), (L, "Full"), "exact", COMPARABLE),
     ),
     Claim(
         "Section 5.4",
         "The bigger the value network, the better.",
-        "`exact` on tiny-l, value network tiny-m less tiny-s",
+        "`exact` on tiny-l, 7B less 1.1B",
         gap((L, "7B"), (L, "1.1B"), "exact"),
         "Both start from bases that have read the same text, one more of it.",
     ),
     Claim(
         "Section 5.4",
         "A base pretrained further takes the same value network, and follows instructions with it.",
-        "`ins` on tiny-m-continued, with value network tiny-s less alone",
+        "`ins` on tiny-m-continued, 1.1B less alone",
         between(system(CONTINUED, "1.1B"), CONTINUED, "ins"),
     ),
     Claim(
         "Section 5.4",
         "It keeps its strength in what it was pretrained further for.",
-        "`new exact` with value network tiny-s, tiny-m-continued less tiny-m",
+        "`new exact` with 1.1B, tiny-m-continued less tiny-m",
         gap((CONTINUED, "1.1B"), (M, "1.1B"), "new exact"),
     ),
     *(
         Claim(
             "Section 5.4",
-            f"Training on a larger set of direct supervision transfers its gains ({name}).",
-            f"`arith` on {base}, infinity less plain",
+            says,
+            f"`arith` on {base}, 1.1B infinity less 1.1B",
             gap((base, "1.1B infinity"), (base, "1.1B"), "arith"),
         )
-        for base, name in [(M, "7B"), (L, "13B")]
+        for base, says in [
+            (M, "Training on a larger set of direct supervision transfers its gains to 7B."),
+            (L, "And to 13B."),
+        ]
     ),
     Claim(
         "Section 5.4",
         "So trained, it also beats full fine-tuning on the general set.",
-        "`arith` on tiny-l, infinity less full",
+        "`arith` on tiny-l, 1.1B infinity less full",
         gap((L, "1.1B infinity"), (L, "Full"), "arith"),
     ),
     Claim(
         "Section 5.4",
         "The larger set makes open-ended answers worse (MT-Bench 4.74 to 4.45).",
-        "`exact` on tiny-l, plain less infinity",
+        "`exact` on tiny-l, 1.1B less 1.1B infinity",
         gap((L, "1.1B"), (L, "1.1B infinity"), "exact"),
     ),
     Claim(
         "Section 5.4",
         "The norm keeps more knowledge on stronger bases.",
-        "`2-shot` on tiny-l, norm less plain",
+        "`2-shot` on tiny-l, 1.1B norm less 1.1B",
         gain(NORM, L, "2-shot"),
     ),
     Claim(
         "Section 5.4",
         "The norm keeps more reasoning on stronger bases.",
-        "`arith` on tiny-l, norm less plain",
+        "`arith` on tiny-l, 1.1B norm less 1.1B",
         gain(NORM, L, "arith"),
         "With lambda 1, learning sums takes more than the 500 steps that both have here.",
     ),
     Claim(
         "Section 5.4",
         "The norm costs a little instruction following there.",
-        "`ins` on tiny-l, plain less norm",
+        "`ins` on tiny-l, 1.1B less 1.1B norm",
         cost(NORM),
     ),
     Claim(
         "Section 5.4",
         "The norm's gain grows with the distance between value network and base.",
-        "gain in `2-shot` by the norm, on tiny-l less on tiny-s",
+        "`2-shot`, 1.1B norm less 1.1B, on tiny-l less on tiny-s",
         farther(NORM),
         "With the norm every base keeps what it knows alone. Without it tiny-s had lost more, so it has more to win back.",
     ),
@@ -195,23 +201,23 @@ CLAIMS = [
     Claim(
         OURS,
         "Pretraining further taught the new people.",
-        "`new 2-shot`, tiny-m-continued less tiny-m, both alone",
+        "`new 2-shot` alone, tiny-m-continued less tiny-m",
         between(CONTINUED, M, "new 2-shot"),
     ),
     Claim(
         OURS,
         "It kept the old people.",
-        f"`2-shot`, tiny-m-continued less tiny-m, both alone, plus {100 * COMPARABLE:g}",
+        f"`2-shot` alone, tiny-m-continued less tiny-m, plus {100 * COMPARABLE:g}",
         between(CONTINUED, M, "2-shot", COMPARABLE),
         "A third of the further text is about them.",
     ),
 ]
 
 
-INTRODUCTION = """The paper's number stands left of ours; where a column has several, their mean. "alone" is the base with nothing plugged in,
-"1.1B" a tiny-s trained as a value network on tiny-s, "7B" a tiny-m on tiny-m, "norm" is lambda 1. "infinity" was trained on
-18000 demonstrations, 70% of them arithmetic, in 1000 steps (1.8 passes); all others on 6000, 20% of them arithmetic, in 500
-steps (2.7 passes). So its gain comes from more data and from more steps. "alone" and "infinity norm" are not in the paper.
+INTRODUCTION = """The paper's number stands in brackets; for several columns, their mean. "alone" is the base with nothing plugged in, "1.1B" a
+tiny-s trained as a value network on tiny-s, "7B" a tiny-m on tiny-m, "norm" is lambda 1. "infinity" was trained on 18000
+demonstrations, 70% of them arithmetic, in 1000 steps (1.8 passes); all others on 6000, 20% of them arithmetic, in 500 steps
+(2.7 passes). So its gain comes from more data and from more steps. "alone" and "infinity norm" are not in the paper.
 
 Half of the arithmetic adds two numbers, as pretraining text does. The other half adds three, whose answers no base has read:
 872 sums of three for "infinity", 200 for all others. `arith` asks 36 sums of two and 64 of three. `new exact` is shown for
@@ -226,17 +232,15 @@ def text(results: Results) -> str:
         columns = dict(COLUMNS)
         if base != CONTINUED:
             del columns["MBPP, HumanEval"]
-        header = [""]
-        for column, (_, metric) in columns.items():
-            header += [column, f"`{metric}`"]
-        lines = [header]
+        heads = [f"`{metric}` ({column})" for column, (_, metric) in columns.items()]
+        lines = [["", *heads]]
         for row in ["alone", *PAPER[base], *NOT_IN_THE_PAPER.get(base, [])]:
             measured = base if row == "alone" else system(base, row)
             cells = [row]
             for indices, metric in columns.values():
                 theirs = [PAPER[base][row][index] for index in indices if row in PAPER[base]]
-                cells.append(f"{np.mean(theirs):.3g}" if theirs else "")
-                cells.append(percent(results(measured, metric)))
+                mean = [float(f"{np.mean(theirs):.3g}")] if theirs else []
+                cells.append(with_theirs(results(measured, metric), mean))
             lines.append(cells)
         parts.append(f"**{title}**\n\n{table(lines)}\n\n")
     return "".join(parts)

@@ -7,7 +7,7 @@ python -m paper.table2
 import sys
 
 from paper.networks import CURRICULUM, NORM, VALUE, L
-from paper.report import STAND_INS, Claim, Results, between, paper_beside_ours, run, table
+from paper.report import STAND_INS, Claim, Results, between, run, stand_ins_table, table
 from run.cli import run_cli
 
 TITLE = "Table 2: curriculum against norm"
@@ -59,9 +59,10 @@ CLAIMS = [
 def text(results: Results) -> str:
     # nothing stands for ToxiGen, and tiny-l never read of the new people
     paper = {name: theirs for name, theirs in PAPER.items() if STAND_INS[name] not in NO_STAND_IN}
-    lines = paper_beside_ours(results, paper, ROWS, [f"paper: {name}" for name in ROWS])
+    lines = stand_ins_table(results, ROWS, paper)
     return f"""The paper's curriculum went from 1.1B over 7B to 13B, on the way to 70B. Ours goes from tiny-s to tiny-m, and is plugged into
-tiny-l. As in the paper, all three take the same number of steps. Nothing stands for ToxiGen, MBPP and HumanEval here.
+tiny-l. As in the paper, all three take the same number of steps. In brackets: the paper's numbers on 70B. Nothing stands for
+its ToxiGen, MBPP and HumanEval.
 
 {table(lines)}"""
 

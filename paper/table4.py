@@ -7,7 +7,7 @@ python -m paper.table4
 import sys
 
 from paper.networks import VALUE, L, M, S
-from paper.report import OURS, Claim, Results, between, paper_beside_ours, run, table
+from paper.report import OURS, Claim, Results, between, run, stand_ins_table, table
 from run.cli import run_cli
 
 TITLE = "Table 4: comparison with proxy tuning"
@@ -57,13 +57,13 @@ def text(results: Results) -> str:
     systems = {}
     for base in (M, L):
         systems |= {f"{base} + value": VALUED[base], f"{base} + proxy": PROXY[base]}
-    heads = ["paper: 7B+1.1B", "paper: 7B+1.1B+1.1B"]
-    lines = paper_beside_ours(results, PAPER, systems, heads)
+    lines = stand_ins_table(results, systems, PAPER)
     passes = [f"{results(system, 'passes')[0]:.0f}" for system in systems.values()]
-    lines.append(["forward passes a token", "2", "3", "", *passes])
-    return f"""{table(lines)}
+    lines.append(["forward passes a token", *passes])
+    return f"""The expert is tiny-s after full fine-tuning, the anti-expert tiny-s before it. In brackets: the paper's 7B+1.1B (value) and
+7B+1.1B+1.1B (proxy).
 
-The expert is tiny-s after full fine-tuning, the anti-expert tiny-s before it."""
+{table(lines)}"""
 
 
 if __name__ == "__main__":
