@@ -64,11 +64,10 @@ def document(results: Results, seeds: int) -> str:
     made = with_needs(network for system in systems for network in networks_of(system))
     ledgers = [Kept(seed).ledger for seed in range(seeds)]
     costs = [ledger[network]["core_seconds"] for ledger in ledgers for network in made]
-    metrics = [["the paper's column", "here", "what it asks for"]]
+    metrics = [["metric (the paper's columns)", "what it asks for"]]
     for name, what in METRICS.items():
         columns = [column for column, ours in STAND_INS.items() if ours == name]
-        metrics.append([", ".join(columns) or "-", f"`{name}`", what])
-    metrics.append(["ToxiGen", "-", "nothing toxic can be said in this world"])
+        metrics.append([f"`{name}`" + (f" ({', '.join(columns)})" if columns else ""), what])
     facts, sums = len(World(0).fact_items("evaluation")), len(World(0).sum_items("evaluation"))
     sections = "\n".join(section_text(script, results, seeds) for script in SCRIPTS)
     return f"""# The paper in miniature
@@ -85,7 +84,7 @@ and 5). `mc`, `fk` and `2-shot` ask once: 3. `new exact` and `new 2-shot` ask 80
 
 tiny-s stands for TinyLlama-1.1B, tiny-m for Llama-2-7B, tiny-l for Llama-2-13B (in Table 2 for 70B), and tiny-m pretrained
 further for CodeLlama-7B. {" and ".join(FOREIGN)} have tokenizers of their own and stand for Llama-3-8B. Bigger bases have read
-more text. What stands for the paper's columns:
+more text. Our metrics, with the columns of the paper that they stand for (none stands for ToxiGen):
 
 {table(metrics)}
 

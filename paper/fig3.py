@@ -43,7 +43,7 @@ CLAIMS = [
     Claim(
         "Section 5.4",
         "The same, when transferred.",
-        "`exact` on tiny-m and tiny-l, Cascade+ less Cascade",
+        "`exact`, mean of tiny-m and tiny-l, Cascade+ less Cascade",
         between_on([M, L], SCHEMES["Cascade+"], SCHEMES["Cascade"], "exact"),
     ),
     Claim(
@@ -63,7 +63,7 @@ CLAIMS = [
     Claim(
         "Section 5.4",
         "On a bigger base Residual is the better one.",
-        "`exact` on tiny-m and tiny-l, Residual less Cascade+",
+        "`exact`, mean of tiny-m and tiny-l, Residual less Cascade+",
         between_on([M, L], SCHEMES["Residual"], SCHEMES["Cascade+"], "exact"),
         "The paper's difference is small, too.",
     ),

@@ -55,7 +55,7 @@ VALUES = {
     "one network, all demonstrations": VALUE,
 }
 SYSTEMS = [f"{base} + {value}" for base in BASES for value in VALUES.values()]
-METRICS = ["exact", "ins", "arith"]
+METRICS = ["ins", "arith"]
 
 
 def on(base: str, network: str) -> str:
@@ -130,19 +130,14 @@ def text(results: Results) -> str:
             percent(results(f"{base} + {value}", metric)) for base in BASES for metric in METRICS
         ]
         lines.append([name, *cells])
-
-    def shown(system: str, metric: str) -> str:
-        return percent(results(system, metric))
-
     return f"""{table(lines)}
 
 Both networks began as copies of the base, and each learnt to turn its whole z_base into an answer. Added up, they do it twice:
-of B's sums ({shown(f"{S} + {SUMS}", "arith")}) {shown(on(S, SUMS), "arith")} are left, and no weights bring them back without losing the form.
+B's sums are lost, and no weights bring them back without losing the form.
 
-Made for A, B learns only what A lacks ({shown(on(S, ON_TOP), "arith")}). Shown sums alone, it never sees what A does, and spoils it (`ins`
-{shown(on(S, ON_TOP), "ins")}). A few answers in A's form keep it. They need not be A's data: base and A answer {COUNT} other questions
-themselves, about people whom no demonstration mentions. Six in ten of these answers are wrong, and they keep the form as well
-({shown(on(S, OWN_ON_TOP), "ins")})."""
+Made for A, B learns only what A lacks. Shown sums alone, it never sees what A does, and spoils A's form. A few answers in A's
+form keep it. They need not be A's data: base and A answer {COUNT} other questions themselves, about people whom no
+demonstration mentions. Six in ten of these answers are wrong, and they keep the form as well."""
 
 
 def main():
