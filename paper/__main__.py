@@ -77,10 +77,10 @@ def document(results: Results, seeds: int) -> str:
 {made_on()} {len(costs)} networks were trained, one thread each, in {sum(costs) / 60:.0f} core-minutes.
 
 Numbers are percentages: mean and standard deviation over seeds {", ".join(map(str, range(seeds)))}. A seed changes the whole world: names, facts,
-tokenizer, first weights and the order of the data. Questions are about evaluation people, never used to choose anything.
-On each seed a system answers {facts} questions about facts and {sums} about sums, each in {TIMES} forms (through a vocabulary map in
-one). The sampling error of a single seed's `exact`, `know` and `ins` is at most about 2 points, of `arith` 4 (through a map 3
-and 5). `mc`, `fk` and `2-shot` ask once: 3. `new exact` and `new 2-shot` ask 80 questions once: 6.
+tokenizer, first weights and the order of the data. Questions are about evaluation people, never used to choose anything:
+{facts} about facts and {sums} sums, each in {TIMES} forms (through a vocabulary map in one). On a single seed the sampling error is at
+most about 2 points for `exact`, `know` and `ins` and 4 for `arith` (through a map 3 and 5). It is 3 for `mc`, `fk` and
+`2-shot`, asked once, and 6 for `new exact` and `new 2-shot`, 80 questions.
 
 tiny-s stands for TinyLlama-1.1B, tiny-m for Llama-2-7B, tiny-l for Llama-2-13B (in Table 2 for 70B), and tiny-m pretrained
 further for CodeLlama-7B. {" and ".join(FOREIGN)} have tokenizers of their own and stand for Llama-3-8B. Bigger bases have read

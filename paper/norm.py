@@ -80,8 +80,6 @@ def text(results: Results) -> str:
     lambdas = {
         f"lambda {l1:g}": [f"{base} + {value}" for base in ends] for l1, value in LAMBDAS.items()
     }
-    alphas = {"alpha 0 (base alone)": [L]}
-    alphas |= {f"alpha {alpha:g}": [weighted(L, alpha)] for alpha in ALPHAS}
     judged = [["", *CONCLUSIONS]]
     for l1 in NORMS:
         gaps = [conclusion(LAMBDAS[l1])(results) for conclusion in CONCLUSIONS.values()]
@@ -106,9 +104,7 @@ The paper's conclusions about the norm at each strength. The first row weighs wh
 A bigger base knows more, and the norm leaves it that. The price is form. (In an earlier world every base knew nearly all facts,
 and no claim about the norm held.)
 
-alpha is ours, not the paper's: z_base + alpha * z_delta, here on tiny-l with lambda 0:
-
-{bases_table(results, [L], alphas, METRICS)}"""
+The right half of the picture is ours, not the paper's: z_base + alpha * z_delta, with lambda 0."""
 
 
 def draw(axes, results: Results) -> None:

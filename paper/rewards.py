@@ -182,8 +182,8 @@ python train.py --base --value --with A --data FILE --out B        # B is made f
 python sample.py --value A B --alpha 1 0.5
 ```
 
-The guided base answers each question eight times. A right answer earns 1, and becomes likelier where others are wrong
-([data/README.md](../data/README.md) has the form of questions).
+The guided base answers each question eight times. A right answer earns 1, and becomes likelier where others are wrong.
+[data/README.md](../data/README.md) has the form of questions.
 
 {made_on()} The networks of this page take about {round(core_minutes(seeds), -1):.0f} core-minutes, besides the bases. s is tiny-s,
 l tiny-l. "Two forms": `ins` of {" and ".join(f'"{form}"' for form in RARE_FORMS)} "Lost": `ins` of the other form that fell most since
