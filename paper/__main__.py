@@ -35,28 +35,27 @@ METRICS = {  # what each is
     "new exact": "`exact` on new people, of whom only the text of the further pretraining tells",
     "2-shot": "two answered questions, then the likeliest of all 12 to 16 values, without a chat",
     "mc": "the likeliest of 8 values, in the chat",
-    "know": "the right value is somewhere in the answer",
     "fk": "the right value is the likeliest continuation, without choices",
 }
 
 
 def overview(results: Results) -> str:
-    """How many verdicts of each kind there are, and which claims do not hold or are undecided."""
-    lists, counts = {}, Counter()
+    """How many verdicts of each kind there are, and where those are that do not hold."""
+    counts, places = Counter(), {}
     for script in SCRIPTS:
         for claim in script.CLAIMS:
             if claim.section == OURS:
                 continue
             ours = verdict(claim.gap(results))
             counts[ours] += 1
-            name = script.TITLE.partition(":")[0]
-            lists.setdefault(ours, []).append(f"- {name}: {claim.says}")
+            places.setdefault(ours, Counter())[script.TITLE.partition(":")[0]] += 1
     tally = ", ".join(f'"{ours}" {count}' for ours, count in counts.most_common())
-    parts = [f"Of {counts.total()} claims of the paper: {tally}."]
-    for ours, lines in lists.items():
+    lines = [f"Of {counts.total()} claims of the paper: {tally}."]
+    for ours, found in places.items():
         if ours != "holds":
-            parts.append("\n".join([f"{ours.capitalize()}:\n", *lines]))
-    return "\n\n".join(parts)
+            named = ", ".join(f"{count} of {place}" for place, count in found.items())
+            lines.append(f"{ours.capitalize()}: {named}.")
+    return "\n".join(lines)
 
 
 def document(results: Results, seeds: int) -> str:
@@ -78,9 +77,8 @@ def document(results: Results, seeds: int) -> str:
 
 Numbers are percentages: mean and standard deviation over seeds {", ".join(map(str, range(seeds)))}. A seed changes the whole world: names, facts,
 tokenizer, first weights and the order of the data. Questions are about evaluation people, never used to choose anything:
-{facts} about facts and {sums} sums, each in {TIMES} forms (through a vocabulary map in one). On a single seed the sampling error is at
-most about 2 points for `exact`, `know` and `ins` and 4 for `arith` (through a map 3 and 5). It is 3 for `mc`, `fk` and
-`2-shot`, asked once, and 6 for `new exact` and `new 2-shot`, 80 questions.
+{facts} about facts and {sums} sums, each in {TIMES} forms (through a vocabulary map in one). A single seed's sampling error is at most about 2
+points for `exact` and `ins`, and 3 to 6 for the others and through a map.
 
 tiny-s stands for TinyLlama-1.1B, tiny-m for Llama-2-7B, tiny-l for Llama-2-13B (in Table 2 for 70B), and tiny-m pretrained
 further for CodeLlama-7B. {" and ".join(FOREIGN)} have tokenizers of their own and stand for Llama-3-8B. Bigger bases have read

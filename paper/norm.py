@@ -101,8 +101,8 @@ The paper's conclusions about the norm at each strength. The first row weighs wh
 
 {table(judged)}
 
-A bigger base knows more, and the norm leaves it that. The price is form. (In an earlier world every base knew nearly all facts,
-and no claim about the norm held.)
+A bigger base knows more, and the norm leaves it that. The price is form. Where every base knew nearly all facts, in an earlier
+world, no claim about the norm held.
 
 The right half of the picture is ours, not the paper's: z_base + alpha * z_delta, with lambda 0."""
 
