@@ -73,12 +73,13 @@ def document(results: Results, seeds: int) -> str:
 
 `python -m paper --seeds {seeds}`
 
-{made_on()} {len(costs)} networks were trained, one thread each, in {sum(costs) / 60:.0f} core-minutes.
+{made_on()}
+{len(costs)} networks were trained, one thread each, in {sum(costs) / 60:.0f} core-minutes.
 
 Numbers are percentages: mean and standard deviation over seeds {", ".join(map(str, range(seeds)))}. A seed changes the whole world: names, facts,
 tokenizer, first weights and the order of the data. Questions are about evaluation people, never used to choose anything:
-{facts} about facts and {sums} sums, each in {TIMES} forms (through a vocabulary map in one). A single seed's sampling error is at most about 2
-points for `exact` and `ins`, and 3 to 6 for the others and through a map.
+{facts} about facts and {sums} sums, each in {TIMES} forms (through a vocabulary map in one). A single seed's sampling error is at
+most about 2 points for `exact` and `ins`, and 3 to 6 for the others and through a map.
 
 tiny-s stands for TinyLlama-1.1B, tiny-m for Llama-2-7B, tiny-l for Llama-2-13B (in Table 2 for 70B), and tiny-m pretrained
 further for CodeLlama-7B. {" and ".join(FOREIGN)} have tokenizers of their own and stand for Llama-3-8B. Bigger bases have read
@@ -86,10 +87,10 @@ more text. Our metrics, with the columns of the paper that they stand for (none 
 
 {table(metrics)}
 
-One rule gives all verdicts. Each claim has a gap that is above zero where the claim is true. It is printed in points: the mean
-over the seeds, then the gap on each seed in brackets. The rule takes two standard errors on both sides of the mean. A claim
-*holds* if all of this interval is above zero, *does not hold* if all of it is below, and is *undecided* if zero lies in it.
-With three seeds the interval covers 82%: of 40 claims with nothing behind them, three or four would hold by luck.
+One rule gives all verdicts. Each claim has a gap that is above zero where the claim is true. It is printed in points: the
+mean over the seeds, then the gap on each seed in brackets. The rule takes two standard errors on both sides of the mean. A
+claim *holds* if all of this interval is above zero, *does not hold* if all of it is below, and is *undecided* if zero lies
+in it. With three seeds the interval covers 82%: of 40 claims with nothing behind them, three or four would hold by luck.
 
 {overview(results)}
 

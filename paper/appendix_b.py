@@ -50,9 +50,9 @@ def section(seeds: int) -> str:
 
 How many percent of a text's value tokens come out of its base tokens through a map: the intersection of both multisets over
 the number of value tokens. Maps are counted in one half of the demonstrations; the second number is of the other half.
-`pieces` gives all value tokens of a base token's bytes, the others one. No map finds a value token that is longer than a base
-token; decoding spells such a token, which this measure does not see. The paper reports 42 for Llama-3 / Llama-2 on its own
-texts, and does not say how it counts.
+`pieces` gives all value tokens of a base token's bytes, the others one. No map finds a value token that is longer than a
+base token; decoding spells such a token, which this measure does not see. The paper reports 42 for Llama-3 / Llama-2 on its
+own texts, and does not say how it counts.
 
 {table(lines)}
 """

@@ -111,9 +111,9 @@ def text(results: Results) -> str:
     table = metric_table(results, "", rows, ["exact", "ins", "arith"])
     return f"""![Figure 2]({PICTURE})
 
-The paper only draws the figure. Its authors' notebooks have the numbers (MT-Bench at 1.1B, 7B and 13B): probe 1.36, 2.49, 2.82;
-full 3.84, 5.93, 6.23. At 1.1B the gap is 2.48, not "more than 3". Their probe also trains the base's lm_head; ours follows
-the text. It has 256 inner units and 0.79 million weights, four times a tiny-s; the paper gives no width.
+The paper only draws the figure. Its authors' notebooks have the numbers (MT-Bench at 1.1B, 7B and 13B): probe 1.36, 2.49,
+2.82; full 3.84, 5.93, 6.23. At 1.1B the gap is 2.48, not "more than 3". Their probe also trains the base's lm_head; ours
+follows the text. It has 256 inner units and 0.79 million weights, four times a tiny-s; the paper gives no width.
 
 {table}
 

@@ -107,15 +107,16 @@ def text(results: Results) -> str:
 
 The tokens of tiny-b-l are about as long as the value network's and cut elsewhere; those of tiny-c-m are shorter. Rows with
 "via" are value networks from tiny-m: plain, with the norm, or taught by a curriculum of tiny-s and tiny-m. `paper` is
-Algorithm 1 with Eq. (5). `dtw` has its counts without the normalisation, `offsets` counts shared bytes, both also with Eq. (5).
-All three count in the demonstrations. `pieces` needs no text: it sums over the base's ways to write the value network's tokens.
+Algorithm 1 with Eq. (5). `dtw` has its counts without the normalisation, `offsets` counts shared bytes, both also with Eq.
+(5). All three count in the demonstrations. `pieces` needs no text: it sums over the base's ways to write the value
+network's tokens.
 
 {bases_table(results, list(FOREIGN), rows, METRICS)}
 
 Base passes a token via pieces (plain, norm, curriculum): {"; ".join(passes)}.
 
-The paper only draws the figure. Its authors' notebooks have the numbers (MT-Bench, on Llama-3-8B): full fine-tuning 7.23, the
-curriculum through the map 3.85, a value network of Llama-3.2-1B 4.79, and with the norm 5.16."""
+The paper only draws the figure. Its authors' notebooks have the numbers (MT-Bench, on Llama-3-8B): full fine-tuning 7.23,
+the curriculum through the map 3.85, a value network of Llama-3.2-1B 4.79, and with the norm 5.16."""
 
 
 def draw(axes, results: Results) -> None:

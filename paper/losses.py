@@ -162,10 +162,11 @@ def results_and_more(args) -> Results:
 def page(results: Results, seeds: int) -> str:
     return f"""# Other losses, in miniature
 
-The paper names losses other than the cross-entropy and gives no settings or results (Section 3.1, third advantage). `ivl.py` has two:
+The paper names losses other than the cross-entropy and gives no settings or results (Section 3.1, third advantage).
+`ivl.py` has two:
 
-- `--loss pairwise` learns from pairs: one question with a chosen and a rejected answer. It is DPO's loss; the policy is z_post,
-  the reference is z_base, even where training starts from a value network.
+- `--loss pairwise` learns from pairs: one question with a chosen and a rejected answer. It is DPO's loss; the policy is
+  z_post, the reference is z_base, even where training starts from a value network.
 - `--loss kl --teacher FOLDER` learns the next-token probabilities of a teacher, any model with the same vocabulary.
 
 ```
@@ -174,12 +175,13 @@ python train.py --base tiny-l --full
 python train.py --base --value --loss kl --teacher out/seed0/full-tiny-l --out out/seed0/distilled
 ```
 
-[data/README.md](../data/README.md) describes files of pairs. Table 5's learning rate is high for pairs of a checkpoint; begin
-with `--loss pairwise --data pairs.jsonl --lr 5e-6 --epochs 1` (not run here).
+[data/README.md](../data/README.md) describes files of pairs. Table 5's learning rate is high for pairs of a checkpoint;
+begin with `--loss pairwise --data pairs.jsonl --lr 5e-6 --epochs 1` (not run here).
 
-{made_on()} [RESULTS.md](RESULTS.md) explains metrics and verdicts. Value networks were trained on tiny-s; "the norm" is
-demonstrations with lambda 1. The teacher is tiny-l after full fine-tuning. `pair`: of {len(World(0).pair_items("evaluation"))} held-out pairs, those whose chosen
-answer is likelier; the rejected one says the same in another form than the one asked for. "nats":
+{made_on()}
+[RESULTS.md](RESULTS.md) explains metrics and verdicts. Value networks were trained on tiny-s; "the norm" is
+demonstrations with lambda 1. The teacher is tiny-l after full fine-tuning. `pair`: of {len(World(0).pair_items("evaluation"))} held-out pairs, those whose
+chosen answer is likelier; the rejected one says the same in another form than the one asked for. "nats":
 KL(p_teacher || p_post) over the tokens of the right answers.
 
 {section_text(sys.modules[__name__], results, seeds)}"""

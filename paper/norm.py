@@ -87,13 +87,13 @@ def text(results: Results) -> str:
         judged.append([name, *(f"{100 * gap.mean():+.1f}, {verdict(gap)}" for gap in gaps)])
     return f"""![lambda and alpha against transfer]({PICTURE})
 
-Table 5's lambda is 1.0, as in every `norm` row on this page. The norm is a mean over the vocabulary, so each logit of a small
-vocabulary feels more of it: lambda 1 over our 1024 logits is 31 times lambda 1 over Llama-2's 32000.
+Table 5's lambda is 1.0, as in every `norm` row on this page. The norm is a mean over the vocabulary, so each logit of a
+small vocabulary feels more of it: lambda 1 over our 1024 logits is 31 times lambda 1 over Llama-2's 32000.
 
-The paper also averages over all positions of padded rows; we average over the supervised ones. Padded to {TINY_LIMIT} tokens, these
-demonstrations would have {supervised:.1f} supervised positions each. So beside a supervised position lambda 1 here weighs like the
-paper's {TINY_LIMIT / supervised:.0f}, and the paper's 1 like {supervised / TINY_LIMIT:.2f} here. `train.py` prints the equivalent for every run. (`--l1-over all` averages
-over all positions of a batch, without long padding.)
+The paper also averages over all positions of padded rows; we average over the supervised ones. Padded to {TINY_LIMIT} tokens,
+these demonstrations would have {supervised:.1f} supervised positions each. So beside a supervised position lambda 1 here weighs
+like the paper's {TINY_LIMIT / supervised:.0f}, and the paper's 1 like {supervised / TINY_LIMIT:.2f} here. `train.py` prints the equivalent for every run. (`--l1-over all`
+averages over all positions of a batch, without long padding.)
 
 {bases_table(results, ends, lambdas, METRICS)}
 
@@ -101,8 +101,8 @@ The paper's conclusions about the norm at each strength. The first row weighs wh
 
 {table(judged)}
 
-A bigger base knows more, and the norm leaves it that. The price is form. Where every base knew nearly all facts, in an earlier
-world, no claim about the norm held.
+A bigger base knows more, and the norm leaves it that. The price is form. Where every base knew nearly all facts, in an
+earlier world, no claim about the norm held.
 
 The right half of the picture is ours, not the paper's: z_base + alpha * z_delta, with lambda 0."""
 

@@ -173,8 +173,8 @@ def core_minutes(seeds: int) -> float:
 def page(results: Results, seeds: int) -> str:
     return f"""# Rewards, and sums of value networks
 
-The paper has neither; *Universal Reasoner* (UniR, arXiv 2505.19075) has both, for a module on a frozen backbone. Here the module
-is a value network. A sum of z_deltas is a z_delta.
+The paper has neither; *Universal Reasoner* (UniR, arXiv 2505.19075) has both, for a module on a frozen backbone. Here the
+module is a value network. A sum of z_deltas is a z_delta.
 
 ```
 python train.py --base --value out/seed0/value-residual-tiny-s --loss reward --out out/seed0/rewarded
@@ -185,9 +185,10 @@ python sample.py --value A B --alpha 1 0.5
 The guided base answers each question eight times. A right answer earns 1, and becomes likelier where others are wrong.
 [data/README.md](../data/README.md) has the form of questions.
 
-{made_on()} The networks of this page take about {round(core_minutes(seeds), -1):.0f} core-minutes, besides the bases. s is tiny-s,
-l tiny-l. "Two forms": `ins` of {" and ".join(f'"{form}"' for form in RARE_FORMS)} "Lost": `ins` of the other form that fell most since
-the start. [RESULTS.md](RESULTS.md) explains metrics and verdicts.
+{made_on()}
+The networks of this page take about {round(core_minutes(seeds), -1):.0f} core-minutes, besides the bases. s is tiny-s, l tiny-l. "Two forms": `ins` of
+{" and ".join(f'"{form}"' for form in RARE_FORMS)} "Lost": `ins` of the other form that fell most since the start. [RESULTS.md](RESULTS.md)
+explains metrics and verdicts.
 
 {section_text(sys.modules[__name__], results, seeds)}
 {section_text(sums, results, seeds)}"""

@@ -214,14 +214,14 @@ CLAIMS = [
 ]
 
 
-INTRODUCTION = """The paper's number stands in brackets; for several columns, their mean. "alone" is the base with nothing plugged in, "1.1B" a
-tiny-s trained as a value network on tiny-s, "7B" a tiny-m on tiny-m, "norm" is lambda 1. "infinity" was trained on 18000
+INTRODUCTION = """The paper's number stands in brackets; for several columns, their mean. "alone" is the base with nothing plugged in, "1.1B"
+a tiny-s trained as a value network on tiny-s, "7B" a tiny-m on tiny-m, "norm" is lambda 1. "infinity" was trained on 18000
 demonstrations, 70% of them arithmetic, in 1000 steps (1.8 passes); all others on 6000, 20% of them arithmetic, in 500 steps
 (2.7 passes). So its gain comes from more data and from more steps. "alone" and "infinity norm" are not in the paper.
 
-`arith` asks 36 sums of two numbers, as pretraining text has them, and 64 of three, whose answers no base has read. Half of the
-demonstrated arithmetic adds three numbers: 872 different sums for "infinity", 200 for all others. `new exact` is shown for the
-base that has read of the new people; on the others it is luck.
+`arith` asks 36 sums of two numbers, as pretraining text has them, and 64 of three, whose answers no base has read. Half of
+the demonstrated arithmetic adds three numbers: 872 different sums for "infinity", 200 for all others. `new exact` is shown
+for the base that has read of the new people; on the others it is luck.
 
 """
 

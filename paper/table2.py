@@ -60,9 +60,9 @@ def text(results: Results) -> str:
     # nothing stands for ToxiGen, and tiny-l never read of the new people
     paper = {name: theirs for name, theirs in PAPER.items() if STAND_INS[name] not in NO_STAND_IN}
     lines = stand_ins_table(results, ROWS, paper)
-    return f"""The paper's curriculum went from 1.1B over 7B to 13B, on the way to 70B. Ours goes from tiny-s to tiny-m, and is plugged into
-tiny-l. As in the paper, all three take the same number of steps. In brackets: the paper's numbers on 70B. Nothing stands for
-its ToxiGen, MBPP and HumanEval.
+    return f"""The paper's curriculum went from 1.1B over 7B to 13B, on the way to 70B. Ours goes from tiny-s to tiny-m, and is plugged
+into tiny-l. As in the paper, all three take the same number of steps. In brackets: the paper's numbers on 70B. Nothing
+stands for its ToxiGen, MBPP and HumanEval.
 
 {table(lines)}"""
 
