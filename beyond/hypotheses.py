@@ -36,10 +36,9 @@ FLOOR = 1e-12  # the least P(v): what the base rules out can still be said if z_
 HYPOTHESES = 4  # contexts of one text
 EXPANSIONS = 8  # base tokens read for paths or parts in one step
 DESPERATE = 64  # the same where nothing fits
-MARGIN = (
-    5.0  # nats below the best within which a path is worth reading when sampling; 0 when greedy
-)
-UNLIKELY = 10.0  # nats below the best at which a hypothesis is not worth a pass
+# nats below the best within which a hypothesis, and a path, is worth a pass: when greedy, and when sampling
+UNLIKELY = {False: 7.0, True: 10.0}
+MARGIN = {False: 0.0, True: 5.0}
 
 Tokens = tuple[int, ...]
 
@@ -93,8 +92,11 @@ def together(generators: list[Generator], read: Callable[[list[Wish]], list[Cont
 class Tables:
     """A vocabulary map as tensors."""
 
-    def __init__(self, vocab_map: VocabMap, base: Llama, Vv: int):
+    def __init__(self, vocab_map: VocabMap, base: Llama, Vv: int, line_ends: list[int]):
         device, self.Vv = base.device, Vv
+        self.line_ends = torch.tensor(line_ends, dtype=torch.long, device=device)
+        if line_ends:
+            [self.end] = vocab_map.value_tokens[vocab_map.base_tokenizer.eos_id]
         # base tokens sorted by their pieces, of which those that begin alike stand together
         order = sorted(
             (pieces, token) for token, pieces in enumerate(vocab_map.value_tokens) if pieces
@@ -167,9 +169,17 @@ class Tables:
 class Text:
     """The hypotheses of one text, those likeliest so far first."""
 
-    def __init__(self, tables: Tables, vocab_map: VocabMap, written: list[int], asked: list[int]):
+    def __init__(
+        self,
+        tables: Tables,
+        vocab_map: VocabMap,
+        written: list[int],
+        asked: list[int],
+        sampling: bool,
+    ):
         self.tables, self.map, self.written = tables, vocab_map, list(written)  # in value tokens
-        self.asked = asked  # base tokens in front of it
+        self.asked, self.sampling = asked, sampling  # base tokens in front of it
+        self.has_words = False  # a letter or a digit since
         self.contexts: list[Context] = []
         self.crossings: list[Crossing] = []
         self.log_scale = 0.0  # what was taken off the weights, which are relative to the best
@@ -177,9 +187,7 @@ class Text:
         self.found: dict[Tokens, Context] = {}
         self.path_weight: dict[int, float] = {}
 
-    def log_p(
-        self, z_delta: Tensor, sampling: bool
-    ) -> Generator[list[Wish], list[Context], Tensor]:
+    def log_p(self, z_delta: Tensor) -> Generator[list[Wish], list[Context], Tensor]:
         """log P of the next value token, (Vv,), floored; z_delta (Vv,), times alpha, tells which paths have a chance."""
         P = self.mass()  # (Vv,)
         total = P.sum().clamp(min=1e-30)
@@ -187,7 +195,10 @@ class Text:
         self.found, self.path_weight = {}, {}
         exact = next((context for context in self.contexts if not context.pending), None)
         if exact is not None and len(self.tables.paths):
-            yield from self.spell_paths(P, exact, total.log().item(), z_delta, sampling)
+            yield from self.spell_paths(P, exact, total.log().item(), z_delta)
+        if len(self.tables.line_ends):
+            P[self.tables.end] = P[self.tables.end] + self.ends_of_lines() / total
+            P[self.tables.end] *= self.has_words
         return P.clamp(min=FLOOR).log()
 
     def mass(self) -> Tensor:
@@ -205,6 +216,13 @@ class Text:
             P.index_add_(0, tables.flat[at], p)
         return P
 
+    def ends_of_lines(self) -> Tensor:
+        """The mass of base tokens that begin with a new line, which may be the end of an answer or go on with it."""
+        lines = self.tables.line_ends
+        exact = [context for context in self.contexts if not context.pending]
+        masses = [(context.log_p[lines] + context.weight).exp().sum() for context in exact]
+        return sum(masses, torch.zeros((), device=lines.device))
+
     def log_probability(self) -> float:
         """log of how likely the base finds what was written behind the prompt, cut in the ways that were kept.
 
@@ -220,7 +238,7 @@ class Text:
         return self.log_scale + torch.stack(scores).logsumexp(0).item()
 
     def spell_paths(
-        self, P: Tensor, exact: Context, log_total: float, z_delta: Tensor, sampling: bool
+        self, P: Tensor, exact: Context, log_total: float, z_delta: Tensor
     ) -> Generator[list[Wish], list[Context], None]:
         """Raise P (Vv,) of value tokens that take several base tokens, those first that may yet win.
 
@@ -234,14 +252,13 @@ class Text:
         depth = torch.ones_like(scored, dtype=torch.long)  # (paths,), how long that part is
         z = z_delta[tables.path_value]  # (paths,)
         best = (P.clamp(min=FLOOR).log() + z_delta).max()
-        margin = MARGIN if sampling else 0.0
         self.found[()] = exact
         for _ in range(EXPANSIONS):
             # the path that could reach most, if the rest of it were certain
             complete = depth == tables.path_length
             best = torch.maximum(best, torch.where(complete, scored + z, -torch.inf).max())
             bound, path = torch.where(complete, -torch.inf, scored + z).max(-1)
-            if bound <= best - margin:
+            if bound <= best - MARGIN[self.sampling]:
                 break
             # the base reads one token more of it
             prefix = tuple(paths[path, : depth[path]].tolist())
@@ -256,7 +273,7 @@ class Text:
         for path in torch.nonzero(depth == tables.path_length)[:, 0].tolist():
             value, p = int(tables.path_value[path]), scored[path].exp()
             self.path_weight[value] = scored[path].item() + log_total
-            if sampling:  # the same text must not count twice: its mass is also where its first base token begins
+            if self.sampling:  # the same text must not count twice: its mass is also where its first base token begins
                 shorter = tables.first_piece[paths[path, 0]]
                 P[shorter] = (P[shorter] - p).clamp(min=0.0)
             P[value] = torch.maximum(P[value], p)
@@ -264,6 +281,8 @@ class Text:
     def push(self, value: int) -> Generator[list[Wish], list[Context], int]:
         """Take the value token that the text goes on with into its contexts; returns how many base tokens were read."""
         self.written.append(value)
+        said = self.tables.text_of[value].decode(errors="replace")
+        self.has_words = self.has_words or any(map(str.isalnum, said))
         waiting, options = (
             [],
             [],
@@ -277,7 +296,7 @@ class Text:
         # the likeliest of both kinds
         scores = [score for score, _ in waiting] + [score for score, _, _ in options]
         scores.sort(reverse=True)
-        least = max(scores[:HYPOTHESES][-1], scores[0] - UNLIKELY) if scores else 0.0
+        least = max(scores[:HYPOTHESES][-1], scores[0] - UNLIKELY[self.sampling]) if scores else 0.0
         kept = [(score, context) for score, context in waiting if score >= least]
         wanted = [option for option in options if option[0] >= least]
         pending: Tokens = ()
@@ -312,7 +331,7 @@ class Text:
 
         What was read bounds how likely it is. While a bound beats all that fits, the base reads one part more.
         """
-        tables, text = self.tables, self.tables.text_of[value]
+        tables, text, unlikely = self.tables, self.tables.text_of[value], UNLIKELY[self.sampling]
         read = {tuple(context.tokens): context for context in self.found.values()}
         # where to go on from, by base tokens, so that no way to cut the text counts twice
         behind = {tuple(each.context.tokens): each for each in self.crossings}
@@ -335,7 +354,7 @@ class Text:
             part = max(parts, key=lambda each: each[0])
             parts.remove(part)
             score, token, crossing, rest = part
-            if score < best - UNLIKELY:
+            if score < best - unlikely:
                 break
             if not rest and text:  # it fits, and is read with what else does
                 options.append((score, crossing.context, [token]))
@@ -356,6 +375,7 @@ class Text:
             else:
                 options += self.whole_tokens(crossing.context, value)
                 best = max(best, *(each[0] for each in options))
+        later += [part for part in parts if part[0] >= best - unlikely]  # that were not read
         # what is not worth a pass yet, but may be when the text is longer
         known = {tuple(each.context.tokens) for each in self.crossings}
         for _, _, crossing, rest in later:
@@ -434,7 +454,11 @@ class Text:
 
 
 class Hypotheses(MappedGuided):
-    """MappedGuided by hypotheses and spelled paths instead of Eq. (5). `sampling` reads more paths than greedy needs."""
+    """MappedGuided by hypotheses and spelled paths instead of Eq. (5).
+
+    `sampling` reads more than greedy needs: sampling and scores want the whole distribution. `line_ends` are base tokens at
+    which an answer may end, too. With them it does not end before its first letter or digit.
+    """
 
     def __init__(
         self,
@@ -444,15 +468,18 @@ class Hypotheses(MappedGuided):
         alpha: float = 1.0,
         sampling: bool = False,
         ask: Callable[[list[int]], list[int]] | None = None,
+        line_ends: list[int] = (),
     ):
         super().__init__(base, value, vocab_map, alpha, ask)
         self.sampling = sampling
-        self.tables = Tables(vocab_map, base, value.vocab_size)
+        self.tables = Tables(vocab_map, base, value.vocab_size, line_ends)
 
     def begin(self, prompts: list[list[int]]) -> None:
         self.base_tokens_read = self.value_tokens_asked = 0
         self.is_new = True
-        self.texts = [Text(self.tables, self.map, *self.split(prompt)) for prompt in prompts]
+        self.texts = [
+            Text(self.tables, self.map, *self.split(prompt), self.sampling) for prompt in prompts
+        ]
         empty = KVCache(self.base, 1, 0)
         nothing = Context([], empty.keys[:, 0], empty.values[:, 0], torch.empty(0))
         asked = [text.asked + self.map.in_base_tokens(text.written)[0] for text in self.texts]
@@ -461,7 +488,7 @@ class Hypotheses(MappedGuided):
             text.contexts = [context]
 
     def base_logits(self, z_delta: Tensor) -> Tensor:
-        wanted = [text.log_p(row.float(), self.sampling) for text, row in zip(self.texts, z_delta)]
+        wanted = [text.log_p(row.float()) for text, row in zip(self.texts, z_delta)]
         return torch.stack(together(wanted, self.read_counted))
 
     def push(self, tokens: list[int]) -> None:

@@ -114,13 +114,19 @@ def asking(
 
 
 def with_ends(vocab_map: VocabMap, value_template: str) -> VocabMap:
-    """A map in which the base's end of a text or of a turn ends the value network's turn, and says nothing else.
-
-    A new line does not, though a base alone that is asked in qa stops there: an answer may have several lines,
-    and z_delta knows where it ends.
-    """
+    """A map in which the base's end of a text or of a turn ends the value network's turn, and says nothing else."""
     base, value = vocab_map.base_tokenizer, vocab_map.value_tokenizer
     pieces = list(vocab_map.value_tokens)
     for token in {base.eos_id, base.end_of_turn_id}:
         pieces[token] = (end_token(value, value_template),)
     return replace(vocab_map, value_tokens=pieces)
+
+
+def line_ends(vocab_map: VocabMap, base_template: str | None) -> list[int]:
+    """Base tokens that begin with a new line, if the base is asked in qa.
+
+    An answer in qa ends there, and yet it may have several lines. So they count as both, and z_delta decides.
+    """
+    base = vocab_map.base_tokenizer
+    tokens = range(base.vocab_size) if base_template == "qa" else []
+    return [token for token in tokens if base.token_bytes(token).startswith(b"\n")]

@@ -19,7 +19,7 @@ from data.tiny_world import TINY_SIZES, World, world_of
 from data.tokenizer import Tokenizer, describe_tokenizer, is_same_family, load_tokenizer
 from ivl import SCHEMES, SumDelta, ValueModel
 from model import Llama
-from run.bases import asking, choose_form, is_foreign, load_base, template_of, with_ends
+from run.bases import asking, choose_form, is_foreign, line_ends, load_base, template_of, with_ends
 from run.device import pick_device
 from run.processes import Alone
 from run.twins import TINY_VOCABULARY, choose_guided
@@ -195,6 +195,7 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
             ask = asking(vocab_map, template, alone_template, args.system)
         if vocab_map.how == "pieces":
             vocab_map = with_ends(vocab_map, template)
+        lines = line_ends(vocab_map, asked_in)
     print(
         f"base {base_path}, {describe_guide(args, value_path, own_path, info)}, template {template}"
         + (f", system prompt {system[:60]!r}" if system else "")
@@ -221,7 +222,7 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
     if vocab_map is None:
         guided = kind(base, value, args.alpha, tokenizer.vocab_size)
     else:
-        guided = guide_mapped(base, value, vocab_map, args.alpha, args.temperature > 0, ask)
+        guided = guide_mapped(base, value, vocab_map, args.alpha, args.temperature > 0, ask, lines)
     kind = kind or Guided
     alone = kind(base, readable=base_tokenizer.vocab_size if vocab_map else guided.readable)
 
@@ -447,6 +448,7 @@ def guide_mapped(
     alpha: float = 1.0,
     sampling: bool = False,
     ask: Callable[[list[int]], list[int]] | None = None,
+    lines: list[int] = (),
 ) -> MappedGuided:
     """By Eq. (5) through maps of the paper's kind; by hypotheses and spelled paths through the one that needs no data."""
     if vocab_map.how != "pieces":
@@ -458,4 +460,4 @@ def guide_mapped(
             "decoding through a map made from the tokenizers alone takes beyond/hypotheses.py, which is not there; "
             "vocab_map.py --how paper makes a map that needs no more than sample.py"
         ) from None
-    return Hypotheses(base, value, vocab_map, alpha, sampling, ask)
+    return Hypotheses(base, value, vocab_map, alpha, sampling, ask, lines)

@@ -14,7 +14,7 @@ from data.packaged import CONTROL, USER_DEFINED
 from data.tokenizer import JsonTokenizer, TiktokenTokenizer, load_tokenizer
 from ivl import ValueModel
 from model import KVCache, Llama
-from run.bases import asking, with_ends
+from run.bases import asking, line_ends, with_ends
 from sample import Guided, MappedGuided, generate
 from tests.helpers import byte_pairs, inside, random_prompts, refused, small
 from vocab_map import build
@@ -336,7 +336,7 @@ def test_what_the_base_was_asked_stands_in_front_of_the_answer(how):
 
 @torch.no_grad()
 def test_the_bases_end_of_a_text_and_of_a_turn_end_the_value_networks_turn():
-    """P of the value network's end is the sum of both. A new line is said, though a base alone in qa stops there."""
+    """P of the value network's end is the sum of both, and in qa of new lines, too, which can still be said."""
     from beyond.hypotheses import FLOOR, Hypotheses
 
     vocab = with_ends(build(LONG, SHORT), "llama-3")
@@ -353,6 +353,26 @@ def test_the_bases_end_of_a_text_and_of_a_turn_end_the_value_networks_turn():
     torch.testing.assert_close(P[SHORT.end_of_turn_id], p[ends].sum())
     torch.testing.assert_close(P[SHORT.encode("\n")[0]], p[lines].sum())
     assert P[SHORT.eos_id] <= 2 * FLOOR
+
+    # asked in qa, a new line may be the end as well, but not before a letter or a digit
+    in_qa = Hypotheses(
+        base, guided.value, vocab, line_ends=line_ends(vocab, "qa"), ask=lambda prompt: asked
+    )
+    assert line_ends(vocab, "llama-3") == []
+    asked = LONG.encode("abc", bos=True)
+    in_qa.begin([[SHORT.bos_id]])
+    empty = in_qa.base_logits(torch.zeros(1, SHORT.vocab_size))[0].exp()
+    assert empty[SHORT.end_of_turn_id] <= 2 * FLOOR
+    torch.testing.assert_close(empty[SHORT.encode("\n")[0]], p[lines].sum())
+    for text in ("-", "a"):
+        in_qa.push(SHORT.encode(text))
+        both = in_qa.base_logits(torch.zeros(1, SHORT.vocab_size))[0].exp()
+        assert (both[SHORT.end_of_turn_id] > 2 * FLOOR) == (text == "a")
+    [text] = in_qa.texts
+    may_end = [LONG.eos_id, LONG.end_of_turn_id, *in_qa.tables.line_ends.tolist()]
+    exact = [context for context in text.contexts if not context.pending]
+    ending = sum((context.log_p[may_end] + context.weight).exp().sum() for context in exact)
+    torch.testing.assert_close(both[SHORT.end_of_turn_id], ending / text.mass().sum())
     assert stop_ids(LONG, "qa", []) >= {LONG.encode("\n")[0], LONG.encode("\n\n")[0], LONG.eos_id}
 
 
