@@ -22,7 +22,10 @@ CLEAR = "\r\x1b[K"  # to the line's beginning, and away with what stands there
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, but a mistake is told in one line, and every argument has to be text."""
+    """argparse, but a mistake is told in one line, flags are written out, and every argument has to be text."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def parse_args(self, *arguments, **options):
         flag = "an argument"

@@ -87,7 +87,7 @@ def bases_to_pretrain(args) -> list[tuple[str, Path]]:
     """
     if args.job == "pretrain":
         for name in args.base:
-            if name not in TINY_SIZES:
+            if find_tiny(name, [args.home]) is None:
                 raise UsageError(
                     f"--base {name} alone: nothing to train on a checkpoint; add --value or --full, "
                     "and --data"

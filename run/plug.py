@@ -34,7 +34,7 @@ def find_tiny(name: str, homes: list[Path]) -> Path | None:
     """Where the tiny base of this name is or, if it is in none of `homes`, would be; None for the path of a checkpoint."""
     if name in TINY_SIZES:
         return next((home / name for home in homes if (home / name).is_dir()), homes[-1] / name)
-    if name.startswith("tiny-") and not Path(name).exists():
+    if name.startswith("tiny") and not Path(name).exists():
         raise UsageError(f"{name}: no such tiny model; there are {', '.join(TINY_SIZES)}")
     return None
 
@@ -45,10 +45,10 @@ def newest_value(base: str | None) -> Path | None:
     found = [path for path in found if not any(part.endswith(".training") for part in path.parts)]
     if base is None:
         return found[0].parent if found else None
-    tiny = base in TINY_SIZES or load_tokenizer(base).vocab_size <= TINY_VOCABULARY
+    tiny = find_tiny(base, [Path("out")]) or load_tokenizer(base).vocab_size <= TINY_VOCABULARY
     for path in found:
         size = read_value_info(path.parent, SCHEMES)["tokenizer"]["size"]
-        if (size <= TINY_VOCABULARY) == tiny:
+        if (size <= TINY_VOCABULARY) == bool(tiny):
             return path.parent
     return None
 
@@ -327,7 +327,7 @@ def find_guide(args) -> tuple[Path, dict, Path] | None:
             return None
         if path is None:
             raise UsageError(
-                "no value network under out/ yet; `python train.py` trains one, in three to five minutes"
+                "no value network under out/ yet; `python train.py` trains one, in two to five minutes"
             )
         info = plain_info(args) if args.scheme else read_value_info(path, SCHEMES)
     if args.anti_expert:
