@@ -143,7 +143,6 @@ class Run:
         if not self.has_settings:
             self.processes.first_does(self.take)
         self.first = state["step"]
-        self.processes.first_does(self.cut_log)
         self.started = self.stepped = time.monotonic()
         self.reported, self.tokens, self.unreported = 0.0, 0, []
         return state["step"], stream
@@ -216,6 +215,8 @@ class Run:
         record["tokens/s"] = round(tokens / max(now - self.stepped, 1e-9), 1)
         self.stepped = now
         if self.processes.rank == 0:
+            if step == self.first:  # not before a step has worked
+                self.cut_log()
             with self.log.open("a") as log:
                 log.write(json.dumps(record) + "\n")
         elapsed, last = now - self.started, done == self.settings.steps
