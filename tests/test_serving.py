@@ -568,6 +568,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 def test_the_harness_finds_the_same_through_the_server(base, value, tmp_path):
     """lm_eval's local-completions beside paper/guided_lm.py: 100 items with choices, 50 answers."""
     lm_eval, tasks = pytest.importorskip("lm_eval"), pytest.importorskip("lm_eval.tasks")
+    pytest.importorskip("tenacity")  # of lm_eval[api]
     from paper.guided_lm import GuidedLM
 
     rng = random.Random(0)
