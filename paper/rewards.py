@@ -61,7 +61,7 @@ VALUES = {
     "all demonstrations, then rewards on sums": SUMS_REWARDED,
 }
 SYSTEMS = [f"{base} + {value}" for base in BASES for value in VALUES.values()]
-METRICS = {S: ["ins", "arith", "fk"], L: ["exact"]}
+METRICS = {S: ["exact", "ins", "arith", "fk"], L: ["exact", "ins"]}
 OTHERS = [form for form in ALL_FORMS if form not in RARE_FORMS]
 
 
