@@ -133,8 +133,8 @@ def text(results: Results) -> str:
     return f"""{table(lines)}
 
 Both networks began as copies of the base, and each learnt to turn its whole z_base into an answer. Added up, they do it
-twice, and no weights bring B's sums back without losing the form. Made for A, B learns only what A lacks. A few answers
-in A's form keep that form. They need not be A's data: base and A answer {COUNT} other questions themselves, about people
+twice, and no weights bring B's sums back without losing the form. Made for A, B learns only what A lacks. The norm costs B
+its skill and does not keep A's form. A few answers in A's form keep that form. They need not be A's data: base and A answer {COUNT} other questions themselves, about people
 whom no demonstration mentions. Six in ten of these answers are wrong, and they keep the form as well."""
 
 
