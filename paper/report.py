@@ -219,6 +219,7 @@ def parse_arguments(description: str, results: Path) -> argparse.Namespace:
     args = parser.parse_args()
     if args.results.exists() and not args.results.is_dir():
         raise UsageError(f"--results {args.results}: not a folder")
+    args.results.mkdir(parents=True, exist_ok=True)  # now, and not after an hour
     return args
 
 
