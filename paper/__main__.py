@@ -103,7 +103,6 @@ Table 3 is about time, not about answers: `python -m paper.table3` and [bench/RE
 def main():
     args = parse_arguments(__doc__.split("\n\n")[0], Path(__file__).parent)
     results = results_of(SCRIPTS, args.seeds, args.processes)
-    args.results.mkdir(parents=True, exist_ok=True)
     for script in SCRIPTS:
         draw(script, results, args.results)
     write_text(args.results / "RESULTS.md", document(results, args.seeds))

@@ -191,7 +191,6 @@ def main():
     args = parse_arguments(__doc__.split("\n\n")[0], Path(__file__).parent)
     torch.set_num_threads(1)
     results = results_and_more(args)
-    args.results.mkdir(parents=True, exist_ok=True)
     write_text(args.results / "LOSSES.md", page(results, args.seeds))
     print(section_text(sys.modules[__name__], results, args.seeds))
     print(f"saved {args.results / 'LOSSES.md'}")
