@@ -12,10 +12,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
-
-import aiohttp
-import psutil
 
 from bench.measure import describe
 from bench.serving import LONGEST, NEW, guided_by_us, prompts_of, questions
@@ -27,13 +25,13 @@ from sample import generate
 ROOT = Path(__file__).parents[1]
 
 
-def megabytes(process: psutil.Process) -> float:
-    """Of a process and those that it started."""
+def megabytes(process) -> float:
+    """Of a process (psutil's) and those that it started."""
     family = [process, *process.children(recursive=True)]
     return sum(member.memory_full_info().uss for member in family) / 1e6
 
 
-async def ask(session: aiohttp.ClientSession, question: str) -> tuple[int, str]:
+async def ask(session, question: str) -> tuple[int, str]:
     """The server's status and answer."""
     messages = [{"role": "user", "content": question}]
     body = {"messages": messages, "max_tokens": NEW, "temperature": 0}
@@ -62,7 +60,9 @@ async def one(session, delay: float, kind: str, question: str, expected: str) ->
     )
 
 
-async def storm(address: str, server: psutil.Process, asked: dict[str, str], args) -> None:
+async def storm(address: str, server, asked: dict[str, str], args) -> None:
+    import aiohttp
+
     rng = random.Random("storm")
     kinds = ["no JSON"]
     kinds += ["cancelled"] * (15 * args.count // 100) + ["too long"] * (args.count // 10)
@@ -114,6 +114,10 @@ def main():
     parser.add_argument("--seconds", type=positive_int, default=60, help="in which they come")
     parser.add_argument("--port", type=positive_int, default=8000)
     args = parser.parse_args()
+    if find_spec("aiohttp") is None or find_spec("psutil") is None:
+        raise UsageError("aiohttp and psutil are not installed; they come with vLLM")
+    import psutil
+
     settings = settle(args.base, [args.value], [1.0])
     guided, prompts, texts = guided_by_us(settings), prompts_of(settings, 64), questions(64)
     written = []

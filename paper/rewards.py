@@ -158,7 +158,7 @@ def text(results: Results) -> str:
         lines.append([name, *cells, percent(forms), percent(lost)])
     return f"""{table(lines)}
 
-To ask all forms alike was chosen after both ways were measured, on evaluation people too. The table has both."""
+We chose to ask for all forms alike after seeing both results, on evaluation people too."""
 
 
 def core_minutes(seeds: int) -> float:
@@ -187,7 +187,7 @@ The guided base answers each question eight times. A right answer earns 1, and b
 
 {made_on()}
 The networks of this page take about {round(core_minutes(seeds), -1):.0f} core-minutes, besides the bases. s is tiny-s, l tiny-l. "Two forms": `ins` of
-{" and ".join(f'"{form}"' for form in RARE_FORMS)} "Lost": `ins` of the other form that fell most since the start. [RESULTS.md](RESULTS.md)
+{" and ".join(f'"{form}"' for form in RARE_FORMS)} "Lost": how far `ins` fell, since the first row, of the other form that fell most. [RESULTS.md](RESULTS.md)
 explains metrics and verdicts.
 
 {section_text(sys.modules[__name__], results, seeds)}
