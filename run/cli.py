@@ -24,10 +24,8 @@ CLEAR = "\r\x1b[K"  # to the line's beginning, and away with what stands there
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, but a mistake is told in one line, flags are written out, and every argument has to be text."""
 
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
     def parse_args(self, *arguments, **options):
+        self.allow_abbrev = False
         flag = "an argument"
         for argument in sys.argv[1:]:
             flag = argument if argument.startswith("-") else flag
