@@ -12,12 +12,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 from bench.measure import describe
 from bench.serving import LONGEST, NEW, guided_by_us, prompts_of, questions
-from beyond.serving_settings import settle
+from beyond.serving_settings import check_vllm, settle
 from data.errors import UsageError
 from run.cli import ArgumentParser, positive_int, run_cli
 from sample import generate
@@ -114,11 +113,10 @@ def main():
     parser.add_argument("--seconds", type=positive_int, default=60, help="in which they come")
     parser.add_argument("--port", type=positive_int, default=8000)
     args = parser.parse_args()
-    if find_spec("aiohttp") is None or find_spec("psutil") is None:
-        raise UsageError("aiohttp and psutil are not installed; they come with vLLM")
+    settings = settle(args.base, [args.value], [1.0])
+    check_vllm(settings.architectures)
     import psutil
 
-    settings = settle(args.base, [args.value], [1.0])
     guided, prompts, texts = guided_by_us(settings), prompts_of(settings, 64), questions(64)
     written = []
     for first in range(0, 64, 32):

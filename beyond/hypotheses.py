@@ -92,11 +92,8 @@ def together(generators: list[Generator], read: Callable[[list[Wish]], list[Cont
 class Tables:
     """A vocabulary map as tensors."""
 
-    def __init__(self, vocab_map: VocabMap, base: Llama, Vv: int, line_ends: list[int]):
+    def __init__(self, vocab_map: VocabMap, base: Llama, Vv: int):
         device, self.Vv = base.device, Vv
-        self.line_ends = torch.tensor(line_ends, dtype=torch.long, device=device)
-        if line_ends:
-            [self.end] = vocab_map.value_tokens[vocab_map.base_tokenizer.eos_id]
         # base tokens sorted by their pieces, of which those that begin alike stand together
         order = sorted(
             (pieces, token) for token, pieces in enumerate(vocab_map.value_tokens) if pieces
@@ -123,6 +120,10 @@ class Tables:
             text = b"".join(self.text_of[piece] for piece in pieces)
             self.by_text.setdefault(text, []).append(token)
         self.texts = sorted(self.by_text)
+        begin_lines = [text for text in self.texts if text.startswith(b"\n")]
+        self.line_ends = torch.tensor(
+            [token for text in begin_lines for token in self.by_text[text]], device=device
+        ).long()
         # special tokens, and rows beyond the tokenizer's, say nothing
         self.silent = torch.ones(base.config.vocab_size, dtype=torch.bool, device=device)
         self.silent[self.tokens] = False
@@ -176,10 +177,12 @@ class Text:
         written: list[int],
         asked: list[int],
         sampling: bool,
+        line_ends: bool,
     ):
         self.tables, self.map, self.written = tables, vocab_map, list(written)  # in value tokens
-        self.asked, self.sampling = asked, sampling  # base tokens in front of it
-        self.has_words = False  # a letter or a digit since
+        self.asked = asked  # base tokens in front of it
+        self.sampling, self.line_ends = sampling, line_ends  # as Hypotheses says
+        self.has_words = False  # a letter or a digit was written
         self.contexts: list[Context] = []
         self.crossings: list[Crossing] = []
         self.log_scale = 0.0  # what was taken off the weights, which are relative to the best
@@ -196,9 +199,9 @@ class Text:
         exact = next((context for context in self.contexts if not context.pending), None)
         if exact is not None and len(self.tables.paths):
             yield from self.spell_paths(P, exact, total.log().item(), z_delta)
-        if len(self.tables.line_ends):
-            P[self.tables.end] = P[self.tables.end] + self.ends_of_lines() / total
-            P[self.tables.end] *= self.has_words
+        if self.line_ends:
+            [end] = self.map.value_tokens[self.map.base_tokenizer.eos_id]
+            P[end] = (P[end] + self.ends_of_lines() / total) * self.has_words
         return P.clamp(min=FLOOR).log()
 
     def mass(self) -> Tensor:
@@ -456,8 +459,9 @@ class Text:
 class Hypotheses(MappedGuided):
     """MappedGuided by hypotheses and spelled paths instead of Eq. (5).
 
-    `sampling` reads more than greedy needs: sampling and scores want the whole distribution. `line_ends` are base tokens at
-    which an answer may end, too. With them it does not end before its first letter or digit.
+    `sampling` reads more than greedy needs: it wants the whole distribution. `line_ends` is for a base asked in qa, where an
+    answer ends at a new line, and yet may have several lines: the mass of base tokens that begin with one counts for both,
+    and z_delta decides. Then nothing ends an answer before its first letter or digit.
     """
 
     def __init__(
@@ -468,17 +472,18 @@ class Hypotheses(MappedGuided):
         alpha: float = 1.0,
         sampling: bool = False,
         ask: Callable[[list[int]], list[int]] | None = None,
-        line_ends: list[int] = (),
+        line_ends: bool = False,
     ):
         super().__init__(base, value, vocab_map, alpha, ask)
-        self.sampling = sampling
-        self.tables = Tables(vocab_map, base, value.vocab_size, line_ends)
+        self.sampling, self.line_ends = sampling, line_ends
+        self.tables = Tables(vocab_map, base, value.vocab_size)
 
     def begin(self, prompts: list[list[int]]) -> None:
         self.base_tokens_read = self.value_tokens_asked = 0
         self.is_new = True
         self.texts = [
-            Text(self.tables, self.map, *self.split(prompt), self.sampling) for prompt in prompts
+            Text(self.tables, self.map, *self.split(prompt), self.sampling, self.line_ends)
+            for prompt in prompts
         ]
         empty = KVCache(self.base, 1, 0)
         nothing = Context([], empty.keys[:, 0], empty.values[:, 0], torch.empty(0))

@@ -27,7 +27,7 @@ from data.tokenizer import load_tokenizer
 from fast.alignment import align_all
 from ivl import ValueModel
 from model import Llama
-from run.bases import FORMS, asking, line_ends, load_base, template_of, with_ends
+from run.bases import FORMS, asking, load_base, template_of, with_ends
 from run.cli import ArgumentParser, non_negative_float, non_negative_int, run_cli
 from run.device import pick_device
 from run.plug import guide_mapped
@@ -91,7 +91,7 @@ def plugged(
     ask = None if form == "value" else asking(vocab_map, template, asked_in, None)
     if row == "pieces":
         vocab_map = with_ends(vocab_map, template)
-    guided = guide_mapped(base, network, vocab_map, ask=ask, lines=line_ends(vocab_map, asked_in))
+    guided = guide_mapped(base, network, vocab_map, ask=ask, line_ends=asked_in == "qa")
     return Speaker(row, guided, values, template, network.info.get("system", ""))
 
 

@@ -108,7 +108,7 @@ def text(results: Results) -> str:
             f"full, {size}": FULL[size],
             f"probe on {size}": PROBE[size],
         }
-    table = metric_table(results, "", rows, ["exact", "ins", "arith"])
+    table = metric_table(results, rows, ["exact", "ins", "arith"])
     return f"""![Figure 2]({PICTURE})
 
 The paper only draws the figure. Its authors' notebooks have the numbers (MT-Bench at 1.1B, 7B and 13B): probe 1.36, 2.49,

@@ -91,7 +91,7 @@ def text(results: Results) -> str:
 All networks were trained on tiny-s. They are tiny-s themselves; in the last two rows they are tiny-m, bigger than their
 base.
 
-{metric_table(results, "", rows, METRICS)}
+{metric_table(results, rows, METRICS)}
 
 The paper only draws the figure. Its authors' notebooks have the numbers (MT-Bench): on 1.1B, where they were trained,
 Cascade+ 3.89, Residual 3.62, Cascade 2.75; transferred to 7B, Residual 4.62, Cascade+ 4.45, Cascade 4.20. On bigger bases

@@ -274,8 +274,11 @@ class Kept:
     def __init__(self, seed: int):
         self.seed, self.home = seed, Path("out") / f"seed{seed}"
         self.folder = self.home / "measured"
-        file = self.folder / "networks.json"
-        self.ledger = read_json(file) if file.is_file() else {}
+        self.file = self.folder / "networks.json"
+        self.ledger = self.read()
+
+    def read(self) -> dict:
+        return read_json(self.file) if self.file.is_file() else {}
 
     def made(self, network: str) -> int | None:
         """When a network was finished, in nanoseconds; None if it is not there."""
@@ -286,15 +289,14 @@ class Kept:
         return network in self.ledger and self.ledger[network]["made"] == self.made(network)
 
     def vouch(self, network: str, core_seconds: float) -> None:
-        file = self.folder / "networks.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):  # two commands may make networks of one seed
-            self.ledger = read_json(file) if file.is_file() else {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.file}.lock"):  # two commands may make networks of one seed
+            self.ledger = self.read()
             self.ledger[network] = {
                 "made": self.made(network),
                 "core_seconds": round(core_seconds, 1),
             }
-            write(file, self.ledger)
+            write(self.file, self.ledger)
 
     def measured(self, system: str) -> dict[str, float] | None:
         """The metrics of a system; None if they are not there, or its networks are newer."""

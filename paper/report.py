@@ -85,9 +85,9 @@ def percent(values: np.ndarray) -> str:
     return f"{100 * values.mean():.1f}{spread}"
 
 
-def metric_table(results: Results, label: str, rows: dict[str, str], metrics: list[str]) -> str:
+def metric_table(results: Results, rows: dict[str, str], metrics: list[str]) -> str:
     """Rows of label -> system, with a column for each metric."""
-    lines = [[label, *(f"`{metric}`" for metric in metrics)]]
+    lines = [["", *(f"`{metric}`" for metric in metrics)]]
     for name, system in rows.items():
         lines.append([name, *(percent(results(system, metric)) for metric in metrics)])
     return table(lines)
@@ -180,7 +180,6 @@ def draw(script: ModuleType, results: Results, folder: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True)
     script.draw(axes, results)
-    folder.mkdir(parents=True, exist_ok=True)
     options = dict(format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
     with replacing(folder / script.PICTURE) as temporary:
         figure.savefig(temporary, **options)

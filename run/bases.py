@@ -120,13 +120,3 @@ def with_ends(vocab_map: VocabMap, value_template: str) -> VocabMap:
     for token in {base.eos_id, base.end_of_turn_id}:
         pieces[token] = (end_token(value, value_template),)
     return replace(vocab_map, value_tokens=pieces)
-
-
-def line_ends(vocab_map: VocabMap, base_template: str | None) -> list[int]:
-    """Base tokens that begin with a new line, if the base is asked in qa.
-
-    An answer in qa ends there, and yet it may have several lines. So they count as both, and z_delta decides.
-    """
-    base = vocab_map.base_tokenizer
-    tokens = range(base.vocab_size) if base_template == "qa" else []
-    return [token for token in tokens if base.token_bytes(token).startswith(b"\n")]

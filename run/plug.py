@@ -19,7 +19,7 @@ from data.tiny_world import TINY_SIZES, World, world_of
 from data.tokenizer import Tokenizer, describe_tokenizer, is_same_family, load_tokenizer
 from ivl import SCHEMES, SumDelta, ValueModel
 from model import Llama
-from run.bases import asking, choose_form, is_foreign, line_ends, load_base, template_of, with_ends
+from run.bases import asking, choose_form, is_foreign, load_base, template_of, with_ends
 from run.device import pick_device
 from run.processes import Alone
 from run.twins import TINY_VOCABULARY, choose_guided
@@ -34,7 +34,7 @@ def find_tiny(name: str, homes: list[Path]) -> Path | None:
     """Where the tiny base of this name is or, if it is in none of `homes`, would be; None for the path of a checkpoint."""
     if name in TINY_SIZES:
         return next((home / name for home in homes if (home / name).is_dir()), homes[-1] / name)
-    if name.startswith("tiny") and not Path(name).exists():
+    if name.startswith(("tiny-", "tiny_")) and not Path(name).exists():
         raise UsageError(f"{name}: no such tiny model; there are {', '.join(TINY_SIZES)}")
     return None
 
@@ -45,10 +45,11 @@ def newest_value(base: str | None) -> Path | None:
     found = [path for path in found if not any(part.endswith(".training") for part in path.parts)]
     if base is None:
         return found[0].parent if found else None
-    tiny = find_tiny(base, [Path("out")]) or load_tokenizer(base).vocab_size <= TINY_VOCABULARY
+    tiny = find_tiny(base, [Path("out")]) is not None
+    tiny = tiny or load_tokenizer(base).vocab_size <= TINY_VOCABULARY
     for path in found:
         size = read_value_info(path.parent, SCHEMES)["tokenizer"]["size"]
-        if (size <= TINY_VOCABULARY) == bool(tiny):
+        if (size <= TINY_VOCABULARY) == tiny:
             return path.parent
     return None
 
@@ -195,7 +196,6 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
             ask = asking(vocab_map, template, alone_template, args.system)
         if vocab_map.how == "pieces":
             vocab_map = with_ends(vocab_map, template)
-        lines = line_ends(vocab_map, asked_in)
     print(
         f"base {base_path}, {describe_guide(args, value_path, own_path, info)}, template {template}"
         + (f", system prompt {system[:60]!r}" if system else "")
@@ -222,7 +222,8 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
     if vocab_map is None:
         guided = kind(base, value, args.alpha, tokenizer.vocab_size)
     else:
-        guided = guide_mapped(base, value, vocab_map, args.alpha, args.temperature > 0, ask, lines)
+        sampling, in_qa = args.temperature > 0, asked_in == "qa"
+        guided = guide_mapped(base, value, vocab_map, args.alpha, sampling, ask, in_qa)
     kind = kind or Guided
     alone = kind(base, readable=base_tokenizer.vocab_size if vocab_map else guided.readable)
 
@@ -448,7 +449,7 @@ def guide_mapped(
     alpha: float = 1.0,
     sampling: bool = False,
     ask: Callable[[list[int]], list[int]] | None = None,
-    lines: list[int] = (),
+    line_ends: bool = False,
 ) -> MappedGuided:
     """By Eq. (5) through maps of the paper's kind; by hypotheses and spelled paths through the one that needs no data."""
     if vocab_map.how != "pieces":
@@ -460,4 +461,4 @@ def guide_mapped(
             "decoding through a map made from the tokenizers alone takes beyond/hypotheses.py, which is not there; "
             "vocab_map.py --how paper makes a map that needs no more than sample.py"
         ) from None
-    return Hypotheses(base, value, vocab_map, alpha, sampling, ask, lines)
+    return Hypotheses(base, value, vocab_map, alpha, sampling, ask, line_ends)

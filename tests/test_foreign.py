@@ -14,7 +14,7 @@ from data.packaged import CONTROL, USER_DEFINED
 from data.tokenizer import JsonTokenizer, TiktokenTokenizer, load_tokenizer
 from ivl import ValueModel
 from model import KVCache, Llama
-from run.bases import asking, line_ends, with_ends
+from run.bases import asking, with_ends
 from sample import Guided, MappedGuided, generate
 from tests.helpers import byte_pairs, inside, random_prompts, refused, small
 from vocab_map import build
@@ -355,10 +355,9 @@ def test_the_bases_end_of_a_text_and_of_a_turn_end_the_value_networks_turn():
     assert P[SHORT.eos_id] <= 2 * FLOOR
 
     # asked in qa, a new line may be the end as well, but not before a letter or a digit
-    in_qa = Hypotheses(
-        base, guided.value, vocab, line_ends=line_ends(vocab, "qa"), ask=lambda prompt: asked
-    )
-    assert line_ends(vocab, "llama-3") == []
+    in_qa = Hypotheses(base, guided.value, vocab, line_ends=True, ask=lambda prompt: asked)
+    assert not guided.line_ends
+    assert sorted(in_qa.tables.line_ends.tolist()) == [said[at] for at in lines]
     asked = LONG.encode("abc", bos=True)
     in_qa.begin([[SHORT.bos_id]])
     empty = in_qa.base_logits(torch.zeros(1, SHORT.vocab_size))[0].exp()
