@@ -187,8 +187,8 @@ The guided base answers each question eight times. A right answer earns 1, and b
 
 {made_on()}
 The networks of this page take about {round(core_minutes(seeds), -1):.0f} core-minutes, besides the bases. s is tiny-s, l tiny-l. "Two forms": `ins` of
-{" and ".join(f'"{form}"' for form in RARE_FORMS)} "Lost": how far `ins` fell, since the first row, of the other form that fell most. [RESULTS.md](RESULTS.md)
-explains metrics and verdicts.
+{" and ".join(f'"{form}"' for form in RARE_FORMS)} "Lost": how far `ins` fell, since the first row, of the other form that fell most.
+[RESULTS.md](RESULTS.md) explains metrics and verdicts.
 
 {section_text(sys.modules[__name__], results, seeds)}
 {section_text(sums, results, seeds)}"""

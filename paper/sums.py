@@ -134,8 +134,9 @@ def text(results: Results) -> str:
 
 Both networks began as copies of the base, and each learnt to turn its whole z_base into an answer. Added up, they do it
 twice, and no weights bring B's sums back without losing the form. Made for A, B learns only what A lacks. The norm costs B
-its skill and does not keep A's form. A few answers in A's form keep that form. They need not be A's data: base and A answer {COUNT} other questions themselves, about people
-whom no demonstration mentions. Six in ten of these answers are wrong, and they keep the form as well."""
+its skill and does not keep A's form. A few answers in A's form do. They need not be A's data: base and A answer {COUNT}
+other questions themselves, about people whom no demonstration mentions. Six in ten of these answers are wrong, and they
+keep the form as well."""
 
 
 def main():
