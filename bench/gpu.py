@@ -122,8 +122,8 @@ def without_paths(output: str) -> str:
         tempfile.gettempdir(): "TMP",
         f"{Path.home()}{os.sep}": f"HOME{os.sep}",  # a home of / is no part of other paths
     }
-    for folder, name in names.items():
-        output = output.replace(folder, name)
+    for folder in sorted(names, key=len, reverse=True):  # the environment may lie in ROOT
+        output = output.replace(folder, names[folder])
     return output
 
 
