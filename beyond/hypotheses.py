@@ -20,6 +20,7 @@ tests/test_mapped.py holds P against brute force over all ways to cut a text.
 """
 
 import copy
+import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
@@ -33,9 +34,12 @@ from sample import MappedGuided
 from vocab_map import Speller, VocabMap
 
 FLOOR = 1e-12  # the least P(v): what the base rules out can still be said if z_delta outbids log(1e-12) = -27.6
-HYPOTHESES = 4  # contexts of one text
-EXPANSIONS = 8  # base tokens read for paths or parts in one step
+# contexts of one text, and as many within a value token: when greedy, and when sampling
+HYPOTHESES = {False: 4, True: 8}
+EXPANSIONS = 8  # base tokens read for paths in one step
+PARTS = {False: 8, True: 32}  # the same for parts
 DESPERATE = 64  # the same where nothing fits
+BYTE = 4.0  # nats that a byte costs, about: a part is read sooner the less it leaves of the text
 # nats below the best within which a hypothesis, and a path, is worth a pass: when greedy, and when sampling
 UNLIKELY = {False: 7.0, True: 10.0}
 MARGIN = {False: 0.0, True: 5.0}
@@ -62,6 +66,7 @@ class Crossing:
     context: Context
     text: bytes  # written since
     since: Tokens  # the value tokens of this text, from where both sides began a token
+    bound: float = -torch.inf  # log of how likely any base token is that its text begins with, or that begins with it
 
 
 Wish = tuple[Context, list[int]]  # a context, and base tokens to read behind it
@@ -120,6 +125,12 @@ class Tables:
             text = b"".join(self.text_of[piece] for piece in pieces)
             self.by_text.setdefault(text, []).append(token)
         self.texts = sorted(self.by_text)
+        self.longest = len(max(self.texts, key=len))
+        self.tokens_by_text = torch.tensor(
+            [token for text in self.texts for token in self.by_text[text]], device=device
+        )  # (n,), in the order of `texts`
+        sizes = [len(self.by_text[text]) for text in self.texts]
+        self.text_starts = [0, *itertools.accumulate(sizes)]  # where each text's tokens begin
         begin_lines = [text for text in self.texts if text.startswith(b"\n")]
         self.line_ends = torch.tensor(
             [token for text in begin_lines for token in self.by_text[text]], device=device
@@ -157,10 +168,11 @@ class Tables:
         said = [value for value in values if self.text_of[value]]
         return self.speller(b"".join(map(self.text_of.__getitem__, said))) == said
 
-    def goes_on(self, text: bytes) -> bool:
-        """Whether a base token begins with these bytes and is longer."""
-        at = bisect_right(self.texts, text)
-        return at < len(self.texts) and self.texts[at].startswith(text)
+    def longer_than(self, text: bytes) -> Tensor:
+        """The base tokens that begin with these bytes and are longer."""
+        first = bisect_right(self.texts, text)
+        behind = bisect_right(self.texts, text + b"\xff" * self.longest)
+        return self.tokens_by_text[self.text_starts[first] : self.text_starts[behind]]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -299,7 +311,8 @@ class Text:
         # the likeliest of both kinds
         scores = [score for score, _ in waiting] + [score for score, _, _ in options]
         scores.sort(reverse=True)
-        least = max(scores[:HYPOTHESES][-1], scores[0] - UNLIKELY[self.sampling]) if scores else 0.0
+        most, unlikely = HYPOTHESES[self.sampling], UNLIKELY[self.sampling]
+        least = max(scores[:most][-1], scores[0] - unlikely) if scores else 0.0
         kept = [(score, context) for score, context in waiting if score >= least]
         wanted = [option for option in options if option[0] >= least]
         pending: Tokens = ()
@@ -319,7 +332,7 @@ class Text:
         top = kept[0][0]
         self.log_scale += top
         self.contexts = [
-            replace(context, weight=context.weight - top) for _, context in kept[:HYPOTHESES]
+            replace(context, weight=context.weight - top) for _, context in kept[:most]
         ]
         self.crossings = [
             replace(each, context=replace(each.context, weight=each.context.weight - top))
@@ -347,23 +360,23 @@ class Text:
         self.crossings, parts = [], []
         for each in behind.values():
             each = Crossing(each.context, each.text + text, (*each.since, value))
-            goes_on = bool(text) and tables.goes_on(each.text)
-            if goes_on:
-                self.crossings.append(each)
-            if (nothing_fits or not goes_on) and tables.is_own_cut(each.since):
-                parts += self.first_parts(each, taken)
+            its_parts = self.first_parts(each, taken) if tables.is_own_cut(each.since) else []
+            goes_on = self.keep(each, its_parts)
+            if nothing_fits or not goes_on:
+                parts += its_parts
         count, later = 0, []
-        while parts and count < (DESPERATE if best == -torch.inf else EXPANSIONS):
-            part = max(parts, key=lambda each: each[0])
+        limit = DESPERATE if nothing_fits else PARTS[self.sampling]
+        while parts:
+            part = max(parts, key=lambda each: each[0] - BYTE * len(each[3]))
             parts.remove(part)
             score, token, crossing, rest = part
             if score < best - unlikely:
-                break
+                continue
             if not rest and text:  # it fits, and is read with what else does
                 options.append((score, crossing.context, [token]))
                 best = max(best, score)
                 continue
-            if score <= best:
+            if score <= best or count == limit:
                 later.append(part)
                 continue
             context = read.get((*crossing.context.tokens, token))
@@ -372,34 +385,44 @@ class Text:
                 count += 1
             crossing = Crossing(replace(context, weight=score, pending=()), rest, crossing.since)
             if rest:
-                if text and tables.goes_on(rest):
-                    self.crossings.append(crossing)
-                parts += self.first_parts(crossing, taken)
+                its_parts = self.first_parts(crossing, taken)
+                self.keep(crossing, its_parts)
+                parts += its_parts
             else:
                 options += self.whole_tokens(crossing.context, value)
                 best = max(best, *(each[0] for each in options))
-        later += [part for part in parts if part[0] >= best - unlikely]  # that were not read
         # what is not worth a pass yet, but may be when the text is longer
         known = {tuple(each.context.tokens) for each in self.crossings}
-        for _, _, crossing, rest in later:
-            if text and tables.goes_on(rest) and tuple(crossing.context.tokens) not in known:
+        for score, _, crossing, rest in later:
+            if text and len(tables.longer_than(rest)) and tuple(crossing.context.tokens) not in known:
                 known.add(tuple(crossing.context.tokens))
-                self.crossings.append(crossing)
-        self.crossings.sort(key=lambda each: -each.context.weight)
-        del self.crossings[HYPOTHESES:]
+                self.crossings.append(replace(crossing, bound=score))
+        self.crossings = [each for each in self.crossings if each.bound >= best - unlikely]
+        self.crossings.sort(key=lambda each: -each.bound)
+        del self.crossings[HYPOTHESES[self.sampling] :]
         return count
+
+    def keep(self, crossing: Crossing, parts: list) -> bool:
+        """Keep a crossing if base tokens go on behind its text; whether they do. It may also be cut into parts later."""
+        longer = self.tables.longer_than(crossing.text)
+        if not len(longer) or not self.tables.text_of[crossing.since[-1]]:  # none goes on beyond a special token
+            return False
+        scores = crossing.context.log_p[longer] + crossing.context.weight
+        ways = torch.cat([scores, scores.new_tensor([score for score, *_ in parts])])
+        self.crossings.append(replace(crossing, bound=ways.logsumexp(0).item()))
+        return True
 
     def first_parts(
         self, crossing: Crossing, taken: set
     ) -> list[tuple[float, int, Crossing, bytes]]:
         """Base tokens that a text begins with: how likely at best, behind what, and what is then left of it."""
-        parts, context, text = [], crossing.context, crossing.text
+        context, text, found = crossing.context, crossing.text, []
         for end in range(1, len(text) + 1):
             for token in self.tables.by_text.get(text[:end], []):
                 if (*context.tokens, token) not in taken:
-                    score = (context.log_p[token] + context.weight).item()
-                    parts.append((score, token, crossing, text[end:]))
-        return parts
+                    found.append((token, text[end:]))
+        scores = context.log_p[[token for token, _ in found]] + context.weight
+        return [(score, token, crossing, rest) for score, (token, rest) in zip(scores.tolist(), found)]
 
     def weights(self, context: Context, pending: Tokens) -> tuple[slice, Tensor, Tensor]:
         """Base tokens that begin with these pieces: where, how likely, and whether they are longer."""
@@ -429,7 +452,8 @@ class Text:
     def rest_of_path(self, value: int) -> tuple[float, Context, list[int]]:
         """The path of a value token that was spelled out, behind what of it has been read."""
         path = self.tables.path_of[value]
-        read = max((prefix for prefix in self.found if prefix == path[: len(prefix)]), key=len)
+        begins = [prefix for prefix in self.found if prefix == path[: len(prefix)] != path]
+        read = max(begins, key=len)  # all of it may have been read, for a longer path
         return self.path_weight[value], self.found[read], list(path[len(read) :])
 
     def read_again(self) -> tuple[Context, list[int], Tokens]:

@@ -125,9 +125,10 @@ def all_ways(base: Llama, vocab: VocabMap, prompt: list[int], text: bytes) -> di
 @pytest.mark.parametrize("text", ["", "a", "ab", "abc", "abcab", "abcabc", " abca"])
 def test_the_mass_of_hypotheses_is_brute_force(text, monkeypatch):
     """With as many hypotheses as there are, no paths and no ends that cross, P is exact: all the base's ways to cut the text."""
-    monkeypatch.setattr(hypotheses, "HYPOTHESES", 100)
+    monkeypatch.setattr(hypotheses, "HYPOTHESES", {False: 100, True: 100})
     monkeypatch.setattr(hypotheses, "UNLIKELY", {False: 1000.0, True: 1000.0})
     monkeypatch.setattr(hypotheses, "EXPANSIONS", 0)
+    monkeypatch.setattr(hypotheses, "PARTS", {False: 0, True: 0})
     vocab = build(LONG, SHORT)
     vocab.base_tokens = []
     for base in bases(LONG):
@@ -415,6 +416,7 @@ CROSSED = TiktokenTokenizer(byte_pairs(b"ab", b"abc", b"de", b" a", b"  "))
 CROSSING = TiktokenTokenizer(byte_pairs(b"ab", b"de", b"cde", b" a"))
 ODD = TiktokenTokenizer(byte_pairs(b"bc", b"de"))
 EVEN = TiktokenTokenizer(byte_pairs(b"ab", b"cd", b"ef"))
+BYTES = TiktokenTokenizer(byte_pairs())
 
 
 class Told(Hypotheses):
@@ -450,13 +452,13 @@ def both_ways(text: str, base=CROSSED, value=CROSSING) -> tuple[float, float, in
 
 @torch.no_grad()
 @pytest.mark.parametrize("is_generous", [False, True])
-@pytest.mark.parametrize("pair", ["LONG SHORT", "SHORT LONG", "CROSSED CROSSING", "ODD EVEN"])
+@pytest.mark.parametrize("pair", ["LONG SHORT", "SHORT LONG", "CROSSED CROSSING", "ODD EVEN", "BYTES LONG"])
 def test_no_way_to_cut_a_text_counts_twice(pair, is_generous, monkeypatch):
     """Each hypothesis weighs what the base says of its tokens, and all together no more than all ways there are."""
     if is_generous:
-        unlikely = dict.fromkeys([False, True], 1000.0)
-        for name, much in (("HYPOTHESES", 100), ("UNLIKELY", unlikely), ("EXPANSIONS", 100)):
-            monkeypatch.setattr(hypotheses, name, much)
+        monkeypatch.setattr(hypotheses, "EXPANSIONS", 100)
+        for name in ("HYPOTHESES", "PARTS", "UNLIKELY"):
+            monkeypatch.setattr(hypotheses, name, {False: 1000, True: 1000})
     base_tokenizer, value_tokenizer = [globals()[name] for name in pair.split()]
     vocab, rng = build(base_tokenizer, value_tokenizer), random.Random(0)
     prompt = base_tokenizer.encode("xyz", bos=True)
@@ -465,7 +467,11 @@ def test_no_way_to_cut_a_text_counts_twice(pair, is_generous, monkeypatch):
             mapped = mapped_by(vocab, base)
             mapped.begin([value_tokenizer.encode("xyz", bos=True)])
             for value in value_tokenizer.encode(text):
-                mapped.base_logits(40.0 * torch.eye(value_tokenizer.vocab_size)[value][None])
+                wanted = value_tokenizer.token_bytes(value)
+                z_delta = [
+                    40.0 * len(text) * text.startswith(wanted) for text in mapped.tables.text_of
+                ]
+                mapped.base_logits(torch.tensor([z_delta]))
                 mapped.push([value])
             found, ways = mapped.texts[0], all_ways(base, vocab, prompt, text.encode())
             tokens = [tuple(context.tokens[len(prompt) :]) for context in found.contexts]
@@ -485,7 +491,7 @@ def test_a_text_is_as_likely_through_the_map_where_ends_cross(text, monkeypatch)
     assert [CROSSED.token_bytes(id) for id in CROSSED.encode("abcde")] == [b"abc", b"de"]
     found, own, count = both_ways(text)
     assert abs(found - own) < 1e-3 * count
-    monkeypatch.setattr(hypotheses, "EXPANSIONS", 0)
+    monkeypatch.setattr(hypotheses, "PARTS", {False: 0, True: 0})
     monkeypatch.setattr(hypotheses, "DESPERATE", 0)
     assert not both_ways(text)[0] > own - 5
 
