@@ -35,6 +35,8 @@ class Guided:
     After a step, z_base (B, T, Vb) and z_delta (B, T, Vv) are what z_post was made of.
     """
 
+    sampling = False  # whether all probabilities are wanted, or only which is the largest
+
     def __init__(
         self,
         base: Llama,
@@ -232,6 +234,7 @@ def generate(
     outputs: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))  # which prompt each row of the batch belongs to
     ended = [False] * len(prompts)
+    guided.sampling = temperature > 0
     tokens = guided.start(prompts, max_new_tokens)  # (B, 1)
     for index in range(max_new_tokens):
         # one token for every row
@@ -271,6 +274,7 @@ def score(
     if not all(context and continuation for context, continuation in pairs):
         raise ValueError("score needs at least one token in each context and in each continuation")
     results = []
+    guided.sampling = True
     for first in range(0, len(pairs), batch_size):
         batch = pairs[first : first + batch_size]
         # each context once, then a row for each pair

@@ -4,8 +4,7 @@
     python vocab_map.py --base-tokenizer A --value-tokenizer B --out M --how paper --texts FILE
 
 1. Algorithm 1 (Appendix B): in texts tokenised twice, count which base tokens stand where which
-value
-   tokens stand.
+   value tokens stand.
 2. Eq. (5), a map's file, and the base's tokens for a text in value tokens.
 3. The map that needs no data: which value tokens a base token's own bytes fall into.
 """
@@ -189,8 +188,7 @@ def normalise(pairs: np.ndarray, counts: np.ndarray, Vb: int, Vv: int) -> np.nda
     low, high = np.full(Vv, np.inf), np.full(Vv, -np.inf)
     np.minimum.at(low, columns, centred)
     np.maximum.at(high, columns, centred)
-    # Empty cells of C are left as 0, as in the authors' code, so a column that has one has a 0 in
-    # it.
+    # Empty cells of C are left as 0, as in the authors' code: a column that has one has a 0 in it.
     has_empty = np.bincount(columns, minlength=Vv) < Vb
     low[has_empty] = np.minimum(low[has_empty], 0.0)
     high[has_empty] = np.maximum(high[has_empty], 0.0)

@@ -66,7 +66,8 @@ class Crossing:
     context: Context
     text: bytes  # written since
     since: Tokens  # the value tokens of this text, from where both sides began a token
-    bound: float = -torch.inf  # log of how likely any base token is that its text begins with, or that begins with it
+    # log of how likely any base token is that its text begins with, or that begins with it
+    bound: float = -torch.inf
 
 
 Wish = tuple[Context, list[int]]  # a context, and base tokens to read behind it
@@ -394,8 +395,9 @@ class Text:
         # what is not worth a pass yet, but may be when the text is longer
         known = {tuple(each.context.tokens) for each in self.crossings}
         for score, _, crossing, rest in later:
-            if text and len(tables.longer_than(rest)) and tuple(crossing.context.tokens) not in known:
-                known.add(tuple(crossing.context.tokens))
+            tokens, longer = tuple(crossing.context.tokens), tables.longer_than(rest)
+            if text and len(longer) and tokens not in known:
+                known.add(tokens)
                 self.crossings.append(replace(crossing, bound=score))
         self.crossings = [each for each in self.crossings if each.bound >= best - unlikely]
         self.crossings.sort(key=lambda each: -each.bound)
@@ -405,7 +407,10 @@ class Text:
     def keep(self, crossing: Crossing, parts: list) -> bool:
         """Keep a crossing if base tokens go on behind its text; whether they do. It may also be cut into parts later."""
         longer = self.tables.longer_than(crossing.text)
-        if not len(longer) or not self.tables.text_of[crossing.since[-1]]:  # none goes on beyond a special token
+        is_special = not self.tables.text_of[
+            crossing.since[-1]
+        ]  # beyond which no base token goes on
+        if is_special or not len(longer):
             return False
         scores = crossing.context.log_p[longer] + crossing.context.weight
         ways = torch.cat([scores, scores.new_tensor([score for score, *_ in parts])])
@@ -422,7 +427,8 @@ class Text:
                 if (*context.tokens, token) not in taken:
                     found.append((token, text[end:]))
         scores = context.log_p[[token for token, _ in found]] + context.weight
-        return [(score, token, crossing, rest) for score, (token, rest) in zip(scores.tolist(), found)]
+        both = zip(scores.tolist(), found)
+        return [(score, token, crossing, rest) for score, (token, rest) in both]
 
     def weights(self, context: Context, pending: Tokens) -> tuple[slice, Tensor, Tensor]:
         """Base tokens that begin with these pieces: where, how likely, and whether they are longer."""
@@ -483,9 +489,9 @@ class Text:
 class Hypotheses(MappedGuided):
     """MappedGuided by hypotheses and spelled paths instead of Eq. (5).
 
-    `sampling` reads more than greedy needs: it wants the whole distribution. `line_ends` is for a base asked in qa, where an
-    answer ends at a new line, and yet may have several lines: the mass of base tokens that begin with one counts for both,
-    and z_delta decides. Then nothing ends an answer before its first letter or digit.
+    With `sampling` it reads more than greedy needs. `line_ends` is for a base asked in qa, where an answer ends at a new
+    line, and yet may have several lines: the mass of base tokens that begin with one counts for both, and z_delta decides.
+    Then nothing ends an answer before its first letter or digit.
     """
 
     def __init__(
@@ -494,12 +500,11 @@ class Hypotheses(MappedGuided):
         value: ValueModel,
         vocab_map: VocabMap,
         alpha: float = 1.0,
-        sampling: bool = False,
         ask: Callable[[list[int]], list[int]] | None = None,
         line_ends: bool = False,
     ):
         super().__init__(base, value, vocab_map, alpha, ask)
-        self.sampling, self.line_ends = sampling, line_ends
+        self.line_ends = line_ends
         self.tables = Tables(vocab_map, base, value.vocab_size)
 
     def begin(self, prompts: list[list[int]]) -> None:

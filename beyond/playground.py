@@ -160,8 +160,6 @@ class Playground:
         plugged = self.load(asked.base)
         speaker, guided, tokenizer = plugged.guided, plugged.guided.guided, plugged.guided.tokenizer
         guided.alpha = asked.alpha
-        if hasattr(guided, "sampling"):  # beyond/hypotheses.py reads more paths than greedy needs
-            guided.sampling = asked.temperature > 0
         args = Namespace(**vars(self.args) | {"temperature": asked.temperature, "seed": asked.seed})
         turns = [("user", asked.question)]
         # the prompt, and behind it the tokens to go on from

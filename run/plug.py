@@ -222,8 +222,7 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
     if vocab_map is None:
         guided = kind(base, value, args.alpha, tokenizer.vocab_size)
     else:
-        sampling, in_qa = args.temperature > 0, asked_in == "qa"
-        guided = guide_mapped(base, value, vocab_map, args.alpha, sampling, ask, in_qa)
+        guided = guide_mapped(base, value, vocab_map, args.alpha, ask, asked_in == "qa")
     kind = kind or Guided
     alone = kind(base, readable=base_tokenizer.vocab_size if vocab_map else guided.readable)
 
@@ -447,7 +446,6 @@ def guide_mapped(
     value: ValueModel,
     vocab_map: VocabMap,
     alpha: float = 1.0,
-    sampling: bool = False,
     ask: Callable[[list[int]], list[int]] | None = None,
     line_ends: bool = False,
 ) -> MappedGuided:
@@ -461,4 +459,4 @@ def guide_mapped(
             "decoding through a map made from the tokenizers alone takes beyond/hypotheses.py, which is not there; "
             "vocab_map.py --how paper makes a map that needs no more than sample.py"
         ) from None
-    return Hypotheses(base, value, vocab_map, alpha, sampling, ask, line_ends)
+    return Hypotheses(base, value, vocab_map, alpha, ask, line_ends)

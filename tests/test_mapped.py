@@ -54,12 +54,10 @@ def mapped_by(
     vocab: VocabMap, base: Llama, sampling: bool = False, kind: type[Hypotheses] = Hypotheses
 ) -> Hypotheses:
     """A base behind a map; the value network is not asked."""
-    return kind(
-        base,
-        ValueModel(small(vocab_size=vocab.value_tokenizer.vocab_size)),
-        vocab,
-        sampling=sampling,
-    )
+    value = ValueModel(small(vocab_size=vocab.value_tokenizer.vocab_size))
+    mapped = kind(base, value, vocab)
+    mapped.sampling = sampling
+    return mapped
 
 
 def brute_force(
@@ -228,7 +226,7 @@ def test_a_map_between_a_tokenizer_and_itself_is_no_map(tokenizer, temperature):
     base.register_forward_hook(
         lambda _, inputs, z: z.index_fill(-1, torch.tensor(silent), -torch.inf) if silent else z
     )
-    mapped = Hypotheses(base, value, build(tokenizer, tokenizer), sampling=temperature > 0)
+    mapped = Hypotheses(base, value, build(tokenizer, tokenizer))
     value.register_forward_hook(
         lambda _, inputs, z: z.index_fill(-1, torch.tensor(silent), -99.0) if silent else z
     )
@@ -251,9 +249,7 @@ def test_batched_is_single_and_any_text_comes_through(how, base_tokenizer, value
     vocab = build(base_tokenizer, value_tokenizer, how, ["abcab ca abca", "é 漢字 abc"])
     for temperature in (0.0, 1.0):
         guided = (
-            Hypotheses(base, value, vocab, sampling=temperature > 0)
-            if how == "pieces"
-            else MappedGuided(base, value, vocab)
+            Hypotheses(base, value, vocab) if how == "pieces" else MappedGuided(base, value, vocab)
         )
         options = dict(max_new_tokens=12, temperature=temperature, stop_ids=set())
         together = generate(guided, prompts, **options)
@@ -452,7 +448,9 @@ def both_ways(text: str, base=CROSSED, value=CROSSING) -> tuple[float, float, in
 
 @torch.no_grad()
 @pytest.mark.parametrize("is_generous", [False, True])
-@pytest.mark.parametrize("pair", ["LONG SHORT", "SHORT LONG", "CROSSED CROSSING", "ODD EVEN", "BYTES LONG"])
+@pytest.mark.parametrize(
+    "pair", ["LONG SHORT", "SHORT LONG", "CROSSED CROSSING", "ODD EVEN", "BYTES LONG"]
+)
 def test_no_way_to_cut_a_text_counts_twice(pair, is_generous, monkeypatch):
     """Each hypothesis weighs what the base says of its tokens, and all together no more than all ways there are."""
     if is_generous:
