@@ -2,7 +2,7 @@
 
     python -m bench.storm --base out/smollm2-135m --value V
 
-500 questions come at random times within --seconds, and then 500 more. Of these 15% are cancelled, 10% are too long, and one
+500 questions come at random times within --seconds, three times over. Of these 15% are cancelled, 10% are too long, and one
 is no JSON. Answers are compared with those of generate. aiohttp and psutil come with vLLM.
 """
 
@@ -70,8 +70,8 @@ async def storm(address: str, server, asked: dict[str, str], args) -> None:
     limits = dict(timeout=aiohttp.ClientTimeout(None), connector=aiohttp.TCPConnector(limit=0))
     async with aiohttp.ClientSession(address, **limits) as session:
         sizes = []
-        # vLLM's space for keys and values is taken as it is first used, so memory is compared after two storms
-        for _ in range(2):
+        # vLLM's space for keys and values is taken as it is first used: the last two are compared
+        for _ in range(3):
             requests = [
                 one(session, rng.uniform(0, args.seconds), kind, *rng.choice(list(asked.items())))
                 for kind in kinds
@@ -87,10 +87,8 @@ async def storm(address: str, server, asked: dict[str, str], args) -> None:
         line for line in lines if line.startswith(("vllm:num_requests_r", "vllm:num_requests_w"))
     ]
     print(f"left in the server: {sum(float(line.split()[-1]) for line in left):g}")
-    before, after = sizes
-    print(
-        f"memory: {before:.0f} MB after the first, {after:.0f} MB after the second, {after / before - 1:+.1%}"
-    )
+    print(f"memory after each: {', '.join(f'{size:.0f} MB' for size in sizes)}")
+    print(f"after the last, against the one before: {sizes[-1] / sizes[-2] - 1:+.1%}")
 
 
 def wait_until_ready(address: str, server: subprocess.Popen) -> None:

@@ -12,7 +12,8 @@ ways it has never seen (sample.py, MappedGuided). Here the base's probabilities 
 * A value token may be several base tokens long, a path. No mass would ever reach it, so its path is
   spelled out, base token by base token, wherever z_delta leaves it a chance to win.
 * Their ends may cross, as in "There" + "se" and "Ther" + "ese". A context that no base token fits any more
-  is read on by parts of what is pending, those first that may yet be likelier than all other contexts.
+  is read on by parts of what is pending, long and likely parts first, while they may yet be likelier
+  than all other contexts.
 
 Each text is decoded by itself, in `Text.log_p` and `Text.push`, as if it were alone: generators that YIELD
 what they want the base to read. `together` gathers the wishes of all texts into one base pass.

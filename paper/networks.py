@@ -67,8 +67,10 @@ FORMS, SUMS, ON_TOP = "value-forms-tiny-s", "value-sums-tiny-s", "value-sums-on-
 SHOWN = {percent: f"{ON_TOP}-shown-{percent}" for percent in (1, 5, 20)}
 QUIET = {l1: f"{ON_TOP}-l1-{l1:g}" for l1 in (0.3, 1.0, 3.0)}  # with the norm, and sums alone
 ALL_ON_TOP, OWN_ON_TOP = f"{ON_TOP}-shown-all", f"{ON_TOP}-own"
+SECOND, THIRD = "value-sums-on-none-own", "value-rare-on-two-own"  # on NEVER, and on both
 OWN_ANSWERS = ("-m", "paper.own_answers")
 RARE_FORMS = ("Be polite.", "Begin with a dash.")
+OTHER_FORMS = tuple(form for form in tiny_world.FORMS if form not in RARE_FORMS)
 FEW = 40  # demonstrations of the rare forms
 
 
@@ -101,6 +103,14 @@ def sums_and(world: World, percent: int) -> list[dict]:
         forms, len(forms) * percent // 100
     )
     return sums + kept
+
+
+def is_rare(record: dict) -> bool:
+    return asks(record, *RARE_FORMS)
+
+
+def is_other_sum(record: dict) -> bool:
+    return is_sum(record) and not is_rare(record)
 
 
 def questions(world: World, rare: float, sums: float = 0.0, count: int = 2000) -> list[dict]:
@@ -136,6 +146,22 @@ def on_top(name: str, data: str, more: str = "") -> Network:
     """A value network that is made for the one of forms."""
     flags = f"{ON_DATA} {{home}}/{data}.jsonl --with {{home}}/{FORMS} {more}"
     return Network(f"{flags} --out {{home}}/{name}", (FORMS,), 33)
+
+
+# What paper/own_answers.py writes: which demonstrations, and in which forms and with how many sums
+# the others ask that base and value networks answer themselves.
+OWN = {
+    "sums-own": (is_sum, tiny_world.FORMS, 0.0),
+    "sums-own-other": (is_other_sum, OTHER_FORMS, 0.0),
+    "rare-own": (is_rare, OTHER_FORMS, 0.2),
+}
+
+
+def with_own_answers(name: str, data: str, *guides: str) -> Network:
+    """A value network made for others, of whose data it is shown none."""
+    plugged = " ".join(f"{{home}}/{guide}" for guide in guides)
+    flags = f"{ON_DATA} {{home}}/{data}.jsonl --out {{home}}/{name} --with {plugged}"
+    return Network(flags, guides, 40, OWN_ANSWERS)
 
 
 ON_S = "--base tiny-s --value --no-full"
@@ -215,7 +241,9 @@ NETWORKS = {  # bases first, since the others wait for them
     ALL_ON_TOP: Network(
         f"{ON_S} --with {{home}}/{FORMS} --out {{home}}/{ALL_ON_TOP}", (FORMS,), 33
     ),
-    OWN_ON_TOP: Network(on_top(OWN_ON_TOP, "sums-own").flags, (FORMS,), 40, OWN_ANSWERS),
+    OWN_ON_TOP: with_own_answers(OWN_ON_TOP, "sums-own", FORMS),
+    SECOND: with_own_answers(SECOND, "sums-own-other", NEVER),
+    THIRD: with_own_answers(THIRD, "rare-own", NEVER, SECOND),
     **{
         f"value-probe-{base}": Network(f"--base {base} --value --no-full --scheme probe", (base,))
         for base in (S, M, L)

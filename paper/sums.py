@@ -13,11 +13,14 @@ import numpy as np
 from paper.networks import (
     ALL_ON_TOP,
     FORMS,
+    NEVER,
     ON_TOP,
     OWN_ON_TOP,
     QUIET,
+    SECOND,
     SHOWN,
     SUMS,
+    THIRD,
     VALUE,
     L,
     S,
@@ -52,6 +55,9 @@ VALUES = {
     **{f"also shown {share}% of A's data": f"{FORMS} + {name}" for share, name in SHOWN.items()},
     "also shown what base + A answers about others": f"{FORMS} + {OWN_ON_TOP}",
     "made for A, all demonstrations": f"{FORMS} + {ALL_ON_TOP}",
+    "four forms": NEVER,
+    "four forms + sums": f"{NEVER} + {SECOND}",
+    "four forms + sums + two forms": f"{NEVER} + {SECOND} + {THIRD}",
     "one network, all demonstrations": VALUE,
 }
 SYSTEMS = [f"{base} + {value}" for base in BASES for value in VALUES.values()]
@@ -116,6 +122,18 @@ CLAIMS = [
     ),
     Claim(
         OURS,
+        "A third network adds two forms: both together come within .05 of one network.",
+        "`ins` on tiny-s, three networks less one from all demonstrations, plus 5",
+        between(f"{S} + {NEVER} + {SECOND} + {THIRD}", f"{S} + {VALUE}", "ins", 0.05),
+    ),
+    Claim(
+        OURS,
+        "And keeps the second's skill.",
+        "`arith` on tiny-s, three networks less the first two, plus 5",
+        between(f"{S} + {NEVER} + {SECOND} + {THIRD}", f"{S} + {NEVER} + {SECOND}", "arith", 0.05),
+    ),
+    Claim(
+        OURS,
         "Two networks learn sums better than one.",
         "`arith` on tiny-s from all demonstrations, two less one",
         between(on(S, ALL_ON_TOP), f"{S} + {VALUE}", "arith"),
@@ -136,7 +154,8 @@ Both networks began as copies of the base, and each learnt to turn its whole z_b
 twice, and no weights bring B's sums back without losing the form. Made for A, B learns only what A lacks. The norm costs B
 its skill and does not keep A's form. A few answers in A's form do. They need not be A's data: base and A answer {COUNT}
 other questions themselves, about people whom no demonstration mentions. Six in ten of these answers are wrong, and they
-keep the form as well."""
+keep the form as well. "Four forms" learnt all demonstrations but those of the two forms. On top of it come sums, and on top
+of both the two forms, each time with such answers. A third network works as the second did."""
 
 
 def main():

@@ -336,7 +336,7 @@ def test_every_section_can_be_written_from_its_own_systems(seeds, tmp_path, monk
     )
     assert len(NETWORKS) - len(
         of_the_paper
-    ) == 24 and f"in {seeds * len(of_the_paper)} core-minutes" in document(results, seeds)
+    ) == 26 and f"in {seeds * len(of_the_paper)} core-minutes" in document(results, seeds)
 
 
 def test_the_norms_table_counts_supervised_positions_as_training_does(
