@@ -380,7 +380,7 @@ def train_value(job: Job) -> None:
     if job.settings.plugged:  # value networks that guide the bases already
         plugged = [load_frozen(job, path) for path in job.settings.plugged]
         bases = {path: PluggedBase(base, plugged) for path, base in bases.items()}
-    # It starts as a copy of the first base, if none is named. So z_post = 2 z_base, and the first
+    # It starts as a copy of the first base, or as --value says. So z_post = 2 z_base, and the first
     # loss is worse than the base's own: 5.2 nats a token, and 3.2 (tiny-s, seed 0). With a head of
     # zeros, z_delta = 0, it starts at 3.2 and ends worse: exact .34, and .44 from a copy.
     network = ValueModel(first_weights(job), job.info)

@@ -179,7 +179,7 @@ def arguments() -> argparse.Namespace:
     add_device(parser)
     add_twins(parser)
     # what train.py has flags for, and a job asks for
-    parser.set_defaults(job="continue", teacher="", value=None, dtype=None)
+    parser.set_defaults(job="continue", teacher="", value=None, plugged=[], data=None, dtype=None)
     parser.set_defaults(gradient_checkpointing=False, shard=False, save_every=200)
     args = parser.parse_args()
     args.out = None if args.out is None else with_a_name(args.out)

@@ -31,6 +31,8 @@ class ArgumentParser(argparse.ArgumentParser):
             flag = argument if argument.startswith("-") else flag
             if not is_unicode(argument):
                 self.error(f"{flag} is not UTF-8")
+            if not argument and flag not in ("--prompt", "--system"):
+                self.error(f"{flag} is empty")
         return super().parse_args(*arguments, **options)
 
     def error(self, message):

@@ -22,7 +22,7 @@ from data.chat import (
 )
 from data.checkpoint import digest_checkpoint, name_of, read_value_info
 from data.errors import UsageError
-from data.files import digest
+from data.files import digest, hub_hint
 from data.questions import QuestionDataset, question_batches
 from data.tiny_world import TEMPLATE, TINY_SIZES, World, print_metrics, world_of
 from data.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
@@ -75,6 +75,19 @@ def complete(args, processes: Alone) -> None:
     args.begun, args.costs = 0, training_costs(args)
 
 
+def refuse_missing(args) -> None:
+    """UsageError, before anything is trained, for what is named and is not there."""
+    made = [full_folder(args).resolve()] if compares_with_full(args) else []
+    named = ("base", args.base), ("value", [args.value]), ("teacher", [args.teacher])
+    for flag, names in (*named, ("with", args.plugged)):
+        for name in filter(None, names):
+            is_tiny = is_scratch(name) or find_tiny(name, [args.home]) is not None
+            if not is_tiny and Path(name).resolve() not in made and not Path(name).is_dir():
+                raise UsageError(f"--{flag} {name}: no such folder{hub_hint(Path(name))}")
+    if args.data not in (None, "capitals") and not Path(args.data).exists():
+        raise UsageError(f"--data {args.data}: no such file")
+
+
 def folder_of(name: str, args) -> Path:
     """Where a network is: a tiny one under out/seedN, any other at its path."""
     return find_tiny(name, [args.home]) or with_a_name(name)
@@ -95,13 +108,17 @@ def bases_to_pretrain(args) -> list[tuple[str, Path]]:
         return [(name, args.out or args.home / name) for name in args.base]
     names = dict.fromkeys([*args.base, args.teacher, args.value])  # each once
     needed = [(name, args.home / name) for name in names if name in TINY_SIZES]
-    return [(name, path) for name, path in needed if not is_finished(path)]
+    missing = [(name, path) for name, path in needed if not is_finished(path)]
+    if missing or compares_with_full(args):
+        refuse_missing(args)
+    return missing
 
 
 def compares_with_full(args) -> bool:
     """Whether a value network's table has full fine-tuning in it."""
-    is_usual = not args.data and not args.no_full and args.loss not in ("pairwise", "reward")
-    return args.job == "value" and is_usual
+    if args.job != "value" or args.data or args.no_full:
+        return False
+    return args.loss not in ("pairwise", "reward")
 
 
 def training_costs(args) -> list[float]:
@@ -358,8 +375,8 @@ def read_plugged(path: Path, scheme: str, template: str | None) -> tuple[str, st
     info = read_value_info(path, SCHEMES)
     if scheme != "residual" or info["scheme"] != "residual":
         raise UsageError(
-            f"--with {path}: only residual value networks can be added; this is a {info['scheme']}, and "
-            f"a {scheme} is trained"
+            f"--with {path}: only residual value networks can be added; its scheme is {info['scheme']}, and "
+            f"that of the new one {scheme}"
         )
     if template not in (None, info["template"]):
         raise UsageError(

@@ -253,7 +253,8 @@ def test_the_main_job_says_which_network_it_trains_how_long_it_takes_and_what_is
 def test_what_is_finished_is_not_counted(tmp_path, home):
     """The networks of a command, by what they cost."""
     given = dict(job="value", base=["tiny-s"], value="", teacher="", data=None, no_full=False)
-    args = SimpleNamespace(**given, loss="ce", home=tmp_path, bases=[Path("tiny-s")], out=None)
+    given |= dict(loss="ce", plugged=[], home=tmp_path, bases=[Path("tiny-s")], out=None)
+    args = SimpleNamespace(**given)
     assert len(training_costs(args)) == 3
     args.base = ["tiny-s", "tiny-m"]
     assert training_costs(args)[:2] == [TINY_SIZES["tiny-s"][1], TINY_SIZES["tiny-m"][1]]
@@ -263,6 +264,22 @@ def test_what_is_finished_is_not_counted(tmp_path, home):
     assert len(training_costs(args)) == 2
     args.job, args.base = "pretrain", ["tiny-s"]
     assert training_costs(args) == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--with nowhere", "--loss kl --teacher nowhere", "--data nowhere", "--value nowhere"],
+)
+def test_a_name_of_nothing_is_refused_before_a_base_is_pretrained(flags, tmp_path):
+    command = "train.py --base --value" if "--value" not in flags else "train.py --base"
+    message = refused(tmp_path, f"{command} {flags}")
+    assert re.search(r"--\w+ nowhere: no such (folder|file)", message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_argument_is_named(tmp_path):
+    for flag in ("--base", "--data", "--out"):
+        assert f"{flag} is empty" in refused(tmp_path, "train.py", "--value", flag, "")
 
 
 def test_a_log_has_each_step_once_also_of_a_resumed_run_and_is_drawn(home, tmp_path, monkeypatch):

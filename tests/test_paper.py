@@ -106,6 +106,7 @@ def test_every_command_trains_the_network_that_it_is_kept_as(name, tmp_path, mon
     made = []
     monkeypatch.setattr(jobs, "pretraining", recording(made, 2))
     monkeypatch.setattr(jobs, "post_training", recording(made, 5))
+    monkeypatch.setattr(jobs, "refuse_missing", lambda args: None)
     monkeypatch.setattr(continued, "pretraining", recording(made, 2))
     monkeypatch.setattr(continued, "check_start", lambda start: (None, None))
     command = command_of(name, Path("out/seed0"))

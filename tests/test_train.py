@@ -768,7 +768,7 @@ def test_bad_input_to_sample(home, checkpoint, tmp_path):
         "tiny-x: no such tiny model": f"--value {value} --base tiny-x".split(),
         "tiny-z: no such tiny model": ["--base", "tiny-z"],
         "unrecognized arguments: --speculat 4": ["--speculat", "4"],
-        "no ivl.json, so": ["--value", ""],
+        "--value is empty": ["--value", ""],
         "not allowed with argument --chat": f"--value {value} --chat --prompt hi".split(),
         "--fast: a captured step": ["--value", value, "--fast"],
         "--compile: a captured step": ["--value", value, "--compile"],
