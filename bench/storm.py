@@ -2,7 +2,7 @@
 
     python -m bench.storm --base out/smollm2-135m --value V
 
-500 questions come at random times within --seconds, three times over. Of these 15% are cancelled, 10% are too long, and one
+500 questions come at random times within --seconds, --times over. Of these 15% are cancelled, 10% are too long, and one
 is no JSON. Answers are compared with those of generate. aiohttp and psutil come with vLLM.
 """
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from bench.measure import describe
@@ -70,8 +71,8 @@ async def storm(address: str, server, asked: dict[str, str], args) -> None:
     limits = dict(timeout=aiohttp.ClientTimeout(None), connector=aiohttp.TCPConnector(limit=0))
     async with aiohttp.ClientSession(address, **limits) as session:
         sizes = []
-        # vLLM's space for keys and values is taken as it is first used: the last two are compared
-        for _ in range(3):
+        # vLLM's space for keys and values is taken as it is first used, so the first storms grow
+        for _ in range(args.times):
             requests = [
                 one(session, rng.uniform(0, args.seconds), kind, *rng.choice(list(asked.items())))
                 for kind in kinds
@@ -88,7 +89,7 @@ async def storm(address: str, server, asked: dict[str, str], args) -> None:
     ]
     print(f"left in the server: {sum(float(line.split()[-1]) for line in left):g}")
     print(f"memory after each: {', '.join(f'{size:.0f} MB' for size in sizes)}")
-    print(f"after the last, against the one before: {sizes[-1] / sizes[-2] - 1:+.1%}")
+    print(f"growth in each: {', '.join(f'{b / a - 1:+.1%}' for a, b in pairwise(sizes))}")
 
 
 def wait_until_ready(address: str, server: subprocess.Popen) -> None:
@@ -109,6 +110,7 @@ def main():
     parser.add_argument("--value", type=Path, required=True)
     parser.add_argument("--count", type=positive_int, default=500, help="requests (default 500)")
     parser.add_argument("--seconds", type=positive_int, default=60, help="in which they come")
+    parser.add_argument("--times", type=positive_int, default=3, help="storms (default 3)")
     parser.add_argument("--port", type=positive_int, default=8000)
     args = parser.parse_args()
     settings = settle(args.base, [args.value], [1.0])
