@@ -28,16 +28,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.chat import ChatDataset, collate, stop_ids, with_mask
+from data.chat import ChatDataset, Sample, stop_ids, with_mask
 from data.tiny_world import print_metrics
 from data.tokenizer import Tokenizer
 from ivl import Loss, PluggedBase, Probe, SumDelta, ValueModel, at_least_float
 from model import Llama
 from sample import Guided, generate
 
-# Tokens (B, T), and labels (B, T): the tokens that follow, -100 where not supervised. Of
-# conversations only answers and their ends are supervised. In data/chat.py with_mask makes the
-# label mask, and collate shifts the labels. Of sampled answers also their rewards (Q, G).
+# Tokens (B, T) and labels (B, T), as `collate` makes them; of sampled answers also rewards (Q, G).
 Part = tuple[Tensor, ...]
 Questions = list[tuple[list[int], int]]  # of each the prompt, and its number in the data
 
@@ -188,10 +186,10 @@ def fit(
     """Train a network for settings.steps steps: a value network on frozen bases, or one without.
 
     loss(network, base, tokens (B, T), labels (B, T)) is what is minimised; base is None where there
-    is none. batches(position, parts) begins at a position in the data (None: the start), and yields
-    for each step the position behind it, where a stopped run goes on, and a list of so many parts.
-    With answer(network, base, position, questions) it yields Questions, of which that makes parts.
-    Returns the Objective.
+    is none. batches(position) begins at a position in the data (None: the start), and yields for
+    each step the position behind it, where a stopped run goes on, and rows. With answer(network,
+    base, position, questions) it yields Questions, of which that makes parts. Returns the
+    Objective.
     """
     settings, processes = run.settings, run.processes
     objective = processes.share_out(Objective(network, loss), settings.dtype)
@@ -199,12 +197,14 @@ def fit(
     count = counts.get(settings.loss, count_supervised)
     optimizer = make_optimizer(network, settings)
     first, stream = run.begin(network, optimizer, batches)  # step 0, or where a stopped run goes on
-    for step, (position, parts) in zip(range(first, settings.steps), stream):
+    for step, (position, rows) in zip(range(first, settings.steps), stream):
         # several bases are a curriculum: as many steps on each, in their order (Table 2)
         base = bases[step * len(bases) // settings.steps] if bases else None
-        # rewards are of answers that the guided base gives as it is now
-        if answer is not None:
-            parts = answer(network, base, position, parts)
+        if answer is None:
+            group = 2 if settings.loss == "pairwise" else 1
+            parts = make_parts(rows, settings.grad_accum * processes.count, group)
+        else:  # rewards are of answers that the guided base gives as it is now
+            parts = answer(network, base, position, rows)
         # Dropout drops here and nowhere else; a resumed run drops what it would have dropped
         objective.train()
         torch.manual_seed(settings.seed * settings.steps + step)
@@ -225,6 +225,28 @@ def fit(
         run.report(step, metrics, sum(tokens.numel() for tokens, *_ in parts))
     run.check_weights(network)
     return objective.eval()
+
+
+def make_parts(rows: list[Sample], count: int, group: int = 1) -> list[Part]:
+    """Rows in `count` parts; what belongs together stays in one, such as the two rows of a pair."""
+    size = group * -(-len(rows) // (group * count))
+    return [collate(rows[first : first + size]) for first in range(0, len(rows), size)]
+
+
+def collate(rows: list[Sample]) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) padded on the right, and labels (B, T): token t + 1, or -100.
+
+    A row is token ids, and for each whether it is supervised: text is, and of conversations only
+    answers and their ends (data/chat.py, with_mask).
+    """
+    length = max(len(ids) for ids, _ in rows) - 1
+    tokens = torch.zeros(len(rows), length, dtype=torch.long)
+    labels = torch.full((len(rows), length), -100)
+    for row, (ids, supervised) in enumerate(rows):
+        ids, supervised = torch.tensor(ids), torch.tensor(supervised)
+        tokens[row, : len(ids) - 1] = ids[:-1]
+        labels[row, : len(ids) - 1] = ids[1:].masked_fill(~supervised[1:], -100)  # shift, and mask
+    return tokens, labels
 
 
 def make_optimizer(network: nn.Module, settings: Settings) -> torch.optim.AdamW:
@@ -316,13 +338,9 @@ def sample_answers(
     for number, (prompt, answer) in enumerate(zip(prompts, answers)):
         rows.append(with_mask([(prompt, "user"), (answer, "assistant")]))
         rewards.append(job.dataset.reward(asked[number // G][1], answer))
-    # a question's answers stay in one part
-    size = G * -(-len(asked) // (settings.grad_accum * job.run.processes.count))
-    parts = []
-    for first in range(0, len(rows), size):
-        earned = torch.tensor(rewards[first : first + size]).view(-1, G)  # (Q, G)
-        parts.append((*collate(rows[first : first + size]), earned))
-    return parts
+    parts = make_parts(rows, settings.grad_accum * job.run.processes.count, G)
+    earned = torch.tensor(rewards).view(-1, G).split(len(parts[0][0]) // G)  # (Q, G) of each part
+    return [(*part, its_rewards) for part, its_rewards in zip(parts, earned)]
 
 
 # --------------------------------------------------------------------------------------------------

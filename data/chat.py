@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,11 +29,6 @@ from data.records import (
     read_turns,
 )
 from data.tokenizer import Tokenizer, load_tokenizer
-
-if TYPE_CHECKING:  # torch takes seconds to import, and only `collate` takes torch
-    from torch import Tensor
-
-IGNORE = -100  # the label of a position that is not supervised
 
 # ---------------------------------------------------------------------------------------------------------
 # Templates
@@ -492,7 +486,7 @@ def share_preferred(score: Score, rows: list[Sample]) -> float:
 # --------------------------------------------------------------------------------------------------
 # Batches
 
-Position = tuple[int, int, int]  # epoch, window, batch within the window
+Position = list[int]  # epoch, window, batch within the window
 WINDOW = 32  # batches; samples are sorted by length within a window of the shuffled order
 
 
@@ -501,15 +495,15 @@ def stream_batches(
     indices: list[int],
     batch_size: int,
     seed: int,
-    position: Position = (0, 0, 0),
+    position: Position | None = None,
 ) -> Iterator[tuple[Position, list[Sample]]]:
     """Endless batches of records' rows, of like length, each with the position behind it, from
-    which to go on.
+    which to go on (None: the start).
 
     The order is a function of seed and epoch: shuffled, then sorted by length within windows, whose
     batches are shuffled again. So padding is small, and no length is seen before another.
     """
-    epoch, window, skip = position
+    epoch, window, skip = position or (0, 0, 0)
     width = WINDOW * batch_size
     while True:
         order = random.Random(f"order {seed} {epoch}").sample(indices, len(indices))
@@ -534,36 +528,13 @@ def stream_batches(
             random.Random(f"window {seed} {epoch} {window}").shuffle(batches)
             found = found or bool(batches)
             for number, batch in enumerate(batches[skip:], skip + 1):
-                yield (epoch, window, number), batch
+                yield [epoch, window, number], batch
             window, skip = window + 1, 0
         if not found:
             raise UsageError(
                 f"{dataset.path}: every {dataset.what} is longer than --max-length {dataset.max_length}"
             )
         epoch, window = epoch + 1, 0
-
-
-def chat_batches(
-    dataset: ChatDataset,
-    indices: list[int],
-    batch_size: int,
-    seed: int,
-    position: list[int] | None,
-    parts: int,
-) -> Iterator[tuple[list[int], list[tuple["Tensor", "Tensor"]]]]:
-    """stream_batches as tensors, each batch in some parts: the position behind it, and (tokens,
-    labels) per part.
-    """
-    for behind, samples in stream_batches(
-        dataset, indices, batch_size, seed, tuple(position or (0, 0, 0))
-    ):
-        size = dataset.row_count * -(
-            -len(samples) // (dataset.row_count * parts)
-        )  # a pair is not divided
-        yield (
-            list(behind),
-            [collate(samples[first : first + size]) for first in range(0, len(samples), size)],
-        )
 
 
 def hold_out(
@@ -595,22 +566,6 @@ def hold_out(
         chosen.add(min(wholes, key=lambda whole: (sizes[whole], whole)))
     held_out = [index for index in range(total) if wholes[index] in chosen]
     return sorted(set(range(total)) - set(held_out)), held_out
-
-
-def collate(samples: list[Sample]) -> tuple["Tensor", "Tensor"]:
-    """Tokens (B, T) padded on the right, and labels (B, T) already shifted: row t's label is token
-    t + 1, or -100.
-    """
-    import torch
-
-    length = max(len(ids) for ids, _ in samples) - 1
-    tokens = torch.zeros(len(samples), length, dtype=torch.long)
-    labels = torch.full((len(samples), length), IGNORE)
-    for row, (ids, supervised) in enumerate(samples):
-        row_ids = torch.tensor(ids)
-        tokens[row, : len(ids) - 1] = row_ids[:-1]
-        labels[row, : len(ids) - 1] = row_ids[1:].masked_fill(~torch.tensor(supervised[1:]), IGNORE)
-    return tokens, labels
 
 
 def main():

@@ -10,10 +10,9 @@ does not end. White space is compared as one blank. No code is loaded or run for
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from data.chat import ChatDataset, encode_chat, end_tokens, stream_batches, with_system
+from data.chat import ChatDataset, encode_chat, end_tokens, with_system
 from data.records import Turn, UnknownForm, Unusable
 
 NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
@@ -93,20 +92,3 @@ class QuestionDataset(ChatDataset):
         if end_tokens(self.tokenizer, self.template).isdisjoint(answer[-1:]):
             return 0.0
         return self.question(index).reward(self.tokenizer.decode(answer))
-
-
-def question_batches(
-    dataset: QuestionDataset,
-    indices: list[int],
-    batch_size: int,
-    seed: int,
-    position: list[int] | None,
-    parts: int,
-) -> Iterator[tuple[list[int], list[tuple[list[int], int]]]]:
-    """Endless batches of prompts with their numbers, each with the position behind it.
-
-    They become parts when they are answered.
-    """
-    start = tuple(position or (0, 0, 0))
-    for behind, rows in stream_batches(dataset, indices, batch_size, seed, start):
-        yield list(behind), rows

@@ -25,18 +25,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import sentencepiece
 
-from data.chat import Score, encode_chat, end_token, share_preferred, with_system
+from data.chat import Sample, Score, encode_chat, end_token, share_preferred, with_system
 from data.errors import UsageError
 from data.files import write_lines
 from data.tokenizer import SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
-
-if TYPE_CHECKING:  # torch takes seconds to import, and only `batches` takes torch
-    from torch import Tensor
 
 # --------------------------------------------------------------------------------------------------
 # What the world is made of
@@ -370,26 +366,18 @@ class World:
         tokenizer: Tokenizer,
         steps: int,
         batch_size: int,
-        parts: int,
         length: int,
         position: list[int] | None,
         documents: Iterator[str] | None = None,
-    ) -> Iterator[tuple[list[int], list[tuple["Tensor", "Tensor"]]]]:
+    ) -> Iterator[tuple[list[int], list[Sample]]]:
         """One pass over pretraining rows in a shuffled order: the position behind each step, and
-        (tokens, labels) per part.
+        rows of tokens that are all supervised.
         """
-        import torch
-
-        rows = torch.from_numpy(
-            self.pretraining_rows(tokenizer, steps * batch_size * length, length, documents).copy()
-        )
+        rows = self.pretraining_rows(tokenizer, steps * batch_size * length, length, documents)
         order = random.Random(f"rows of world {self.seed}").sample(range(len(rows)), len(rows))
         for step in range(position[0] if position else 0, steps):
             batch = rows[order[step * batch_size : (step + 1) * batch_size]]
-            yield (
-                [step + 1],
-                [(part[:, :-1], part[:, 1:]) for part in batch.split(-(-batch_size // parts))],
-            )
+            yield [step + 1], [(row, [True] * len(row)) for row in batch.tolist()]
 
     # -- demonstrations ----------------------------------------------------------------------------
 

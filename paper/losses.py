@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.chat import collate, encode_chat
+from data.chat import encode_chat
 from data.files import write_text
 from data.tiny_world import TEMPLATE, World, pair_accuracy, prompt_text
 from ivl import distillation_loss
@@ -47,6 +47,7 @@ from paper.report import (
 )
 from run.cli import run_cli
 from sample import score
+from train import collate
 
 TITLE = "Section 3.1: other losses"
 BASES = [S, L]  # tables are of these; claims are also about tiny-m

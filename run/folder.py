@@ -136,7 +136,7 @@ class Run:
         if self.has_settings:  # before a checkpoint is read that another process may be replacing
             self.processes.first_does(self.take)
         state = self.restore(network, optimizer)
-        stream = batches(state["position"], self.settings.grad_accum * self.processes.count)
+        stream = batches(state["position"])
         stream = itertools.chain(
             [next(stream)], stream
         )  # the first batch shows that the data can be used

@@ -14,16 +14,16 @@ from data.capitals import CAPITALS_PAIRS, CAPITALS_REWARDS, CAPITALS_TRAINING, C
 from data.chat import (
     ChatDataset,
     PairDataset,
-    chat_batches,
     default_template,
     hold_out,
     mean_supervised,
+    stream_batches,
     system_of,
 )
 from data.checkpoint import digest_checkpoint, name_of, read_value_info
 from data.errors import UsageError
 from data.files import digest, hub_hint
-from data.questions import QuestionDataset, question_batches
+from data.questions import QuestionDataset
 from data.tiny_world import TEMPLATE, TINY_SIZES, World, print_metrics, world_of
 from data.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
 from ivl import SCHEMES, Probe
@@ -230,16 +230,9 @@ def pretraining(
         return None
     tokenizer = tokenizer()
 
-    def batches(position: list[int] | None, parts: int) -> Iterator:
-        return world.batches(
-            tokenizer,
-            settings.steps,
-            settings.batch_size,
-            parts,
-            settings.max_length,
-            position,
-            documents(),
-        )
+    def batches(position: list[int] | None) -> Iterator:
+        sizes = settings.steps, settings.batch_size, settings.max_length
+        return world.batches(tokenizer, *sizes, position, documents())
 
     return make_job(args, run, tokenizer, partial(build, tokenizer), batches, world)
 
@@ -311,8 +304,7 @@ def post_training(
             print_metrics(read_metrics(out))
         return None
 
-    batches_of = question_batches if loss == "reward" else chat_batches
-    batches = partial(batches_of, dataset, train_on, settings.batch_size, settings.seed)
+    batches = partial(stream_batches, dataset, train_on, settings.batch_size, settings.seed)
     held = {"pairwise": HeldOutPairs, "reward": HeldOutQuestions}
     if loss in held and exam is None:
         exam = held[loss](dataset, held_out)

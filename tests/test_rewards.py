@@ -292,7 +292,7 @@ def test_with_trains_on_top_and_resumes(house):
 def test_only_residual_networks_of_one_template_are_plugged_in(house):
     train = "train.py --base --value --no-full --out x --with"
     assert "no ivl.json" in refused(house, train, "out/seed0/tiny-s")
-    assert "a cascade is trained" in refused(house, train, VALUE, "--scheme", "cascade")
+    assert "that of the new one cascade" in refused(house, train, VALUE, "--scheme", "cascade")
     file = house / VALUE / "ivl.json"
     info = json.loads(file.read_text())
     file.write_text(json.dumps(info | {"scheme": "cascade"}))
