@@ -296,7 +296,7 @@ def test_only_residual_networks_of_one_template_are_plugged_in(house):
     file = house / VALUE / "ivl.json"
     info = json.loads(file.read_text())
     file.write_text(json.dumps(info | {"scheme": "cascade"}))
-    assert "this is a cascade" in refused(house, train, VALUE)
+    assert "its scheme is cascade" in refused(house, train, VALUE)
     file.write_text(json.dumps(info | {"template": "zephyr"}))
     said = refused(house, train, VALUE, "--template", "llama-2")
     assert "in template zephyr, and not in llama-2" in said
