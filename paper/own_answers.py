@@ -15,6 +15,7 @@ from pathlib import Path
 
 import train
 from data.chat import encode_chat, stop_ids
+from data.errors import UsageError
 from data.files import write_lines
 from data.tiny_world import ATTRIBUTES, TEMPLATE, fact_item, prompt_text, sum_item, world_of
 from data.tokenizer import load_tokenizer
@@ -29,7 +30,11 @@ COUNT = 238  # questions: as many as 5% of the first network's demonstrations
 
 def write(file: Path, guides: list[str]) -> None:
     """The demonstrations of the new network, and questions about others as the old ones answer them."""
+    if file.stem not in OWN:
+        raise UsageError(f"--data {file}: no such questions; there are {', '.join(OWN)}")
     base, world = file.parent / "tiny-s", world_of(file.parent / "tiny-s")
+    if world is None:
+        raise UsageError(f"{base}: not there yet; python train.py makes it")
     is_new, forms, sums = OWN[file.stem]
     tokenizer, rng = load_tokenizer(base), random.Random(f"own questions of world {world.seed}")
     told_of = world.demonstrated + world.split["development"] + world.split["evaluation"]
@@ -59,6 +64,8 @@ def write(file: Path, guides: list[str]) -> None:
 
 def main():
     flags = sys.argv[1:]
+    if not {"--data", "--with"} <= set(flags[:-1]):
+        raise UsageError("--data FILE and --with FOLDER say what is trained, and for what")
     behind = flags[flags.index("--with") + 1 :]
     guides = list(itertools.takewhile(lambda flag: not flag.startswith("--"), behind))
     write(Path(flags[flags.index("--data") + 1]), guides)

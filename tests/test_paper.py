@@ -47,7 +47,7 @@ from paper.networks import (
 from paper.report import STAND_INS, between, percent, verdict
 from run import jobs
 from run.cli import run_cli
-from tests.helpers import PAPER, inside, worked
+from tests.helpers import PAPER, inside, refused, worked
 from vocab_map import build, overlap
 
 
@@ -118,6 +118,15 @@ def test_every_command_trains_the_network_that_it_is_kept_as(name, tmp_path, mon
     assert {Path(path).name for path in made[:-1]} <= set(
         with_needs(NETWORKS[name].needs)
     )  # nothing else would be trained on the way
+
+
+def test_own_answers_say_what_is_missing(tmp_path):
+    for flags, cause in (
+        ("--data sums-own.jsonl", "--with FOLDER say what is trained"),
+        ("--data x.jsonl --with a", "no such questions; there are sums-own"),
+        ("--data sums-own.jsonl --with a", "tiny-s: not there yet"),
+    ):
+        assert cause in refused(tmp_path, f"own_answers.py {flags}")
 
 
 # ---- made and kept
