@@ -114,7 +114,7 @@ def inside(folder: Path, *command, input: str = "") -> tuple[int, str, str]:
     import train
     import vocab_map
     from data import capitals, chat, gemma, smollm2, tiny_world
-    from paper import continued, evaluate, mt_bench
+    from paper import continued, evaluate, mt_bench, own_answers
 
     before, argv, stdin = os.getcwd(), sys.argv, sys.stdin
     output, errors, status = io.StringIO(), io.StringIO(), 0
@@ -128,6 +128,7 @@ def inside(folder: Path, *command, input: str = "") -> tuple[int, str, str]:
                     "sample.py": sample.main,
                     "vocab_map.py": vocab_map.main,
                     "continued.py": continued.main,
+                    "own_answers.py": own_answers.main,
                     "chat.py": chat.main,
                     "tiny_world.py": tiny_world.main,
                     "gemma.py": gemma.main,
