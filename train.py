@@ -201,8 +201,8 @@ def fit(
         # several bases are a curriculum: as many steps on each, in their order (Table 2)
         base = bases[step * len(bases) // settings.steps] if bases else None
         if answer is None:
-            group = 2 if settings.loss == "pairwise" else 1
-            parts = make_parts(rows, settings.grad_accum * processes.count, group)
+            together = 2 if settings.loss == "pairwise" else 1
+            parts = make_parts(rows, settings.grad_accum * processes.count, together)
         else:  # rewards are of answers that the guided base gives as it is now
             parts = answer(network, base, position, rows)
         # Dropout drops here and nowhere else; a resumed run drops what it would have dropped
@@ -227,9 +227,9 @@ def fit(
     return objective.eval()
 
 
-def make_parts(rows: list[Sample], count: int, group: int = 1) -> list[Part]:
-    """Rows in `count` parts; what belongs together stays in one, such as the two rows of a pair."""
-    size = group * -(-len(rows) // (group * count))
+def make_parts(rows: list[Sample], count: int, together: int = 1) -> list[Part]:
+    """Rows in `count` parts; so many stay together in one, such as the two rows of a pair."""
+    size = together * -(-len(rows) // (together * count))
     return [collate(rows[first : first + size]) for first in range(0, len(rows), size)]
 
 

@@ -675,7 +675,7 @@ def test_batches_of_pairs_are_whole_pairs_and_a_position_goes_on(sentence_piece,
     )
     taken = take(stream_batches(dataset, list(range(20)), 5, 0), 8)
     for _, rows in taken:
-        parts = make_parts(rows, 2, group=2)
+        parts = make_parts(rows, 2, together=2)
         assert [len(tokens) for tokens, _ in parts] == [6, 4]  # 3 pairs and 2
         for tokens, labels in parts:
             for row in range(0, len(tokens), 2):
