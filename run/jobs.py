@@ -76,7 +76,8 @@ def complete(args, processes: Alone) -> None:
 
 
 def refuse_missing(args) -> None:
-    """UsageError, before anything is trained, for what is named and is not there."""
+    """UsageError, before anything is trained, for what is named and is not there, or does not fit."""
+    first = args.bases[0]
     made = [full_folder(args).resolve()] if compares_with_full(args) else []
     named = ("base", args.base), ("value", [args.value]), ("teacher", [args.teacher])
     for flag, names in (*named, ("with", args.plugged)):
@@ -84,6 +85,8 @@ def refuse_missing(args) -> None:
             is_tiny = is_scratch(name) or find_tiny(name, [args.home]) is not None
             if not is_tiny and Path(name).resolve() not in made and not Path(name).is_dir():
                 raise UsageError(f"--{flag} {name}: no such folder{hub_hint(Path(name))}")
+            if first.is_dir() and not is_tiny and Path(name).is_dir():
+                check_same_family(load_tokenizer(first), load_tokenizer(name), str(first), name)
     if args.data not in (None, "capitals") and not Path(args.data).exists():
         raise UsageError(f"--data {args.data}: no such file")
 

@@ -404,6 +404,10 @@ def test_sample_with_a_foreign_base(home, tmp_path):
     assert "cannot be trained together" in refused(
         home, "train.py --base tiny-b-s --value tiny-s --no-full"
     )
+    assert "cannot be trained together" in refused(
+        home, "train.py --base tiny-b-s --value out/seed0/value-residual-tiny-s"
+    )
+    assert not (home / "out/seed0/full-tiny-b-s").exists()  # nothing was fine-tuned before
 
 
 # ---- ends that cross
