@@ -68,7 +68,9 @@ async def storm(address: str, server, asked: dict[str, str], args) -> None:
     kinds += ["cancelled"] * (15 * args.count // 100) + ["too long"] * (args.count // 10)
     kinds += ["answered"] * (args.count - len(kinds))
     rng.shuffle(kinds)
-    limits = dict(timeout=aiohttp.ClientTimeout(None), connector=aiohttp.TCPConnector(limit=0))
+    # a connection for each, as of so many users
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    limits = dict(timeout=aiohttp.ClientTimeout(None), connector=connector)
     async with aiohttp.ClientSession(address, **limits) as session:
         sizes = []
         # vLLM's space for keys and values is taken as it is first used, so the first storms grow
@@ -80,16 +82,17 @@ async def storm(address: str, server, asked: dict[str, str], args) -> None:
             counts = Counter(await asyncio.gather(*requests))
             await asyncio.sleep(2)
             sizes.append(megabytes(server))
-            for what, count in counts.most_common():
-                print(f"{count:4d} {what}")
+            told = ", ".join(f"{count} {what}" for what, count in counts.most_common())
+            print(f"{told}; memory {sizes[-1]:.0f} MB", flush=True)
         async with session.get("/metrics") as reply:
             lines = (await reply.text()).splitlines()
     left = [
         line for line in lines if line.startswith(("vllm:num_requests_r", "vllm:num_requests_w"))
     ]
     print(f"left in the server: {sum(float(line.split()[-1]) for line in left):g}")
-    print(f"memory after each: {', '.join(f'{size:.0f} MB' for size in sizes)}")
-    print(f"growth in each: {', '.join(f'{b / a - 1:+.1%}' for a, b in pairwise(sizes))}")
+    print(
+        f"memory grew after the first by {', '.join(f'{b / a - 1:+.1%}' for a, b in pairwise(sizes))}"
+    )
 
 
 def wait_until_ready(address: str, server: subprocess.Popen) -> None:

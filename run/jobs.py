@@ -274,7 +274,6 @@ def post_training(
     template = args.template or recorded.get("template") or template or usual_template
     system = recorded.get("system", system) if args.system is None else args.system
     system = system_of(tokenizer, template, system)
-    say_other_template(str(bases[0]), bases[0], template, "trained")
     kind = {"pairwise": PairDataset, "reward": QuestionDataset}.get(loss, ChatDataset)
     dataset = kind(data, tokenizer, template, max_length, system, args.reasoning)
     dataset.room = flags.get("answer_length", 0)
@@ -307,6 +306,7 @@ def post_training(
             print_metrics(read_metrics(out))
         return None
 
+    say_other_template(str(bases[0]), bases[0], template, "trained")
     batches = partial(stream_batches, dataset, train_on, settings.batch_size, settings.seed)
     held = {"pairwise": HeldOutPairs, "reward": HeldOutQuestions}
     if loss in held and exam is None:

@@ -213,6 +213,9 @@ def plug_in(args, processes: Alone = Alone()) -> Plugged:
     else:
         value = ValueModel.from_pretrained(value_path, getattr(torch, dtype), device)
     base = load_base(base_path, dtype, device, processes)
+    if args.expert or args.scheme:  # what our own training has not made
+        flag = "--expert" if args.expert else "--value"
+        say_other_template(f"{flag} {value_path}", value_path, template, "asked")
     if info["scheme"] == "probe" and base.config.vocab_size < value.vocab_size:
         raise UsageError(
             f"{base_path}: {base.config.vocab_size} logits, and the probe reads {value.vocab_size}"
@@ -301,9 +304,9 @@ def load_alone(args, processes: Alone) -> Speaker:
         form = choose_form(args, path, tiny)
         template = template_of(form, path, tokenizer, template) or template
     print(f"base {path} alone, template {template}")
-    say_other_template(f"--base {path}", path, template, "asked")
     guided = choose_guided(args, tiny, device, processes.count, foreign)
     base = load_base(path, dtype, device, processes)
+    say_other_template(f"--base {path}", path, template, "asked")
     return Speaker(
         f"{name_of(path)} alone",
         guided(base, readable=tokenizer.vocab_size),
@@ -347,7 +350,6 @@ def plain_info(args) -> dict:
         )
     tokenizer = load_tokenizer(path)
     template = args.template or default_template(tokenizer)
-    say_other_template(f"--value {path}", path, template, "asked")
     print(
         f"--value {path}: no ivl.json, so of how it was trained nothing is known but what the command says; of its tokenizer, "
         "only whether it fits the base's",
@@ -378,7 +380,6 @@ def read_expert(args) -> dict:
         raise UsageError(
             f"{expert}/train.json: template {template!r} is not supported; choose one with --template"
         )
-    say_other_template(f"--expert {expert}", expert, template, "asked")
     system = record.get("system")
     return {
         "bases": untuned,
