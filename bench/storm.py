@@ -73,7 +73,6 @@ async def storm(address: str, server, asked: dict[str, str], args) -> None:
     limits = dict(timeout=aiohttp.ClientTimeout(None), connector=connector)
     async with aiohttp.ClientSession(address, **limits) as session:
         sizes = []
-        # vLLM's space for keys and values is taken as it is first used, so the first storms grow
         for _ in range(args.times):
             requests = [
                 one(session, rng.uniform(0, args.seconds), kind, *rng.choice(list(asked.items())))
