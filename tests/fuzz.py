@@ -408,8 +408,9 @@ def fault(status: int | None, said: str, before: dict, after: dict, command: lis
         said.count("\n") != 1 or not said.startswith(f"{command[0]}: ") or len(said) > 2000
     ):
         return f"not one short line: {said[-300:]}"
-    # a run that goes on, and then finds a loss that is no number, has logged its steps
-    ours = ("stopped.training/lock", *["stopped.training/log.jsonl"] * ("the loss is" in said))
+    # a run that goes on, and then finds a loss or a weight that is no number, has logged its steps
+    has_logged = "the loss is" in said or "the last update made" in said
+    ours = ("stopped.training/lock", *["stopped.training/log.jsonl"] * has_logged)
     if status == 0:  # what it may write
         ours = (
             "run",
