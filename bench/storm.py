@@ -2,8 +2,9 @@
 
     python -m bench.storm --base out/smollm2-135m --value V
 
-500 questions come at random times within --seconds, --times over. Of these 15% are cancelled, 10% are too long, and one
-is no JSON. Answers are compared with those of generate. aiohttp and psutil come with vLLM.
+A storm is 500 questions at random times within --seconds, and there are --times of them. Of the questions 15% are
+cancelled, 10% are too long, and one is no JSON. Answers are compared with those of generate. aiohttp and psutil come
+with vLLM.
 """
 
 import asyncio

@@ -133,10 +133,8 @@ class Tables:
         )  # (n,), in the order of `texts`
         sizes = [len(self.by_text[text]) for text in self.texts]
         self.text_starts = [0, *itertools.accumulate(sizes)]  # where each text's tokens begin
-        begin_lines = [text for text in self.texts if text.startswith(b"\n")]
-        self.line_ends = torch.tensor(
-            [token for text in begin_lines for token in self.by_text[text]], device=device
-        ).long()
+        first, behind = (bisect_left(self.texts, text) for text in (b"\n", b"\x0b"))
+        self.line_ends = self.tokens_by_text[self.text_starts[first] : self.text_starts[behind]]
         # special tokens, and rows beyond the tokenizer's, say nothing
         self.silent = torch.ones(base.config.vocab_size, dtype=torch.bool, device=device)
         self.silent[self.tokens] = False
