@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from data.files import write_text
-from data.tiny_world import FORMS as ALL_FORMS
 from paper import sums
 from paper.networks import (
     FEW,
     MORE,
     NEVER,
     NEVER_REWARDED,
+    OTHER_FORMS,
     RARE,
     RARE_FORMS,
     REWARDED,
@@ -62,7 +62,6 @@ VALUES = {
 }
 SYSTEMS = [f"{base} + {value}" for base in BASES for value in VALUES.values()]
 METRICS = {S: ["exact", "ins", "arith", "fk"], L: ["exact", "ins"]}
-OTHERS = [form for form in ALL_FORMS if form not in RARE_FORMS]
 
 
 def rare(results: Results, system: str) -> np.ndarray:
@@ -74,7 +73,7 @@ def most_lost(results: Results, base: str, value: str) -> np.ndarray:
     """How much `ins` the other form lost that lost most since the start."""
     gaps = [
         results(f"{base} + {START}", f"ins {form}") - results(f"{base} + {value}", f"ins {form}")
-        for form in OTHERS
+        for form in OTHER_FORMS
     ]
     return np.max(gaps, axis=0)
 
